@@ -1,0 +1,248 @@
+"""Captures a model's forward as a graph, in one place, on torch.export.
+
+`torch.export` gives a flat list of aten operators. What the rest of tersenet wants is a graph whose nodes are the
+model's own layers, so the operators of one call of a leaf layer (a torch.nn layer, a brick, a parametrized layer) are
+folded back into one `call_module` node. The result is a torch.fx.GraphModule that shares its layers with the model,
+keeps their paths, runs, trains and can be exported again; what lies between the layers stays aten operators.
+"""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn.utils import parametrize
+
+from tersenet.bricks.brick import Brick
+from tersenet.errors import TraceError
+
+aten = torch.ops.aten
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def export(model: nn.Module, example: Tensor, dynamic_batch: bool = True) -> ExportedProgram:
+    """torch.export in evaluation mode, with the batch left open where the model allows it.
+
+    Args:
+        model: any module of one input; its modes are put back afterwards.
+        example: (N, ...). A batch of 1 would be fixed by torch.export, so it is doubled.
+    Raises:
+        TraceError: when the forward cannot be captured; says where.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False  # an exported module refuses eval(), and has nothing to switch
+    if dynamic_batch and len(example) == 1:
+        example = torch.cat([example, example])
+    shapes = ({0: Dim.AUTO},) if dynamic_batch else None
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, (example,), dynamic_shapes=shapes)
+    except Exception as error:  # noqa: BLE001 - torch.export raises many kinds; each becomes one sentence
+        raise TraceError(_why(model, error)) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """The model as a graph of its own layers.
+
+    Every node has `meta["shape"]` (batch as in `example`, at least 2), `meta["dtype"]` and `meta["path"]`, the
+    path of the module whose forward made it. Layers and parameters are shared with `model`, not copied.
+
+    Raises:
+        TraceError: when the forward cannot be captured; says where.
+    """
+    program = export(model, example)
+    return _Folder(model, program).graph_module()
+
+
+class _Folder:
+    """Turns one exported program into a graph of layers."""
+
+    def __init__(self, model: nn.Module, program: ExportedProgram) -> None:
+        self.model = model
+        self.program = program
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        signature = program.graph_signature
+        self.parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.constants = {
+            spec.arg.name: spec.target
+            for spec in signature.input_specs
+            if spec.kind == torch.export.graph_signature.InputKind.CONSTANT_TENSOR
+        }
+        self.root: dict[str, Any] = {}
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, Any] = {}
+
+    def graph_module(self) -> fx.GraphModule:
+        calls = self._calls()
+        last = {members[-1]: (path, feed) for path, members, feed in calls}
+        folded = {node for _, members, _ in calls for node in members}
+        for node in self.program.graph.nodes:
+            if node in last:
+                path, feed = last[node]
+                self.root[path] = self.modules[path]
+                new = self.graph.call_module(path, (self._get(feed),))
+            elif node in folded or (node.op == "call_function" and _is_assertion(node)):
+                continue
+            elif node.op == "placeholder":
+                if node.name in self.parameters or node.name in self.constants:
+                    continue  # fetched where it is used
+                new = self.graph.placeholder(node.name)
+            elif node.op == "output":
+                outputs = fx.map_arg(node.args[0], self._get)
+                self.graph.output(outputs[0] if len(outputs) == 1 else outputs)
+                continue
+            else:
+                new = self._lift(node) or self.graph.call_function(
+                    node.target, fx.map_arg(node.args, self._get), fx.map_arg(node.kwargs, self._get)
+                )
+            self.env[node] = new
+            self._describe(new, node)
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        module = fx.GraphModule(self.root, self.graph, class_name="Graph")
+        module.training = self.model.training
+        return module
+
+    def _calls(self) -> list[tuple[str, list[fx.Node], fx.Node]]:
+        """(path, operators, input) of each call of a leaf layer that has one input and one output."""
+        groups: dict[str, tuple[str, list[fx.Node]]] = {}
+        for node in self.program.graph.nodes:
+            if node.op != "call_function":
+                continue
+            for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+                if path in self.modules and path and is_leaf(self.modules[path]):
+                    groups.setdefault(key, (path, []))[1].append(node)
+                    break
+        found = []
+        for path, members in groups.values():
+            inside = set(members)
+            feeds = {
+                arg
+                for node in members
+                for arg in node.all_input_nodes
+                if arg not in inside and arg.name not in self.parameters and arg.name not in self.constants
+            }
+            # The batch size may be read outside of the layer; it is the input's own, so it is no second input.
+            feeds = {feed for feed in feeds if feed.target is not aten.sym_size.int}
+            outputs = [node for node in members if any(user not in inside for user in node.users)]
+            if len(feeds) == 1 and len(outputs) == 1 and outputs[0] is members[-1]:
+                found.append((path, members, feeds.pop()))
+        return found
+
+    def _get(self, node: fx.Node) -> Any:
+        if node in self.env:
+            return self.env[node]
+        if node.name in self.constants:
+            target = self.constants[node.name]
+            value: Any = self.program.constants[target]
+            target = "constant_" + target.replace(".", "_")
+        else:
+            target = self.parameters[node.name]
+            value = self.program.state_dict.get(target, self.program.constants.get(target))
+            owner, _, leaf = target.rpartition(".")
+            value = getattr(self.modules[owner], leaf, value) if owner in self.modules else value
+        self.root[target] = value
+        new = self.graph.get_attr(target)
+        self.env[node] = new
+        self._describe(new, node)
+        return new
+
+    def _lift(self, node: fx.Node) -> fx.Node | None:
+        """A convolution, linear or batch norm operator on plain parameters becomes the layer that it is."""
+        weight = node.args[1] if len(node.args) > 1 else None
+        if not isinstance(weight, fx.Node) or weight.name not in self.parameters:
+            return None
+        path, _, leaf = self.parameters[weight.name].rpartition(".")
+        if leaf != "weight" or not path or (path in self.modules and is_leaf(self.modules[path])):
+            return None
+        layer = _layer_of(node, self._parameter)
+        if layer is None or any(
+            not self.parameters[arg.name].startswith(path + ".") for arg in node.all_input_nodes if arg.name in self.parameters
+        ):
+            return None
+        self.root.setdefault(path, layer)
+        return self.graph.call_module(path, (self._get(node.args[0]),))  # type: ignore[arg-type]
+
+    def _parameter(self, node: Any) -> Any:
+        if not isinstance(node, fx.Node):
+            return node
+        target = self.parameters[node.name]
+        value = self.program.state_dict.get(target, self.program.constants.get(target))
+        owner, _, leaf = target.rpartition(".")
+        return getattr(self.modules[owner], leaf, value) if owner in self.modules else value
+
+    def _describe(self, new: fx.Node, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            new.meta["shape"] = tuple(_hint(size) for size in value.shape)
+            new.meta["dtype"] = value.dtype
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        new.meta["path"] = stack[-1][0] if stack and stack[-1][0] in self.modules else ""
+        if node.meta.get("stack_trace"):
+            new.meta["line"] = node.meta["stack_trace"].strip().splitlines()[-1].strip()
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether the graph shows this module as one node: torch.nn layers without children, bricks, parametrized layers."""
+    if isinstance(module, Brick) or parametrize.is_parametrized(module):
+        return True
+    return type(module).__module__.startswith("torch.nn.modules") and next(module.children(), None) is None
+
+
+def _layer_of(node: fx.Node, value: Any) -> nn.Module | None:
+    """The torch.nn layer with the same parameters as an aten operator."""
+    args = [value(arg) if i else None for i, arg in enumerate(node.args)]
+    layer: nn.Module
+    if node.target is aten.conv2d.default:
+        weight, bias, stride, padding, dilation, groups = (args + [None] * 7)[1:7]
+        groups = 1 if groups is None else groups
+        with torch.device("meta"):
+            layer = nn.Conv2d(
+                weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), tuple(stride or (1, 1)),
+                tuple(padding or (0, 0)), tuple(dilation or (1, 1)), groups, bias=bias is not None,
+            )  # fmt: skip
+    elif node.target is aten.linear.default:
+        weight, bias = (args + [None] * 3)[1:3]
+        with torch.device("meta"):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    elif node.target is aten.batch_norm.default:
+        weight, bias, mean, variance, _, momentum, eps = args[1:8]
+        if bias is None or mean is None or len(node.meta["val"].shape) != 4:
+            return None
+        layer = nn.BatchNorm2d(len(weight), eps=eps, momentum=momentum)
+        layer.running_mean, layer.running_var = mean, variance
+    else:
+        return None
+    layer.weight, layer.bias = weight, bias
+    return layer
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    name = str(node.target)
+    return "_assert" in name or "sym_constrain_range" in name
+
+
+def _hint(size: Any) -> int:
+    return int(size) if isinstance(size, int) else int(size.node.hint)
+
+
+def _why(model: nn.Module, error: Exception) -> str:
+    """One sentence on why torch.export failed: the user's own line, and what it said."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_TORCH, "<")) and frame.filename != __file__
+    ]
+    said = str(error).strip().splitlines()
+    reason = said[0] if said else type(error).__name__
+    if "data-dependent" in str(error).lower() or "GuardOnDataDependent" in type(error).__name__:
+        reason = "its control flow depends on the values of a tensor; use torch.where, or move the decision outside"
+    where = f" at {frames[-1].filename}, line {frames[-1].lineno} ({frames[-1].line})" if frames else ""
+    return f"the forward of {type(model).__name__} cannot be captured{where}: {reason}"

@@ -1,0 +1,176 @@
+"""The contract that every method keeps: `Step`, `Chain` and `Companion`.
+
+`plan` decides and touches nothing, `apply` changes structure without data and without chance, `fit` changes numbers
+and never structure. What `plan` returns is plain JSON, so a plan and a state dict are the whole compressed model.
+A chain of steps is a step. The idea of a group of parts being a part is that of optax's `chain`.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from tersenet.errors import NoEffect, SettingsError, TersenetError
+from tersenet.task import Task
+
+Plan = dict[str, Any]
+
+
+def snake_case(name: str) -> str:
+    """`PruneChannels` -> `prune_channels`: a step's name in recipes and run folders."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One change to a model. A subclass is a frozen dataclass: its fields are the settings, and it holds nothing else.
+
+    Args:
+        only: act only on layers that match one of these; empty means all.
+        skip: leave layers that match one of these alone. A pattern is a layer's path ("layer1.0.conv1"), a path with
+            wildcards ("layer1.*"), or a layer type ("linear", "Conv2d").
+    """
+
+    family: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    serves: ClassVar[tuple[str, ...]] = ()
+    needs_trained: ClassVar[bool] = True
+    special_runtime: ClassVar[bool] = False
+    changes_structure: ClassVar[bool] = True
+
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("only", "skip"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
+                raise SettingsError(f"{name} must be a list of patterns, got {value!r}; write {name}: [{value}]")
+            object.__setattr__(self, name, tuple(value))
+
+    @property
+    def name(self) -> str:
+        return snake_case(type(self).__name__)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as they stand, in order of definition."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def matches(self, path: str, module: nn.Module) -> bool:
+        """Whether `only` and `skip` leave this layer to the step."""
+        kinds = {cls.__name__.lower() for cls in type(module).__mro__ if issubclass(cls, nn.Module)}
+
+        def hit(pattern: str) -> bool:
+            return pattern.lower() in kinds or path == pattern or fnmatch.fnmatchcase(path, pattern)
+
+        return (not self.only or any(map(hit, self.only))) and not any(map(hit, self.skip))
+
+    def plan(self, model: nn.Module, task: Task) -> Plan:
+        """Decides, and leaves the model as it was. JSON only; {} means that the structure stays."""
+        return {}
+
+    def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Changes structure, with no data and no chance. Use what it returns: the root itself may be replaced."""
+        return model
+
+    def fit(self, model: nn.Module, task: Task) -> None:
+        """Changes numbers and never structure."""
+
+    def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
+        """plan, apply and fit. Warns `NoEffect` when the step changes structure and found nothing to change."""
+        try:
+            plan = self.plan(model, task)
+            if self.changes_structure and not plan:
+                warnings.warn(f"{self.name} matched no layer and left the model as it was", NoEffect, stacklevel=2)
+            model = self.apply(model, plan)
+            self.fit(model, task)
+        except TersenetError as error:
+            # Said once, at the door: which step it was. The innermost step names itself, chains stay silent.
+            if not getattr(error, "step", None):
+                error.step = self.name  # type: ignore[attr-defined]
+                error.args = (f"{self.name}: {error}", *error.args[1:])
+            raise
+        return model, plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain(Step):
+    """Steps one after another. Its plan holds each step's plan, so replaying it replays all of them."""
+
+    family: ClassVar[str] = "chain"
+    summary: ClassVar[str] = "runs its steps one after another"
+
+    steps: tuple[Step, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "steps", tuple(self.steps))
+
+    def plan(self, model: nn.Module, task: Task) -> Plan:
+        """Each step is planned on what the ones before it made, so this runs the chain on a copy."""
+        return self.run(copy.deepcopy(model), task)[1]
+
+    def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Replays the steps' plans in order. Raises SettingsError when the plan is another chain's."""
+        plans = plan.get("steps", [])
+        if plan and [entry["step"] for entry in plans] != [step.name for step in self.steps]:
+            raise SettingsError(
+                f"the plan is of {[entry['step'] for entry in plans]}, the chain has {[step.name for step in self.steps]}"
+            )
+        for step, entry in zip(self.steps, plans, strict=False):
+            model = step.apply(model, entry["plan"])
+        return model
+
+    def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
+        plans = []
+        for step in self.steps:
+            model, plan = step.run(model, task)
+            plans.append({"step": step.name, "plan": plan})
+        return model, {"steps": plans} if any(entry["plan"] for entry in plans) else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Companion:
+    """Shapes a training run: an extra loss, a schedule. Given to Train or to any step that trains."""
+
+    summary: ClassVar[str] = ""
+
+    @property
+    def name(self) -> str:
+        return snake_case(type(self).__name__)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as they stand, in order of definition."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def loss(self, model: nn.Module, task: Task, batch: Any, outputs: Any) -> Tensor | float:
+        """Added to the task's loss for one batch."""
+        return 0.0
+
+    def tick(self, model: nn.Module, progress: float) -> None:
+        """Called before each batch with the share of the training that is done, 0 to 1."""
+
+
+def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...], step: Step | None = None) -> Iterator[tuple[str, Any]]:
+    """The (path, module) pairs of some types that `step` is allowed to touch, in the model's order."""
+    for path, module in model.named_modules():
+        if isinstance(module, kinds) and (step is None or step.matches(path, module)):
+            yield path, module
+
+
+def replace(model: nn.Module, swaps: Mapping[str, nn.Module]) -> nn.Module:
+    """Puts modules in place of others by path. The empty path is the root, so use what is returned."""
+    for path, module in swaps.items():
+        if path == "":
+            model = module
+            continue
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+    return model

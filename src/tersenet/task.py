@@ -1,0 +1,210 @@
+"""What a model is for: its data, loss and metric, and how an input must be prepared.
+
+Decisions never see the test set: `train`, `calibrate` and `validate` are for choosing, `test` is read once per
+reported row. Batches are (input, target) pairs or dicts and come from any iterable that can be read again; data that
+also has `at(epoch, start)` can be resumed in the middle of an epoch without reading what came before.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from tersenet.errors import DataError
+from tersenet.numerics.intervals import wilson
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How an image becomes an input: shipped in the report, in ONNX metadata and in .terse files.
+
+    Inputs are (N, C, H, W) floats: pixels scaled to [0, 1], then (x - mean) / std per channel.
+    """
+
+    size: tuple[int, int] = (32, 32)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    labels: tuple[str, ...] = ()
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """Batches that can start anywhere: the same (epoch, start) always gives the same batches."""
+
+    def __len__(self) -> int: ...
+    def at(self, epoch: int, start: int = 0) -> Iterator[Any]: ...
+
+
+def batches_at(data: Iterable[Any], epoch: int, start: int = 0) -> Iterator[Any]:
+    """The batches of one epoch from batch `start` on. Other iterables are read and thrown away up to there."""
+    if isinstance(data, Resumable):
+        return data.at(epoch, start)
+    return itertools.islice(iter(data), start, None)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score with what it rests on. `value` is top-1 accuracy or the task's own metric, higher is better, 0 to 1."""
+
+    value: float
+    low: float
+    high: float
+    samples: int
+    top5: float | None = None
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    return model(batch_input(batch))
+
+
+def default_loss(outputs: Any, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(outputs, batch_target(batch))
+
+
+def batch_input(batch: Any) -> Tensor:
+    """The input of a batch: first of a pair, or the dict's "image", "input" or "pixel_values"."""
+    if isinstance(batch, dict):
+        for key in ("image", "input", "pixel_values", "x"):
+            if key in batch:
+                return batch[key]
+        raise DataError(f"a batch has no input: its keys are {sorted(batch)}; name one of them 'input'")
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def batch_target(batch: Any) -> Tensor:
+    """The target of a batch: second of a pair, or the dict's "label", "labels" or "target"."""
+    if isinstance(batch, dict):
+        for key in ("label", "labels", "target", "y"):
+            if key in batch:
+                return batch[key]
+        raise DataError(f"a batch has no target: its keys are {sorted(batch)}; name one of them 'label'")
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        raise DataError("a batch has no target: it is not an (input, target) pair; give labelled data for this")
+    return batch[1]
+
+
+@dataclass
+class Task:
+    """Everything a step may know beside the model.
+
+    Args:
+        example: one input with a batch of at least 2, (N, C, H, W); never data of the test set.
+        train: for training; None when there are no labels.
+        calibrate: for ranges and statistics; labels are not used.
+        validate: a held-out set that the model was not trained on, for choosing; None when there is none.
+        test: read once per reported row, never to choose.
+        original: the model before any step; the default teacher.
+        forward: (model, batch) -> outputs.
+        loss: (outputs, batch) -> scalar.
+        metric: (outputs, batch) -> (N,) scores of the samples, higher is better; None means top-1 accuracy.
+        preparation: how an image becomes an input.
+        seed: of everything that draws at random.
+        folder: where a step that trains keeps its own state, so that it can go on after a cut; None means nowhere.
+        quiet: no progress bars.
+    """
+
+    example: Tensor
+    train: Iterable[Any] | None = None
+    calibrate: Iterable[Any] | None = None
+    validate: Iterable[Any] | None = None
+    test: Iterable[Any] | None = None
+    original: nn.Module | None = None
+    forward: Callable[[nn.Module, Any], Any] = default_forward
+    loss: Callable[[Any, Any], Tensor] = default_loss
+    metric: Callable[[Any, Any], Tensor] | None = None
+    preparation: Preparation = field(default_factory=Preparation)
+    seed: int = 0
+    folder: Any = None
+    quiet: bool = False
+
+    def calibration(self, limit: int = 512) -> Iterator[Any]:
+        """Batches for calibration, about `limit` samples in all; the training data serves where there are none.
+
+        Raises:
+            DataError: when there is no such data, or it is empty.
+        """
+        data = self.calibrate if self.calibrate is not None else self.train
+        if data is None:
+            raise DataError("no calibration data was given; pass calibrate= or train= (labels are not needed)")
+        seen = 0
+        for batch in batches_at(data, 0):
+            if seen >= limit:
+                break
+            seen += len(batch_input(batch))
+            yield batch
+        if seen == 0:
+            raise DataError("the calibration data is empty (0 samples); give at least one batch")
+
+
+def score(predict: Callable[[Any], Any], data: Iterable[Any], metric: Callable[[Any, Any], Tensor] | None = None) -> Score:
+    """Scores any callable that takes a batch and gives outputs: a model, or a file in its runtime.
+
+    Top-1 accuracy with a 95 % Wilson interval, top-5 where there are at least five classes; another metric gets a
+    normal interval from the spread of its samples.
+
+    Args:
+        predict: batch -> logits (N, classes), as a tensor.
+        data: batches of (input, target).
+        metric: as in Task.
+    Raises:
+        DataError: on no data, or on labels outside 0..classes-1.
+    """
+    values, top5 = [], []
+    for batch in data:
+        outputs = predict(batch)
+        if metric is not None:
+            values.append(metric(outputs, batch).double().flatten())
+            continue
+        target = batch_target(batch)
+        classes = outputs.shape[-1]
+        if len(target) and not 0 <= int(target.min()) <= int(target.max()) < classes:
+            raise DataError(
+                f"labels run from {int(target.min())} to {int(target.max())}, but the model has {classes} classes "
+                f"(0 to {classes - 1}); check the label column"
+            )
+        ranked = outputs.topk(min(5, classes), dim=-1).indices == target[:, None].to(outputs.device)
+        values.append(ranked[:, 0].double())
+        if classes >= 5:
+            top5.append(ranked.any(dim=-1).double())
+    if not values or sum(map(len, values)) == 0:
+        raise DataError("there is nothing to score: the data is empty (0 samples); give at least one batch")
+    hits = torch.cat(values)
+    mean, n = float(hits.mean()), len(hits)
+    if metric is None:
+        low, high = wilson(round(mean * n), n)
+    else:
+        half = 1.96 * float(hits.std()) / n**0.5 if n > 1 else 0.0
+        low, high = mean - half, mean + half
+    return Score(mean, low, high, n, float(torch.cat(top5).mean()) if top5 else None)
+
+
+def score_model(model: nn.Module, task: Task, data: Iterable[Any]) -> Score:
+    """The model's score on `data`, in evaluation mode; the mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        with torch.inference_mode():
+            return score(lambda batch: task.forward(model, to_device(batch, device)), data, task.metric)
+    finally:
+        model.train(was_training)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
