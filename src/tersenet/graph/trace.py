@@ -193,6 +193,8 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether the graph shows this module as one node: torch.nn layers without children, bricks, parametrized layers."""
     if isinstance(module, Brick) or parametrize.is_parametrized(module):
         return True
+    if type(module) is nn.Module:  # a bare holder of parameters, as in an exported program
+        return False
     return type(module).__module__.startswith("torch.nn.modules") and next(module.children(), None) is None
 
 
@@ -221,7 +223,7 @@ def _layer_of(node: fx.Node, value: Any) -> nn.Module | None:
     else:
         return None
     layer.weight, layer.bias = weight, bias
-    return layer
+    return layer.eval()  # an exported program was captured in evaluation mode
 
 
 def _is_assertion(node: fx.Node) -> bool:
