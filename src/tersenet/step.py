@@ -41,6 +41,7 @@ class Step:
     family: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     serves: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[str] = "nothing"  # of the data: "nothing", "inputs" (unlabelled will do) or "labels"
     needs_trained: ClassVar[bool] = True
     special_runtime: ClassVar[bool] = False
     changes_structure: ClassVar[bool] = True

@@ -1,0 +1,58 @@
+"""tersenet makes trained neural networks smaller and faster, and proves it.
+
+Names are fetched when they are first used, so that importing tersenet costs next to nothing and the command line
+answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# The promised names, and the module that holds each.
+_HOME = {
+    "Chain": "tersenet.step",
+    "Companion": "tersenet.step",
+    "FoldBatchNorm": "tersenet.rewrite.fold_batch_norm",
+    "NoEffect": "tersenet.errors",
+    "Plan": "tersenet.step",
+    "Preparation": "tersenet.task",
+    "PruneChannels": "tersenet.prune.prune_channels",
+    "Quantize": "tersenet.quantize.quantize",
+    "Recipe": "tersenet.recipe",
+    "Recover": "tersenet.train",
+    "Run": "tersenet.run",
+    "Score": "tersenet.task",
+    "Settle": "tersenet.rewrite.settle",
+    "SoftTargets": "tersenet.distill.soft_targets",
+    "Step": "tersenet.step",
+    "Task": "tersenet.task",
+    "TersenetError": "tersenet.errors",
+    "Train": "tersenet.train",
+    "compress": "tersenet.job",
+    "costs": "tersenet.graph.costs",
+    "dry_run": "tersenet.job",
+    "load": "tersenet.deploy.artifact",
+    "measure": "tersenet.deploy.measure",
+    "open_model": "tersenet.sources",
+    "open_task": "tersenet.sources",
+    "trace": "tersenet.graph.trace",
+}
+# Where the promised name differs from the name at home.
+_SPELLED = {"load": "load_terse"}
+
+__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tersenet' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), _SPELLED.get(name, name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
