@@ -1,0 +1,120 @@
+"""From what a user names (a model, data) to a model and a task."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tersenet import models
+from tersenet.data import open_data
+from tersenet.errors import ModelError, SettingsError
+from tersenet.graph.trace import trace
+from tersenet.models.sources import open_model as open_other
+from tersenet.task import Preparation, Task
+
+
+def open_model(spec: str, weights: str | Path | None = None) -> tuple[nn.Module, Preparation]:
+    """A model by name or file, in evaluation mode, and how its inputs are prepared.
+
+    Args:
+        spec: a name in tersenet.models ("resnet56"), "timm:NAME", "torchvision:NAME", "package.module:factory",
+            FILE.pt2 or FILE.terse.
+        weights: .safetensors, or .pt/.pth read without running code from it.
+    Raises:
+        ModelError: when there is no such model, or the weights do not fit it.
+    """
+    if spec.endswith(".onnx"):
+        raise ModelError(
+            f"{spec} is an ONNX file, which can be measured and scored but not changed; "
+            "give the PyTorch model, a .pt2 or a .terse file"
+        )
+    if spec.endswith(".terse"):
+        from tersenet.deploy.artifact import load_terse, terse_preparation
+
+        model, preparation = load_terse(Path(spec)), terse_preparation(Path(spec))
+        if weights is not None:
+            raise ModelError(f"{spec} holds its own weights; leave --weights out")
+        return model.eval(), preparation
+    model, preparation = open_other(spec, weights)
+    if spec.endswith(".pt2"):
+        # An exported program knows its input but not its layers; tracing it brings them back.
+        model = trace(model, example_of(preparation))
+        model.training = False
+    return model if spec.endswith(".pt2") else model.eval(), preparation
+
+
+def example_of(preparation: Preparation) -> torch.Tensor:
+    """Two made inputs of the right shape, (2, C, H, W), always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, preparation.channels, *preparation.size, generator=generator)
+
+
+def prepared(
+    preparation: Preparation,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: Sequence[int] | None = None,
+) -> Preparation:
+    """A preparation with some of its parts named by the user.
+
+    Raises:
+        SettingsError: when mean and std have different lengths, or a std is not positive.
+    """
+    changes = {
+        key: tuple(value) for key, value in (("mean", mean), ("std", std), ("size", size)) if value is not None
+    }
+    preparation = dataclasses.replace(preparation, **changes)
+    if len(preparation.mean) != len(preparation.std):
+        raise SettingsError(f"mean has {len(preparation.mean)} values and std has {len(preparation.std)}; give one per channel")
+    if min(preparation.std) <= 0:
+        raise SettingsError(f"std must be positive, got {list(preparation.std)}")
+    return preparation
+
+
+def open_task(
+    model: nn.Module,
+    preparation: Preparation,
+    data: str,
+    *,
+    validate: str | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    columns: tuple[str, str] | None = None,
+    on_bad_image: str = "stop",
+    quiet: bool = False,
+) -> Task:
+    """The task of a model on named data.
+
+    Args:
+        data: "digits", "parquet:DIR", "folder:DIR", "hf:NAME" or "random:3x224x224".
+        validate: a held-out set in the same form, for choosing; its test part is used, else all of it.
+    Raises:
+        DataError: when the data is missing, empty or broken.
+    """
+    options = {"batch_size": batch_size, "seed": seed, "columns": columns, "on_bad_image": on_bad_image}
+    found = open_data(data, preparation, **options)
+    held_out = None
+    if validate is not None:
+        other = open_data(validate, preparation, **options)
+        held_out = other.test if other.test is not None else other.train
+    labels = preparation.labels or found.labels
+    first = found.train or found.calibrate or found.test
+    example = next(iter(first))[0][:2].clone() if first is not None else example_of(preparation)
+    return Task(
+        example=example,
+        train=found.train,
+        calibrate=found.calibrate,
+        validate=held_out if held_out is not None else found.validate,
+        test=found.test,
+        original=model,
+        preparation=dataclasses.replace(preparation, labels=tuple(labels)),
+        seed=seed,
+        quiet=quiet,
+    )
+
+
+__all__ = ["example_of", "models", "open_model", "open_task", "prepared"]

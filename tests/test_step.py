@@ -1,0 +1,110 @@
+"""The contract itself: matching, chains, what is said when nothing happens and when something fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from tersenet.errors import ModelError, NoEffect, SettingsError
+from tersenet.step import Chain, Plan, Step, layers, replace, snake_case
+from tersenet.task import Task
+
+TASK = Task(example=torch.zeros(2, 4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widen(Step):
+    """A step for these tests: adds a bias of `by` to each linear layer's output."""
+
+    by: float = 1.0
+
+    def plan(self, model: nn.Module, task: Task) -> Plan:
+        return {path: self.by for path, _ in layers(model, (nn.Linear,), self)}
+
+    def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
+        for path, by in plan.items():
+            layer = model.get_submodule(path)
+            layer.bias = nn.Parameter(layer.bias.detach() + by)
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fail(Step):
+    changes_structure: ClassVar[bool] = False
+
+    def fit(self, model: nn.Module, task: Task) -> None:
+        raise ModelError("it cannot be done")
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 2), nn.Dropout()))
+
+
+def test_names_are_snake_case() -> None:
+    assert [snake_case(name) for name in ("PruneChannels", "FoldBatchNorm", "Train")] == [
+        "prune_channels",
+        "fold_batch_norm",
+        "train",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("only", "skip", "expected"),
+    [
+        ((), (), ["0", "2.0"]),
+        (("2.*",), (), ["2.0"]),
+        ((), ("0",), ["2.0"]),
+        (("Linear",), ("2.?",), ["0"]),
+        ((), ("linear",), []),
+        (("conv2d",), (), []),
+    ],
+)
+def test_only_and_skip_choose_by_path_wildcard_and_type(only: tuple, skip: tuple, expected: list) -> None:
+    found = [path for path, _ in layers(net(), (nn.Linear,), Widen(only=only, skip=skip))]
+    assert found == expected
+
+
+def test_a_bare_string_as_pattern_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"write skip: \[linear\]"):
+        Widen(skip="linear")  # type: ignore[arg-type]
+
+
+def test_a_step_that_matched_nothing_says_so() -> None:
+    with pytest.warns(NoEffect, match="widen matched no layer"):
+        model, plan = Widen(only=("nothing",)).run(net(), TASK)
+    assert plan == {}
+
+
+def test_a_chain_is_a_step_and_replays() -> None:
+    chain = Chain(steps=(Widen(by=1.0), Chain(steps=(Widen(by=2.0, only=("0",)),))))
+    original = net()
+    state = {key: value.clone() for key, value in original.state_dict().items()}
+    plan = chain.plan(original, TASK)
+    assert all(torch.equal(state[key], value) for key, value in original.state_dict().items())
+    replayed = chain.apply(original, plan)
+    assert torch.allclose(replayed[0].bias, state["0.bias"] + 3.0)
+    assert torch.allclose(replayed[2][0].bias, state["2.0.bias"] + 1.0)
+
+
+def test_a_chain_refuses_the_plan_of_another() -> None:
+    plan = Chain(steps=(Widen(),)).plan(net(), TASK)
+    with pytest.raises(SettingsError, match="the plan is of"):
+        Chain(steps=(Widen(), Widen())).apply(net(), plan)
+
+
+def test_an_error_names_its_step_once() -> None:
+    with pytest.raises(ModelError) as caught:
+        Chain(steps=(Widen(), Chain(steps=(Fail(),)))).run(net(), TASK)
+    assert str(caught.value) == "fail: it cannot be done"
+
+
+def test_replace_can_replace_the_root() -> None:
+    model = net()
+    assert replace(model, {"2.0": nn.Identity()}) is model
+    assert isinstance(model[2][0], nn.Identity)
+    root = nn.Identity()
+    assert replace(model, {"": root}) is root
