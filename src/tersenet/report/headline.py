@@ -1,0 +1,201 @@
+"""What a report comes down to: how much smaller, how much faster, at what loss, and the verdict in one sentence.
+
+The first row is the original, the last row is what ships. Headline size is the .terse file (else the .onnx), held
+against the original's float .onnx, the file that a user had before. Headline latency is that of the .onnx file in the
+first runtime named. "Not slower" means that the interval of the time left does not lie above 1.02.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from tersenet.report.words import (
+    bytes_text,
+    factor_text,
+    left_text,
+    milliseconds_text,
+    percent,
+    percent_span,
+    runtime_name,
+)
+
+SLACK = 1.02
+
+
+@dataclass(frozen=True)
+class Change:
+    """A quantity before and after, with the interval of what is left of it where that was measured."""
+
+    before: float
+    after: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def left(self) -> float:
+        return self.after / self.before
+
+    @property
+    def factor(self) -> float:
+        return self.before / self.after
+
+    @property
+    def grew(self) -> bool:
+        """Whether there is surely more of it than before, beyond the slack."""
+        return (self.left if self.low is None else self.low) > SLACK
+
+    @property
+    def shrank(self) -> bool:
+        """Whether there is surely less of it than before."""
+        return (self.left if self.high is None else self.high) < 1.0
+
+
+def first_runtime(report: dict[str, Any]) -> str | None:
+    """The runtime of the headline: the first one that a latency was measured in, as the rows name them in order."""
+    named = report["settings"].get("runtime") or report["settings"].get("runtimes") or []
+    named = [name.strip() for name in named.split(",")] if isinstance(named, str) else list(named)
+    measured = [runtime for row in (report["rows"][-1], *report["rows"]) for runtime in row.get("latency_ms", {})]
+    return next((name for name in (*named, *measured) if name in measured), None)
+
+
+def headline_bytes(row: dict[str, Any]) -> tuple[str, int] | None:
+    """The format and size of the file that counts: .terse, else .onnx."""
+    sizes = row.get("file_bytes", {})
+    return next(((kind, sizes[kind]) for kind in ("terse", "onnx") if sizes.get(kind)), None)
+
+
+def original_bytes(report: dict[str, Any]) -> tuple[str, int] | None:
+    """The format and size of the original float file: its .onnx, else its .terse."""
+    sizes = report["rows"][0].get("file_bytes", {})
+    return next(((kind, sizes[kind]) for kind in ("onnx", "terse") if sizes.get(kind)), None)
+
+
+def size_change(report: dict[str, Any], row: dict[str, Any]) -> Change | None:
+    """Bytes of the original float file against those of a row's file; None where one is not known."""
+    before, after = original_bytes(report), headline_bytes(row)
+    return Change(before[1], after[1]) if before and after else None
+
+
+def latency_change(report: dict[str, Any], row: dict[str, Any], runtime: str | None) -> Change | None:
+    """Milliseconds of the original against those of a row in a runtime; None where they cannot be compared.
+
+    Rows with other threads or batch are not comparable. Where the run did not measure the interval of the time left in
+    shared turns (`left_interval`), the widest one that both rows' intervals allow is taken, so that a gain is not
+    claimed too easily.
+    """
+    before = report["rows"][0].get("latency_ms", {}).get(runtime)
+    after = row.get("latency_ms", {}).get(runtime)
+    if not before or not after or not before["median"] or not after["median"]:
+        return None
+    if any(before.get(key) != after.get(key) for key in ("threads", "batch")):
+        return None
+    low, high = after["low"] / max(before["high"], 1e-12), after["high"] / max(before["low"], 1e-12)
+    if after.get("left_interval"):
+        low, high = after["left_interval"]
+    return Change(before["median"], after["median"], low, high)
+
+
+def drop(report: dict[str, Any], row: dict[str, Any]) -> float | None:
+    """Points of score lost against the original; negative when it gained."""
+    before, after = report["rows"][0].get("score"), row.get("score")
+    return None if before is None or after is None else 100 * (before - after)
+
+
+def missed_by(target: dict[str, Any]) -> str | None:
+    """How far a target was missed, in its own unit ("0.06x"); None where the two values cannot be subtracted."""
+    parts = [
+        re.fullmatch(r"\D*?(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)\s*(\D*)", str(target[key])) for key in ("wanted", "got")
+    ]
+    if parts[0] is None or parts[1] is None or parts[0][2].strip() != parts[1][2].strip():
+        return None
+    unit = parts[0][2].strip()
+    return f"{abs(float(parts[1][1]) - float(parts[0][1])):.3g}{' ' if len(unit) > 1 else ''}{unit}"
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """The outcome in one sentence, bad news included."""
+    rows = report["rows"]
+    if len(rows) == 1:
+        return f"The original as it is: {', '.join(facts(report, rows[0])) or 'nothing was measured'}"
+    sentence = gains(report) + score_clause(report) + targets_clause(report)
+    return sentence[0].upper() + sentence[1:]
+
+
+def facts(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    """A row's size, latency and score without a comparison."""
+    found = []
+    if size := headline_bytes(row):
+        found.append(f"{bytes_text(size[1])} as .{size[0]}")
+    runtime = first_runtime(report)
+    if runtime and (latency := row.get("latency_ms", {}).get(runtime)):
+        found.append(f"{milliseconds_text(latency['median'])} in {runtime_name(runtime)}")
+    if row.get("score") is not None:
+        found.append(score_text(report, row))
+    return found
+
+
+def gains(report: dict[str, Any]) -> str:
+    """ "2.1x smaller (0.48 of the bytes) and 1.9x faster in ONNX Runtime (0.52 of the time) than ..." """
+    last, runtime = report["rows"][-1], first_runtime(report)
+    size, time = size_change(report, last), latency_change(report, last, runtime)
+    phrases: list[tuple[bool, str]] = []
+    if size:
+        word = f"{factor_text(size.factor)} smaller" if size.shrank else "not smaller"
+        word = f"{factor_text(size.left)} LARGER" if size.grew else word
+        phrases.append((size.shrank, f"{word} ({left_text(size.left)} of the bytes)"))
+    if time:
+        word = f"{factor_text(time.factor)} faster" if time.shrank else "NOT faster"
+        word = f"{factor_text(time.left)} SLOWER" if time.grew else word
+        phrases.append((time.shrank, f"{word} in {runtime_name(runtime or '')} ({left_text(time.left)} of the time)"))
+    if not phrases:
+        return "neither size nor latency can be compared with the original"
+    joint = " and " if len({good for good, _ in phrases}) == 1 else " but "
+    text = joint.join(words for _, words in phrases) + " than the original float file"
+    return text if time else text + " (latency was not compared)"
+
+
+def score_clause(report: dict[str, Any]) -> str:
+    """ ", at 0.23 points of accuracy lost (91.50 % of 10,000 images, 95 % interval 90.9-92.0, ...)" """
+    first, last = report["rows"][0], report["rows"][-1]
+    lost = drop(report, last)
+    if lost is None:
+        return ", with no score measured"
+    name = report["settings"].get("metric") or "accuracy"
+    clause = (
+        f", at {lost:.2f} points of {name} lost" if lost >= 0.005 else f", with {-lost:.2f} points of {name} gained"
+    )
+    clause = f", with no {name} lost" if abs(lost) < 0.005 else clause
+    inside = ""
+    if lost >= 0.005 and last.get("score_interval"):
+        holds = first["score"] <= last["score_interval"][1]
+        inside = f", which {'holds' if holds else 'lies below'} the original's {percent(first['score'])}"
+    return f"{clause} ({score_text(report, last)}{inside})"
+
+
+def score_text(report: dict[str, Any], row: dict[str, Any]) -> str:
+    """ "91.50 % of 10,000 images, 95 % interval 90.9-92.0" """
+    samples = (
+        f" of {row['samples']:,} {report['settings'].get('samples_are') or 'images'}" if row.get("samples") else ""
+    )
+    interval = f", 95 % interval {percent_span(row['score_interval'])}" if row.get("score_interval") else ""
+    return percent(row["score"]) + samples + interval
+
+
+def targets_clause(report: dict[str, Any]) -> str:
+    """ "; the target for latency was MISSED by 0.06x (wanted 0.5x, got 0.56x)", or that all were met."""
+    targets = report.get("targets", [])
+    clauses = []
+    for target in targets:
+        if not target["met"]:
+            by = missed_by(target) if target["got"] is not None else None
+            got = "it was not measured" if target["got"] is None else f"got {target['got']}"
+            clauses.append(
+                f"the target for {target['what']} was MISSED{f' by {by}' if by else ''} (wanted {target['wanted']}, {got})"
+            )
+    if clauses:
+        return "; " + " and ".join(clauses)
+    return (
+        "" if not targets else "; the target was met" if len(targets) == 1 else f"; all {len(targets)} targets were met"
+    )

@@ -1,0 +1,113 @@
+"""The rows of a report as a table for the terminal, made to fit 100 columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from tersenet.report.headline import Change, drop, first_runtime, latency_change, original_bytes
+from tersenet.report.words import (
+    both_ways,
+    bytes_text,
+    count_text,
+    milliseconds_span,
+    milliseconds_text,
+    percent,
+    percent_span,
+    points_text,
+    runtime_name,
+)
+
+
+def table(report: dict[str, Any]) -> Table:
+    """Steps down, quantities across; under each value its 95 % interval, or the gain both ways ("2.8x; 0.36")."""
+    rows, runtime = report["rows"], first_runtime(report)
+    kinds = [kind for kind in ("terse", "onnx") if any(kind in row.get("file_bytes", {}) for row in rows)]
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption(report, runtime), caption_justify="left")
+    grid.add_column("step", overflow="fold", max_width=20)
+    heads = ["score", "drop", "params", "MACs", *(f".{kind}" for kind in kinds)]
+    for head in [*heads, *([runtime_name(runtime)] if runtime else [])]:
+        grid.add_column(head, justify="right", no_wrap=True)
+    for index, row in enumerate(rows):
+        cells = [score_cell(row), drop_cell(report, row), *count_cells(report, row)]
+        cells += [bytes_cell(report, row, kind) for kind in kinds]
+        if runtime:
+            cells.append(latency_cell(report, row, runtime))
+        shipped = index == len(rows) - 1 and index > 0
+        grid.add_row(Text(row["step"], style="bold" if shipped else ""), *cells, end_section=index == 0)
+    return grid
+
+
+def caption(report: dict[str, Any], runtime: str | None) -> str:
+    """What the columns rest on: samples, intervals, threads and batch, and what the gains are held against."""
+    said = []
+    samples = sorted({row["samples"] for row in report["rows"] if row.get("samples")})
+    if samples:
+        said.append(f"score on {' or '.join(f'{count:,}' for count in samples)} samples, 95 % interval")
+    latency = report["rows"][0].get("latency_ms", {}).get(runtime)
+    if latency:
+        shared = ", ".join(f"{key} {latency[key]}" for key in ("threads", "batch") if key in latency)
+        said.append(f"median latency of one call{f' ({shared})' if shared else ''}")
+    if before := original_bytes(report):
+        said.append(f"bytes against the original's .{before[0]}")
+    return "; ".join(said)
+
+
+def cell(value: str, below: str = "", style: str = "") -> Text:
+    """A value with a dim line under it."""
+    text = Text(value, style=style)
+    return text.append(f"\n{below}", style="dim") if below else text
+
+
+def gain(change: Change | None) -> str:
+    return both_ways(change.before, change.after) if change else ""
+
+
+def score_cell(row: dict[str, Any]) -> Text:
+    if row.get("score") is None:
+        return cell("-")
+    return cell(percent(row["score"]), percent_span(row["score_interval"]) if row.get("score_interval") else "")
+
+
+def drop_cell(report: dict[str, Any], row: dict[str, Any]) -> Text:
+    """Points lost; a loss that is larger than the interval explains is red, a gain is green."""
+    lost = drop(report, row)
+    if lost is None or row is report["rows"][0]:
+        return cell("")
+    interval = row.get("score_interval")
+    sure = interval is not None and interval[1] < report["rows"][0]["score"]
+    return cell(points_text(lost), style="red" if sure else "green" if lost < -0.005 else "")
+
+
+def count_cells(report: dict[str, Any], row: dict[str, Any]) -> list[Text]:
+    cells = []
+    for key in ("params", "macs"):
+        before, after = report["rows"][0].get(key), row.get(key)
+        below = both_ways(before, after) if before and after and before != after else ""
+        cells.append(cell("-" if after is None else count_text(after), below))
+    return cells
+
+
+def bytes_cell(report: dict[str, Any], row: dict[str, Any], kind: str) -> Text:
+    size, before = row.get("file_bytes", {}).get(kind), original_bytes(report)
+    if size is None or before is None:
+        return cell("-")
+    itself = row is report["rows"][0] and kind == before[0]
+    return cell(bytes_text(size), "" if itself else both_ways(before[1], size))
+
+
+def latency_cell(report: dict[str, Any], row: dict[str, Any], runtime: str) -> Text:
+    """Median, its interval and the gain. Slower beyond doubt is red, faster beyond doubt is green."""
+    latency = row.get("latency_ms", {}).get(runtime)
+    if not latency:
+        return cell("-")
+    span = milliseconds_span(latency["low"], latency["high"])
+    if row is report["rows"][0]:
+        return cell(milliseconds_text(latency["median"]), span)
+    change = latency_change(report, row, runtime)
+    style = "" if change is None else "red" if change.grew else "green" if change.shrank else ""
+    value = cell(milliseconds_text(latency["median"]), span, style)
+    return value.append(f"\n{gain(change)}", style="dim") if change else value
