@@ -1,0 +1,272 @@
+"""Opens a file in the runtime that ships it: ONNX Runtime, OpenVINO or PyTorch, all behind one `Runner`.
+
+Every runtime is set to the same thing, said explicitly rather than left to its defaults: float32 stays float32, a
+fixed number of threads, one request at a time, all graph optimisations. OpenVINO's own default on CPUs with bfloat16
+is a lower precision, which would compare a float file with something else.
+
+To add a runtime: an opener here and one line in `RUNTIMES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tersenet.errors import DataError, FileError, SettingsError, TersenetError, require
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A file (or a module) that is open in a runtime.
+
+    Args:
+        runtime: a name of `RUNTIMES`.
+        path: the file; None for a module in memory.
+        input_shape: (N, ...) with None for each open size.
+        call: the bare call, float32 (N, ...) -> float32 (N, ...); what measuring times. No checks.
+        threads: how many the runtime may use.
+        metadata: what the file says about itself, such as its labels.
+    """
+
+    runtime: str
+    path: Path | None
+    input_shape: tuple[int | None, ...]
+    call: Callable[[Array], Array] = field(repr=False)
+    threads: int = 1
+    metadata: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        return str(self.path) if self.path is not None else "the module in memory"
+
+    def run(self, x: Array) -> Array:
+        """The first output, as float32. Any batch: a file with a fixed one is called in pieces, the last one padded.
+
+        Args:
+            x: (N, ...), converted to float32.
+        Raises:
+            DataError: when x does not fit the input.
+        """
+        x = np.ascontiguousarray(x, dtype=np.float32)
+        expected = self.input_shape
+        fits = x.ndim == len(expected) and all(
+            size in (None, got) for size, got in zip(expected[1:], x.shape[1:], strict=True)
+        )
+        if not fits or len(x) == 0:
+            shape = "x".join("N" if size is None else str(size) for size in expected)
+            raise DataError(f"the input of {self.name} must be {shape}, got {'x'.join(map(str, x.shape))}")
+        batch = expected[0]
+        if batch is None or batch == len(x):
+            return self.call(x)
+        pieces = []
+        for start in range(0, len(x), batch):
+            piece = x[start : start + batch]
+            padded = np.concatenate([piece, np.zeros((batch - len(piece), *x.shape[1:]), np.float32)])
+            pieces.append(self.call(padded)[: len(piece)])
+        return np.concatenate(pieces)
+
+
+def open_file(path: str | Path, runtime: str | None = None, threads: int = 1) -> Runner:
+    """Opens a file in a runtime.
+
+    Args:
+        path: .onnx, .xml (OpenVINO), .pt2 or .terse.
+        runtime: a name of `RUNTIMES`; None takes the first that reads this kind of file.
+        threads: how many threads one call may use.
+    Raises:
+        SettingsError: on an unknown runtime, or one that cannot read this kind of file.
+        FileError: when the file is missing or damaged.
+        MissingExtra: when the runtime is not installed; names the extra.
+    """
+    path = Path(path)
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise SettingsError(f"threads must be a whole number of at least 1, got {threads!r}")
+    name = runtime_for(path) if runtime is None else runtime
+    if name not in RUNTIMES:
+        raise SettingsError(f"there is no runtime {name!r}; the known ones are {', '.join(RUNTIMES)}")
+    entry = RUNTIMES[name]
+    if path.suffix.lower() not in entry.suffixes:
+        raise SettingsError(f"{name} cannot read {path.name}; it reads {', '.join(entry.suffixes)}")
+    if not path.is_file():
+        raise FileError(f"there is no file {path}; check the path")
+    if entry.extra is not None:
+        require(entry.package, entry.extra, f"run {path.name}")
+    try:
+        return entry.opener(path, threads)
+    except TersenetError:
+        raise
+    except Exception as error:  # each runtime has its own kinds; all mean that it refused the file
+        raise FileError(f"{name} cannot open {path}: {_first_line(error)}; export the file again") from error
+
+
+def open_module(model: Any, threads: int = 1, input_shape: tuple[int | None, ...] | None = None) -> Runner:
+    """A PyTorch module in memory as a runner: in evaluation mode while it is called, its modes put back after.
+
+    Args:
+        model: an nn.Module of one input.
+        threads: how many threads one call may use; PyTorch's own setting is put back after each call.
+        input_shape: (N, ...) with None for open sizes; None takes images of any size, (N, C, H, W).
+    """
+    import torch
+
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def call(x: Array) -> Array:
+        with torch_threads(threads), _evaluating(model), torch.inference_mode():
+            return _array(_first(model(torch.from_numpy(x).to(device))))
+
+    return Runner("pytorch", None, input_shape or (None, None, None, None), call, threads)
+
+
+def runtime_for(path: str | Path) -> str:
+    """The first runtime of `RUNTIMES` that reads this kind of file.
+
+    Raises:
+        SettingsError: when none does.
+    """
+    suffix = Path(path).suffix.lower()
+    for name, entry in RUNTIMES.items():
+        if suffix in entry.suffixes:
+            return name
+    kinds = "; ".join(f"{name} reads {', '.join(entry.suffixes)}" for name, entry in RUNTIMES.items())
+    raise SettingsError(f"no runtime reads {Path(path).name} ({kinds})")
+
+
+@contextlib.contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """PyTorch with this many threads inside the block. The setting is the process's, so it is put back."""
+    import torch
+
+    before = torch.get_num_threads()
+    if before == threads:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _open_onnxruntime(path: Path, threads: int) -> Runner:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 4  # what goes wrong is raised; its log would only repeat it on standard error
+    # Workers of a finished call must not spin into the turn of the next contender.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = _only_input(path, [node.name for node in session.get_inputs()])
+    fetch = [session.get_outputs()[0].name]
+    shape = tuple(size if isinstance(size, int) else None for size in session.get_inputs()[0].shape)
+
+    def call(x: Array) -> Array:
+        return np.asarray(session.run(fetch, {feed: x})[0], dtype=np.float32)
+
+    return Runner("onnxruntime", path, shape, call, threads, dict(session.get_modelmeta().custom_metadata_map))
+
+
+def _open_openvino(path: Path, threads: int) -> Runner:
+    import openvino as ov
+
+    if path.suffix.lower() == ".xml" and not path.with_suffix(".bin").is_file():
+        raise FileError(f"the weights of {path} are missing: there is no {path.with_suffix('.bin').name} beside it")
+    core = ov.Core()
+    model = core.read_model(str(path))
+    _only_input(path, [node.get_any_name() for node in model.inputs])
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # measuring pins the whole process itself, every contender alike
+    }
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    shape = tuple(size.get_length() if size.is_static else None for size in model.input(0).get_partial_shape())
+    # The ONNX reader keeps the file's own metadata under this heading, and OpenVINO's files carry it on.
+    said = model.get_rt_info(["framework"]).value if model.has_rt_info(["framework"]) else {}
+    metadata = {key: str(getattr(value, "value", value)) for key, value in said.items()}
+
+    def call(x: Array) -> Array:
+        # share_inputs saves a copy of the input; the output is copied out, as ONNX Runtime does too.
+        return np.asarray(request.infer([x], share_inputs=True)[0], dtype=np.float32)
+
+    return Runner("openvino", path, shape, call, threads, metadata)
+
+
+def _open_pytorch(path: Path, threads: int) -> Runner:
+    metadata: dict[str, str] = {}
+    if path.suffix.lower() == ".terse":
+        from tersenet.deploy.artifact import load_terse
+
+        model = load_terse(path)
+        shape = getattr(model, "input_shape", None)
+    else:
+        from tersenet.deploy.pt2 import read_pt2
+
+        model, shape, metadata = read_pt2(path)
+    runner = open_module(model, threads, shape)
+    return Runner("pytorch", path, runner.input_shape, runner.call, threads, metadata)
+
+
+class Runtime(NamedTuple):
+    """How a runtime opens files: the opener, the suffixes it reads, its package, and the extra that installs it
+    (None: part of the core)."""
+
+    opener: Callable[[Path, int], Runner]
+    suffixes: tuple[str, ...]
+    package: str
+    extra: str | None
+
+
+# The first that reads a suffix is its default.
+RUNTIMES: dict[str, Runtime] = {
+    "onnxruntime": Runtime(_open_onnxruntime, (".onnx",), "onnxruntime", "onnx"),
+    "openvino": Runtime(_open_openvino, (".onnx", ".xml"), "openvino", "openvino"),
+    "pytorch": Runtime(_open_pytorch, (".pt2", ".terse"), "torch", None),
+}
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode inside the block. Flags are set directly: an exported module refuses `eval()`."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _only_input(path: Path, names: list[str]) -> str:
+    if len(names) != 1:
+        raise FileError(f"{path} has {len(names)} inputs ({', '.join(names)}); files of one input can be run here")
+    return names[0]
+
+
+def _first(outputs: Any) -> Any:
+    while isinstance(outputs, tuple | list | dict):
+        outputs = next(iter(outputs.values())) if isinstance(outputs, dict) else outputs[0]
+    return outputs
+
+
+def _array(tensor: Any) -> Array:
+    return np.asarray(tensor.detach().cpu().float().numpy())
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".")[:300] if lines else type(error).__name__
