@@ -190,10 +190,9 @@ def targets_clause(report: dict[str, Any]) -> str:
     for target in targets:
         if not target["met"]:
             by = missed_by(target) if target["got"] is not None else None
+            missed = f"MISSED by {by}" if by else "MISSED"
             got = "it was not measured" if target["got"] is None else f"got {target['got']}"
-            clauses.append(
-                f"the target for {target['what']} was MISSED{f' by {by}' if by else ''} (wanted {target['wanted']}, {got})"
-            )
+            clauses.append(f"the target for {target['what']} was {missed} (wanted {target['wanted']}, {got})")
     if clauses:
         return "; " + " and ".join(clauses)
     return (

@@ -74,7 +74,7 @@ def row(
 
 
 def target(what: str, wanted: str | float, got: str | float | None, met: bool) -> dict[str, Any]:
-    """A target and what became of it. Give both values in one unit ("0.5x" and "0.56x") so that the miss can be said."""
+    """A target and what became of it. Both values in one unit ("0.5x" and "0.56x"), so that the miss can be said."""
     return {"what": what, "wanted": wanted, "got": got, "met": met}
 
 
