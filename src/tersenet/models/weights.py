@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import pickletools
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersenet.atomic import writing
 from tersenet.errors import FileError, ModelError
 
 # What training scripts put around a state dict, and what DataParallel and torch.compile put before its names.
@@ -48,12 +50,11 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a model's numbers as .safetensors: either the whole file is there afterwards, or what was there before.
 
     Raises:
-        FileError: when the file cannot be written.
+        TersenetError: when the disk is full or the folder cannot be written.
         ModelError: when an entry of the state dict is no dense tensor with numbers in it.
     """
     from safetensors.torch import save
 
-    path = Path(path)
     state = model.state_dict()
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
@@ -69,24 +70,9 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         storage = tensor.untyped_storage().data_ptr()
         tensors[key] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
-    _write(path, save(tensors, metadata={"format": "pt", **kept}))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Beside the target, to the disk, then renamed: a crash at any moment leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise FileError(
-            f"the weights cannot be written to {path}: {error.strerror or error}; give a folder that exists and has "
-            f"{len(content):,} bytes free"
-        ) from error
+    with writing(path) as temporary:
+        # Not save_file: it reports a full disk as an error of its own.
+        temporary.write_bytes(save(tensors, metadata={"format": "pt", **kept}))
 
 
 def _aliases(state: Mapping[str, Any]) -> dict[str, str]:
@@ -153,9 +139,9 @@ def _read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         said = str(error)
-        # torch names the global that it met, or the operand with which newer protocols look one up.
+        # torch names the global that it met, except in pickles of newer protocols.
         named = re.search(r"(?:GLOBAL|class) ([\w.]+\.\w+)", said)
-        if named is None and "Unsupported operand" not in said:
+        if named is None and not _is_pickle(path):
             raise FileError(f"{path} is damaged or no file of torch.save; copy or download it again") from error
         raise FileError(
             f"{path} was refused and nothing in it was executed: it is a pickle that calls "
@@ -166,6 +152,14 @@ def _read_pickle(path: Path) -> Any:
         # A damaged file makes torch.load raise nearly anything; the first sentence of what it said is enough.
         said = re.split(r"\.\s|\n", str(error).strip())[0] or type(error).__name__
         raise FileError(f"{path} is damaged or no file of torch.save ({said}); copy or download it again") from error
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether the file reads as pickle instructions up to the end; they are only listed, not followed."""
+    try:
+        return any(instruction.name == "STOP" for instruction, _, _ in pickletools.genops(path.read_bytes()))
+    except Exception:  # noqa: BLE001 - pickletools raises many kinds on what is no pickle
+        return False
 
 
 def _fitting_names(state: Mapping[str, Tensor], own: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
