@@ -1,0 +1,96 @@
+"""Folding batch norms into the layers before them, exactly.
+
+In evaluation a batch norm is a fixed scale and shift per channel, which the convolution or linear layer in front can
+take over: Jacob et al., "Quantization and training of neural networks", arXiv:1712.05877, section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+
+from tersenet.bricks.brick import Brick
+
+
+def foldable(graph: fx.GraphModule) -> list[tuple[str, str]]:
+    """(layer, norm) paths of the batch norms that can be folded.
+
+    The norm must be the only user of the layer, both must be called once, and the norm must keep running statistics.
+    A layer with a mask or another parametrization is left alone: settle it first.
+    """
+    calls = Counter(node.target for node in graph.graph.nodes if node.op == "call_module")
+    found = []
+    for node in graph.graph.nodes:
+        if node.op != "call_module" or not isinstance(node.args[0], fx.Node):
+            continue
+        before = node.args[0]
+        if before.op != "call_module" or len(before.users) != 1 or calls[node.target] != 1 or calls[before.target] != 1:
+            continue
+        layer, norm = graph.get_submodule(str(before.target)), graph.get_submodule(str(node.target))
+        if _fits(layer, norm) and not (isinstance(layer, nn.Linear) and len(before.meta["shape"]) != 2):
+            found.append((str(before.target), str(node.target)))
+    return found
+
+
+def _fits(layer: nn.Module, norm: nn.Module) -> bool:
+    return (
+        isinstance(layer, _ConvNd | nn.Linear)
+        and not isinstance(layer, Brick)
+        and isinstance(norm, _BatchNorm)
+        and norm.running_mean is not None
+        and not parametrize.is_parametrized(layer)
+        and not parametrize.is_parametrized(norm)
+    )
+
+
+def fold(layer: nn.Module, norm: nn.Module) -> None:
+    """Moves an evaluating batch norm into the weight and bias of the layer before it; gives it a bias if it has none.
+
+    weight' = weight * g / sqrt(var + eps), bias' = (bias - mean) * g / sqrt(var + eps) + b, per output channel.
+    """
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    wide = {"device": weight.device, "dtype": torch.float64}
+    with torch.no_grad():
+        mean, variance = norm.running_mean.to(**wide), norm.running_var.to(**wide)  # type: ignore[union-attr, operator]
+        factor = torch.rsqrt(variance + norm.eps)  # type: ignore[operator]
+        shift = torch.zeros_like(mean)
+        if norm.weight is not None:
+            factor = factor * norm.weight.to(**wide)  # type: ignore[operator]
+        if norm.bias is not None:
+            shift = norm.bias.to(**wide)  # type: ignore[operator]
+        bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.to(**wide)  # type: ignore[operator]
+        folded = (weight.double() * _beside(factor, layer)).to(weight.dtype)
+        layer.weight = nn.Parameter(folded, requires_grad=weight.requires_grad)
+        layer.bias = nn.Parameter(((bias - mean) * factor + shift).to(weight.dtype))
+
+
+def _beside(factor: Tensor, layer: nn.Module) -> Tensor:
+    """(O,) shaped to stand beside the layer's weight."""
+    if isinstance(
+        layer, _ConvTransposeNd
+    ):  # weight (I, O / groups, ...): output channel = group * (O / groups) + column
+        groups = factor.reshape(layer.groups, 1, -1)  # (G, 1, O / G)
+        rows = groups.expand(-1, layer.in_channels // layer.groups, -1).reshape(layer.in_channels, -1)  # (I, O / G)
+        return rows.reshape(*rows.shape, *(1,) * (layer.weight.dim() - 2))
+    return factor.reshape(-1, *(1,) * (layer.weight.dim() - 1))  # type: ignore[operator, union-attr]
+
+
+def fold_all(graph: fx.GraphModule) -> list[str]:
+    """Folds every batch norm that can be, and takes them out of the graph. Returns the paths of the norms."""
+    pairs = foldable(graph)
+    norms = {norm for _, norm in pairs}
+    for layer, norm in pairs:
+        fold(graph.get_submodule(layer), graph.get_submodule(norm))
+    for node in list(graph.graph.nodes):
+        if node.op == "call_module" and node.target in norms:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    if norms:
+        graph.delete_all_unused_submodules()
+        graph.recompile()
+    return sorted(norms)

@@ -1,0 +1,248 @@
+"""Where activations must be rounded so that int8 runtimes run the whole network in integers.
+
+A runtime fuses an operator into int8 when every input and the output of it are quantized. So a value is rounded where
+- a quantized layer reads it (the model's input among them), or
+- it leaves a quantized convolution, because no runtime here has an int8 convolution with a float output, or
+- it leaves an addition, multiplication, pooling or concatenation whose result is rounded further on;
+always after the ReLU or clip that follows directly, never between (the clip is then part of the rounding). The model's
+outputs stay float. Operators that only move or choose values keep the grid of their input, and so do the inputs of a
+concatenation; values that share a grid form one group. This is what ONNX Runtime's QDQ fusion
+(onnxruntime/core/optimizer/qdq_transformer) and OpenVINO's low-precision transformations ask for.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+aten = torch.ops.aten
+
+_CLIP_LAYERS = (nn.ReLU, nn.ReLU6)
+_CLIPS = {aten.relu.default, aten.relu_.default, aten.relu6.default}
+_RANGED_CLIPS = {aten.hardtanh.default, aten.hardtanh_.default, aten.clamp.default, aten.clamp_.default}
+_ADDS = {aten.add.Tensor, aten.add_.Tensor, operator.add}
+_MULS = {aten.mul.Tensor, aten.mul_.Tensor, operator.mul}
+_CONCATS = {aten.cat.default, aten.concat.default}
+_POOL_LAYERS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_POOLS = {aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim}
+_SAME_LAYERS = (
+    nn.MaxPool2d,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.PixelShuffle,
+    nn.ChannelShuffle,
+)
+_SAMES = {
+    aten.max_pool2d.default,
+    aten.flatten.using_ints,
+    aten.view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.dropout.default,
+    aten.slice.Tensor,
+    aten.pixel_shuffle.default,
+    aten.channel_shuffle.default,
+}
+
+
+@dataclass(frozen=True)
+class Points:
+    """Where to round.
+
+    Attributes:
+        groups: name of a grid -> names of the nodes whose value is rounded to it, in the order of the forward.
+        floats: node name -> operator or layer type, of the operators that compute in float although what they read
+            is rounded. They cost speed.
+    """
+
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    floats: dict[str, str] = field(default_factory=dict)
+
+
+def activation_points(graph: fx.GraphModule, quantized: Collection[str], copies: Collection[str] = ()) -> Points:
+    """Finds the points of a traced model.
+
+    Args:
+        graph: from `graph.trace.trace`, with batch norms folded.
+        quantized: paths of the layers that will be quantized.
+        copies: those of them that only move values, so that their output keeps the grid of their input.
+    """
+    return _Walk(graph, set(quantized), set(copies)).points()
+
+
+class _Walk:
+    def __init__(self, graph: fx.GraphModule, quantized: set[str], copies: set[str]) -> None:
+        self.graph, self.quantized, self.copies = graph, quantized, copies
+        self.nodes = list(graph.graph.nodes)
+        self.kinds = {node: self._kind(node) for node in self.nodes}
+        self.parent: dict[fx.Node, fx.Node] = {}
+        self.rounded: set[fx.Node] = set()
+
+    def points(self) -> Points:
+        # Backwards: whether a value is rounded depends on what reads it.
+        for node in reversed(self.nodes):
+            if self._is_activation(node) and self._must_round(node):
+                self.rounded.add(node)
+        self._share()
+        groups: dict[str, list[str]] = {}
+        names: dict[fx.Node, str] = {}
+        for node in self.nodes:
+            if node in self.rounded:
+                name = names.setdefault(self._root(node), f"{_path_name(node)}_out")
+                groups.setdefault(name, []).append(node.name)
+        return Points(groups, self._floats())
+
+    def _kind(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            layer = self.graph.get_submodule(str(node.target))
+            if node.target in self.quantized:
+                return "convolution" if isinstance(layer, nn.Conv2d) else "linear"
+            if isinstance(layer, _CLIP_LAYERS) or (isinstance(layer, nn.Hardtanh) and layer.min_val == 0):
+                return "clip"
+            if isinstance(layer, _POOL_LAYERS):
+                return "pool"
+            return "same" if isinstance(layer, _SAME_LAYERS) and not _returns_indices(layer) else "float"
+        if node.op != "call_function":
+            return node.op
+        return self._kind_of_operator(node)
+
+    def _kind_of_operator(self, node: fx.Node) -> str:
+        target = node.target
+        if target in _CLIPS or (target in _RANGED_CLIPS and len(node.args) > 1 and node.args[1] == 0):
+            return "clip"
+        if target in _ADDS or target in _MULS:
+            both = len(node.args) == 2 and all(isinstance(a, fx.Node) and self._is_activation(a) for a in node.args)
+            return ("add" if target in _ADDS else "mul") if both and not node.kwargs else "float"
+        if target in _CONCATS:
+            return "concat" if all(map(self._is_activation, node.all_input_nodes)) else "float"
+        if target in _POOLS:
+            return "pool" if target is not aten.mean.dim or _is_global_pool(node) else "float"
+        return "same" if target in _SAMES else "float"
+
+    @staticmethod
+    def _is_activation(node: fx.Node) -> bool:
+        return (
+            node.op != "get_attr"
+            and node.op != "output"
+            and node.meta.get("dtype") in (torch.float32, torch.float16, torch.float64)
+        )
+
+    def _end(self, node: fx.Node) -> fx.Node:
+        """The clip that is fused into this node, or the node itself."""
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        return (
+            user
+            if user is not None and self.kinds[user] == "clip" and self.kinds[node] not in ("clip", "same")
+            else node
+        )
+
+    def _must_round(self, node: fx.Node) -> bool:
+        if self._end(node) is not node:
+            return False
+        if any(self._reads_rounded(user) for user in node.users):
+            return True
+        start = node
+        if self.kinds[node] == "clip" and self._end(node.args[0]) is node:  # type: ignore[arg-type]
+            start = node.args[0]  # type: ignore[assignment]
+        return self.kinds[start] == "convolution" and not self._only_leaves(node)
+
+    def _reads_rounded(self, user: fx.Node) -> bool:
+        kind = self.kinds[user]
+        if kind in ("convolution", "linear"):
+            return True
+        if kind in ("add", "mul", "concat", "pool"):
+            return self._end(user) in self.rounded
+        return kind == "same" and user in self.rounded
+
+    def _only_leaves(self, node: fx.Node) -> bool:
+        """Whether a value goes to the model's outputs and nowhere else."""
+        return all(u.op == "output" or (self.kinds[u] == "same" and self._only_leaves(u)) for u in node.users)
+
+    def _share(self) -> None:
+        """Joins the values that must have one grid."""
+        seen: dict[str, fx.Node] = {}
+        for node in self.nodes:
+            kind = self.kinds[node]
+            copies = kind == "convolution" and node.target in self.copies
+            if (kind in ("same", "concat") or copies) and node in self.rounded:
+                for source in node.all_input_nodes:
+                    if source in self.rounded:
+                        self._join(source, node)
+            if kind in ("convolution", "linear"):  # a layer that is called twice has one input scale
+                first = seen.setdefault(str(node.target), node.args[0])  # type: ignore[arg-type]
+                self._join(first, node.args[0])  # type: ignore[arg-type]
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        while node in self.parent:
+            node = self.parent[node]
+        return node
+
+    def _join(self, a: fx.Node, b: fx.Node) -> None:
+        a, b = self._root(a), self._root(b)
+        if a is not b:
+            self.parent[b] = a
+
+    def _floats(self) -> dict[str, str]:
+        found = {}
+        for node in self.nodes:
+            if self.kinds[node] in ("placeholder", "output", "get_attr", "convolution", "linear", "clip", "same"):
+                continue
+            if self.kinds[node] != "float" and self._end(node) in self.rounded:
+                continue
+            if self._is_activation(node) and any(source in self.rounded for source in node.all_input_nodes):
+                layer = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+                found[node.name] = type(layer).__name__ if layer is not None else str(node.target)
+        return found
+
+
+def _is_global_pool(node: fx.Node) -> bool:
+    """Whether a mean is over H and W of (N, C, H, W)."""
+    source, dims = node.args[0], node.args[1]
+    return (
+        isinstance(source, fx.Node)
+        and len(source.meta.get("shape", ())) == 4
+        and isinstance(dims, list | tuple)
+        and sorted(int(dim) % 4 for dim in dims) == [2, 3]  # type: ignore[arg-type, call-overload]
+    )
+
+
+def _returns_indices(layer: nn.Module) -> bool:
+    return bool(getattr(layer, "return_indices", False))
+
+
+def _path_name(node: fx.Node) -> str:
+    """A name that can be a module's: the layer's path where the node is one."""
+    return str(node.target if node.op == "call_module" else node.name).replace(".", "_")
+
+
+def insert_after(graph: fx.GraphModule, groups: dict[str, list[str]], path: str, make: type[nn.Module]) -> None:
+    """Puts one module per group, at `path`.name, and calls it on every node of the group.
+
+    Raises:
+        KeyError: naming the node that the graph does not have.
+    """
+    by_name = {node.name: node for node in graph.graph.nodes}
+    for name, members in groups.items():
+        graph.add_submodule(f"{path}.{name}", make())
+        for member in members:
+            node = by_name[member]
+            users = list(node.users)
+            with graph.graph.inserting_after(node):
+                new = graph.graph.call_module(f"{path}.{name}", (node,))
+            new.meta = dict(node.meta)
+            for user in users:
+                user.replace_input_with(node, new)
+    graph.recompile()

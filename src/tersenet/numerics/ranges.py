@@ -1,0 +1,132 @@
+"""Which range of values a grid should cover: extremes, a percentile, or the range of least squared error.
+
+Weights are searched on their own values, activations on a histogram. The search over clipped ranges is that of
+Banner et al., "Post-training 4-bit quantization of convolution networks", arXiv:1810.05723 (who solve it in closed
+form for a Laplace density; here the error is measured on the values, so no density is assumed) and of the "mse"
+observers of Nagel et al., "A white paper on neural network quantization", arXiv:2106.08295.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tersenet.numerics.rounding import fake_quantize, grid
+
+SHRINK = 80  # candidates per search: the range times 1, 1 - 1/100, ..., so down to a fifth
+
+
+def weight_scales(weight: Tensor, bits: int = 8, method: str = "mse") -> Tensor:
+    """Symmetric scales, one per output channel.
+
+    Args:
+        weight: (O, ...).
+        method: "mse" tries `SHRINK` clipped ranges and keeps the one of least squared error; anything else covers all.
+    Returns:
+        (O,), positive. A channel of zeros gets 1: any scale is exact there.
+    """
+    low, high = grid(bits, signed=True)
+    rows = weight.detach().reshape(len(weight), -1)  # (O, I H W)
+    full = rows.abs().amax(dim=1) / high
+    # A scale that underflows to 0 would divide by 0; such weights are zeros for every purpose.
+    full = torch.where(full > torch.finfo(full.dtype).tiny, full, torch.ones_like(full))
+    if method != "mse":
+        return full
+    best, least = full, torch.full_like(full, torch.inf)
+    for step in range(SHRINK):
+        scale = full * (1 - step / 100)
+        error = (fake_quantize(rows, scale[:, None], 0, low, high) - rows).square().sum(dim=1)
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return best
+
+
+@dataclass
+class Histogram:
+    """Counts of values in equal bins between `low` and `high`; values are added batch by batch.
+
+    Bins count in int64, so no number of samples overflows them.
+    """
+
+    low: float
+    high: float
+    bins: int = 2048
+
+    def __post_init__(self) -> None:
+        self.counts = torch.zeros(self.bins, dtype=torch.int64)
+
+    @property
+    def centres(self) -> Tensor:
+        """(bins,) float64: the middle of each bin."""
+        width = (self.high - self.low) / self.bins
+        return self.low + width * (torch.arange(self.bins, dtype=torch.float64) + 0.5)
+
+    def add(self, values: Tensor) -> None:
+        """Counts some values; those outside go to the nearest end."""
+        width = (self.high - self.low) / self.bins
+        if width <= 0:
+            self.counts[0] += values.numel()
+            return
+        place = ((values.detach().flatten() - self.low) / width).long().clamp_(0, self.bins - 1)
+        self.counts += torch.bincount(place, minlength=self.bins).cpu()
+
+
+def affine(low: float, high: float, bits: int = 8) -> tuple[float, int]:
+    """Scale and zero point of the unsigned grid that covers [low, high] and 0, with 0 exactly on the grid.
+
+    >>> affine(0.0, 2.55)
+    (0.01, 0)
+    >>> affine(0.0, 0.0)
+    (1.0, 0)
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    bottom, top = grid(bits, signed=False)
+    scale = (high - low) / top
+    # Values this near to zero are zeros for every purpose, and their scale would underflow in float32.
+    if scale < torch.finfo(torch.float32).tiny:
+        return 1.0, bottom
+    return scale, min(max(round(-low / scale), bottom), top)
+
+
+def percentile_range(histogram: Histogram, percentile: float) -> tuple[float, float]:
+    """The range that leaves (100 - percentile) percent of the values outside, on each side that has values.
+
+    99.99 leaves one value of ten thousand outside on each side; 100 is min-max.
+    """
+    total = int(histogram.counts.sum())
+    outside = (1 - percentile / 100) * total
+    width = (histogram.high - histogram.low) / histogram.bins
+    above = histogram.counts.flip(0).cumsum(0).flip(0)  # values in this bin or a higher one
+    below = histogram.counts.cumsum(0)
+    last = int((above > outside).nonzero().max()) if bool((above > outside).any()) else histogram.bins - 1
+    first = int((below > outside).nonzero().min()) if bool((below > outside).any()) else 0
+    return histogram.low + first * width, histogram.low + (last + 1) * width
+
+
+def mse_range(histogram: Histogram, bits: int = 8) -> tuple[float, float]:
+    """The range whose rounding has the least squared error over a histogram; never worse there than the full one.
+
+    Each end is moved inwards in turn, twice. With no values below zero the lower end stays at zero.
+    """
+    used = histogram.counts > 0
+    centres, counts = histogram.centres[used], histogram.counts[used].double()
+    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
+    shares = 1 - torch.arange(SHRINK, dtype=torch.float64) / 100
+    for _ in range(2):
+        if high > 0:
+            high = _least(centres, counts, torch.full_like(shares, low), high * shares, bits)[1]
+        if low < 0:
+            low = _least(centres, counts, low * shares, torch.full_like(shares, high), bits)[0]
+    return low, high
+
+
+def _least(centres: Tensor, counts: Tensor, lows: Tensor, highs: Tensor, bits: int) -> tuple[float, float]:
+    """Of some candidate ranges, the one of least squared error; the first of equals."""
+    bottom, top = grid(bits, signed=False)
+    scales = ((highs - lows) / top).clamp_min(1e-300)[:, None]
+    zeros = torch.round(-lows[:, None] / scales).clamp(bottom, top)
+    errors = ((fake_quantize(centres[None], scales, zeros, bottom, top) - centres).square() * counts).sum(dim=1)
+    best = int(errors.argmin())
+    return float(lows[best]), float(highs[best])

@@ -1,0 +1,108 @@
+"""Quantization of a whole graph: which layers and values, and putting bricks and quantizers in their places."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tersenet.bricks.quantized import identity_convolution, quantized_kind
+from tersenet.bricks.quantizer import Quantizer
+from tersenet.bricks.shortcut import PadShortcut
+from tersenet.errors import SettingsError
+from tersenet.graph.fold import fold_all
+from tersenet.graph.points import activation_points, insert_after
+from tersenet.graph.trace import trace
+from tersenet.step import Plan, Step
+
+QUANTIZERS = "quantizers"
+
+
+def plan_activations(model: nn.Module, example: Tensor, step: Step) -> Plan:
+    """Decides on a copy, because folding norms and replacing shortcuts come first.
+
+    Returns:
+        {"input": {"shape", "dtype"}, "layers": {path: scheme}, "shortcuts": {path: [channels, before, after, stride]},
+        "points": {grid: [node, ...]}, "float": {layer or node: why}}, or {} when no layer can be quantized.
+    """
+    graph = trace(copy.deepcopy(model), example)
+    shortcuts = _shortcuts(graph, step)
+    _prepare(graph, shortcuts)
+    layers, floats = {}, {}
+    for path, module in graph.named_modules():
+        if type(module).__name__.startswith("Conv") or isinstance(module, nn.Linear):
+            reason = _why_float(path, module, step)
+            if reason is None:
+                layers[path] = {"weights": "int8", "activations": "int8"}
+            else:
+                floats[path] = reason
+    if not set(layers) - set(shortcuts):
+        return {}
+    points = activation_points(graph, layers, copies=shortcuts)
+    floats.update({name: f"no int8 operator for {kind}" for name, kind in points.floats.items() if name not in floats})
+    return {
+        "input": {"shape": list(example.shape), "dtype": str(example.dtype).removeprefix("torch.")},
+        "layers": layers,
+        "shortcuts": shortcuts,
+        "points": points.groups,
+        "float": floats,
+    }
+
+
+def apply_activations(model: nn.Module, plan: Plan) -> fx.GraphModule:
+    """The traced model with bricks in place of layers and quantizers at the points.
+
+    Raises:
+        SettingsError: when the plan is another model's.
+    """
+    device = next((p.device for p in model.parameters()), None)
+    dtype = getattr(torch, plan["input"]["dtype"])
+    graph = trace(model, torch.zeros(plan["input"]["shape"], dtype=dtype, device=device))
+    _prepare(graph, plan["shortcuts"])
+    try:
+        for path in plan["layers"]:
+            layer = graph.get_submodule(path)
+            kind = quantized_kind(layer)
+            if kind is None:
+                raise SettingsError(
+                    f"the plan quantizes {path}, which is {type(layer).__name__} here; it is another model's"
+                )
+            graph.add_submodule(path, kind.of(layer))
+        insert_after(graph, plan["points"], QUANTIZERS, Quantizer)
+    except (AttributeError, KeyError) as error:
+        raise SettingsError(
+            f"the plan does not fit: this model has no {error}; apply it to the model it was made for"
+        ) from error
+    return graph.to(device) if device is not None else graph
+
+
+def _shortcuts(graph: fx.GraphModule, step: Step) -> dict[str, list[int]]:
+    """Path -> what `identity_convolution` takes, for each zero-padding shortcut."""
+    found: dict[str, list[int]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            brick = graph.get_submodule(str(node.target))
+            if isinstance(brick, PadShortcut) and step.matches(str(node.target), brick):
+                channels = int(node.args[0].meta["shape"][1])
+                found[str(node.target)] = [channels, brick.before, brick.after, brick.stride]
+    return found
+
+
+def _prepare(graph: fx.GraphModule, shortcuts: dict[str, list[int]]) -> None:
+    """Folds the norms, and makes convolutions of the zero-padding shortcuts. Exact."""
+    fold_all(graph)
+    for path, arguments in shortcuts.items():
+        graph.add_submodule(path, identity_convolution(*arguments))
+
+
+def _why_float(path: str, module: Any, step: Step) -> str | None:
+    """Why a layer stays float; None when it does not."""
+    if quantized_kind(module) is None:
+        return f"no int8 kernel for {type(module).__name__}"
+    if not step.matches(path, module):
+        return "left out by only or skip"
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        return f"no int8 kernel for padding_mode={module.padding_mode!r}"
+    return None

@@ -1,0 +1,42 @@
+"""Folds batch norms into the layers before them; the arithmetic is in graph/fold.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from tersenet.graph.fold import fold, foldable
+from tersenet.graph.trace import trace
+from tersenet.step import Plan, Step, replace
+from tersenet.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldBatchNorm(Step):
+    """Folds each batch norm into the convolution or linear layer before it. Exact in evaluation.
+
+    The norm becomes an `nn.Identity`; statistics are no longer updated, so train before it, or with them frozen.
+    `only` and `skip` are about the layer that takes the norm over.
+    """
+
+    family: ClassVar[str] = "rewrite"
+    summary: ClassVar[str] = "folds batch norms into the layers before them"
+    serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
+
+    def plan(self, model: nn.Module, task: Task) -> Plan:
+        """{"pairs": [[layer, norm], ...]}: paths, in the order of the forward."""
+        here = dict(model.named_modules())
+        pairs = [
+            [layer, norm]
+            for layer, norm in foldable(trace(model, task.example))
+            if layer in here and norm in here and self.matches(layer, here[layer])
+        ]
+        return {"pairs": pairs} if pairs else {}
+
+    def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
+        for layer, norm in plan.get("pairs", []):
+            fold(model.get_submodule(layer), model.get_submodule(norm))
+            replace(model, {norm: nn.Identity()})
+        return model
