@@ -1,0 +1,132 @@
+"""Lossless coding of a string of bytes: as it stands, one constant, or asymmetric numeral systems (ANS).
+
+The entropy coder is J. Duda's ANS (arXiv:1311.2540) as `constriction` implements it (R. Bamler, arXiv:2201.01741).
+Probabilities come from integers only: counts become frequencies that sum to exactly 2**24, and every one of them is a
+whole number that float64 holds exactly, so a file decodes to the same bits on every machine.
+
+No table of frequencies is stored. The symbols are coded in blocks that grow by a quarter; the frequencies of a block
+are the counts of all blocks before it, smoothed over neighbouring values (weights have smooth histograms, so a count
+at 17 says something about 16 and 18). This learns as an adaptive coder does, and runs as fast as a static one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import constriction
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
+RAW, CONSTANT, CODED = 0, 1, 2  # the first byte of a stream; CODED + i uses SMOOTHING[i]
+# (weight of one count, kernel half-width): one count adds `weight` times a triangle of that half-width.
+# The first is the Krichevsky-Trofimov estimator, the second trusts counts more: right when few values occur.
+SMOOTHING = ((2, 0), (32, 0), (16, 1), (8, 2), (4, 4), (2, 8), (1, 16))
+PRECISION = 24
+LONGEST = 1 << 30  # symbols of one coded stream: keeps every product in `frequencies` within 63 bits
+_FIRST_BLOCK = 32
+
+
+def encode(data: Bytes) -> bytes:
+    """The shortest of the forms that `decode` reads. Deterministic.
+
+    Args:
+        data: (n,) bytes.
+    """
+    raw = bytes([RAW]) + data.tobytes()
+    if len(data) < 3 or len(data) > LONGEST:
+        return raw
+    low, high = int(data.min()), int(data.max())
+    if low == high:
+        return bytes([CONSTANT, low])
+    best = min(raw, _encode(data, low, high, 0), key=len)
+    if len(best) < 0.99 * len(raw) or len(data) < 4096:  # noise stays noise whatever the smoothing: do not try on
+        for smoothing in range(1, len(SMOOTHING)):
+            best = min(best, _encode(data, low, high, smoothing), key=len)
+    return best
+
+
+def decode(stream: bytes, count: int) -> Bytes:
+    """The `count` bytes that a stream holds.
+
+    Raises:
+        ValueError: when the stream cannot be one of ours; says why. Memory used is some bytes per symbol.
+    """
+    if not stream:
+        raise ValueError("a stream is empty")
+    kind, body = stream[0], stream[1:]
+    if kind == RAW:
+        if len(body) != count:
+            raise ValueError(f"a raw stream holds {len(body)} bytes, not the {count} declared")
+        return np.frombuffer(body, np.uint8)
+    if kind == CONSTANT:
+        if len(body) != 1:
+            raise ValueError(f"a constant stream holds {len(body)} bytes, not 1")
+        return np.full(count, body[0], np.uint8)
+    if kind - CODED >= len(SMOOTHING):
+        raise ValueError(f"a stream is of kind {kind}, known are 0 to {CODED + len(SMOOTHING) - 1}")
+    if len(body) < 6 or len(body) % 4 != 2 or body[0] >= body[1] or count > LONGEST:
+        raise ValueError("a coded stream is malformed")
+    return _decode(body[2:], body[0], body[1], kind - CODED, count)
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """The blocks in which `count` symbols are coded: 32 symbols, then a quarter of what came before, at least 32."""
+    start = 0
+    while start < count:
+        stop = min(count, start + max(_FIRST_BLOCK, start // 4))
+        yield slice(start, stop)
+        start = stop
+
+
+def frequencies(counts: NDArray[np.int64], smoothing: int) -> NDArray[np.int64]:
+    """Frequencies from counts: each at least 1, summing to exactly 2**24.
+
+    w = 1 + weight * (counts * triangle); f = 1 + floor(w (2**24 - n) / sum w); what is missing goes to the first
+    of the largest. Integers throughout: at most 2**30 counts, each adding at most 289, times 2**24 stays under 2**63.
+    """
+    weight, width = SMOOTHING[smoothing]
+    if width:
+        triangle = width + 1 - np.abs(np.arange(-width, width + 1))
+        counts = np.convolve(counts, triangle, "full")[width:-width]
+    weights = 1 + weight * counts
+    total = (1 << PRECISION) - len(weights)
+    f = 1 + weights * total // weights.sum()
+    f[f.argmax()] += (1 << PRECISION) - f.sum()
+    return f
+
+
+def categorical(f: NDArray[np.int64]) -> constriction.stream.model.Categorical:
+    """The coder's model with exactly these frequencies.
+
+    constriction gives each symbol 1/2**24 and shares the rest in proportion to what it is handed, so f - 1, whose
+    sum is exactly that rest, comes out as f.
+    """
+    return constriction.stream.model.Categorical((f - 1).astype(np.float64), perfect=False)
+
+
+def _encode(data: Bytes, low: int, high: int, smoothing: int) -> bytes:
+    symbols = data.astype(np.int32) - low
+    counts = np.zeros(high - low + 1, np.int64)
+    models = []
+    for block in blocks(len(symbols)):
+        models.append((block, frequencies(counts, smoothing)))
+        counts += np.bincount(symbols[block], minlength=len(counts))
+    coder = constriction.stream.stack.AnsCoder()
+    for block, f in reversed(models):  # ANS is a stack: what is pushed last comes out first
+        coder.encode_reverse(symbols[block], categorical(f))
+    return bytes([CODED + smoothing, low, high]) + coder.get_compressed().astype("<u4").tobytes()
+
+
+def _decode(words: bytes, low: int, high: int, smoothing: int, count: int) -> Bytes:
+    coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
+    counts = np.zeros(high - low + 1, np.int64)
+    symbols = np.empty(count, np.uint8)
+    for block in blocks(count):
+        found = coder.decode(categorical(frequencies(counts, smoothing)), block.stop - block.start)
+        counts += np.bincount(found, minlength=len(counts))
+        symbols[block] = found + low
+    if not coder.is_empty():
+        raise ValueError("a coded stream holds more than its symbols")
+    return symbols
