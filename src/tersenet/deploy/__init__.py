@@ -1,1 +1,1 @@
-"""From a model to files, and back: export to each runtime, run, verify against PyTorch, measure, the .terse artifact."""
+"""From a model to files: export to each runtime, run, verify against PyTorch, measure, and the .terse artifact."""

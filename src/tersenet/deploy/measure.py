@@ -1,0 +1,279 @@
+"""How long one call takes, measured so that two files can be compared: contenders take turns in one process.
+
+A machine's speed drifts with its clock, its temperature and its neighbours, by far more than the differences that
+matter here. Contenders that are measured one after another differ by that drift; contenders that take short turns, in
+an order shuffled anew each round, share it, and their ratio within a round hardly feels it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tersenet.deploy.footprint import footprint
+from tersenet.deploy.machine import machine
+from tersenet.deploy.runtimes import RUNTIMES, Runner, open_file, runtime_for, torch_threads
+from tersenet.deploy.timings import Measurement
+from tersenet.errors import SettingsError
+
+LEAST_TURNS = 20
+LEAST_CALLS = 5
+SLOW_MS = 5.0  # a slower call gets fewer calls per turn, so that a turn stays near `calls` times this
+Clock = Callable[[], int]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One that takes turns.
+
+    Args:
+        name: of the file, or of what is called.
+        work: an open file, or any callable of one input.
+        x: its input, (N, ...).
+        runtime: where it runs; a Runner says so itself.
+    """
+
+    name: str
+    work: Runner | Callable[[Any], Any]
+    x: Any
+    runtime: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.name, self.work.runtime if isinstance(self.work, Runner) else self.runtime
+
+    @property
+    def call(self) -> Callable[[Any], Any]:
+        """A Runner's bare call: its checks of the input are ours, not the runtime's."""
+        return self.work.call if isinstance(self.work, Runner) else self.work
+
+
+def measure(
+    contenders: Sequence[Contender],
+    *,
+    turns: int = LEAST_TURNS,
+    calls: int = 50,
+    discard: int = 10,
+    batch: int = 1,
+    threads: int = 1,
+    seed: int = 0,
+    cold: bool = False,
+    budget_s: float | None = None,
+    progress: bool = False,
+    clock: Clock = time.perf_counter_ns,
+) -> Measurement:
+    """Times the contenders in turns, in one process.
+
+    With one thread the process is pinned to one core, PyTorch's threads are set, and the garbage collector is off; all
+    three are put back afterwards, also after an interrupt.
+
+    Args:
+        turns: at least 20, for the intervals rest on them.
+        calls: timed calls per turn. A call of more than 5 ms gets fewer, down to 5.
+        discard: calls before them that are not counted, fewer in proportion.
+        batch: what N of the inputs is; kept beside the figures.
+        threads: what the runtimes were opened with; kept beside the figures.
+        seed: of the order.
+        cold: single calls alternate, with nothing discarded, so that each finds the caches as the others left them.
+        budget_s: aim at this many seconds in all by fewer calls per turn; never fewer than 20 turns of 5 calls.
+        progress: a bar on standard error.
+        clock: nanoseconds; another one is for tests.
+    Raises:
+        SettingsError: on fewer than 20 turns or 5 calls, no contenders, two of one name and runtime, or an input of
+            another batch.
+    """
+    _check(contenders, turns, calls, discard, batch, threads)
+    samples: dict[tuple[str, str], list[float]] = {contender.key: [] for contender in contenders}
+    order = list(contenders)
+    shuffled = random.Random(seed)
+    with _steady(threads), _bar("measuring", enabled=progress) as bar:
+        speeds = {contender.key: _probe(contender, clock) for contender in contenders}
+        if cold:
+            rounds = _cold_rounds(turns * calls, speeds, budget_s)
+            plan = {contender.key: (0, 1) for contender in contenders}
+        else:
+            rounds = turns
+            share = None if budget_s is None else budget_s * 1e3 / (turns * len(contenders))
+            plan = {key: _calls(ms, calls, discard, share) for key, ms in speeds.items()}
+        for done in range(rounds):
+            shuffled.shuffle(order)
+            for contender in order:
+                samples[contender.key].append(_turn(contender, *plan[contender.key], clock))
+            bar(done + 1, rounds)
+    values = {key: np.asarray(each) for key, each in samples.items()}
+    return Measurement(values, threads, batch, machine())
+
+
+def measure_files(
+    paths: Sequence[str | Path],
+    runtimes: Sequence[str] | None = None,
+    *,
+    x: np.ndarray | None = None,
+    batch: int = 1,
+    threads: int = 1,
+    costs: bool = True,
+    **settings: Any,
+) -> Measurement:
+    """Opens files in runtimes and measures them all in one run.
+
+    Args:
+        paths: of the files, each of which is a contender in each runtime that reads it.
+        runtimes: names of `RUNTIMES`; None takes each file's own.
+        x: real inputs, of which the first `batch` are used; None draws normal noise of the files' own shape.
+        costs: also take each file's load time, first call and memory, in a process of its own each.
+        settings: as in `measure`.
+    Raises:
+        SettingsError: when a file can be read by none of the runtimes, or has open sizes and no `x` is given.
+        DataError, FileError, MissingExtra: as `open_file` and `Runner.run`.
+    """
+    contenders = []
+    footprints = {}
+    for path in dict.fromkeys(map(str, paths)):
+        for runtime in _serving(path, runtimes):
+            runner = open_file(path, runtime, threads)
+            inputs = _inputs(runner, x, batch)
+            runner.run(inputs)  # refuses inputs that do not fit, before anything is timed
+            contenders.append(Contender(path, runner, inputs))
+            if costs:
+                footprints[path, runtime] = footprint(path, runtime, inputs.shape, threads)
+    found = measure(contenders, batch=batch, threads=threads, **settings)
+    return Measurement(found.turns, threads, batch, found.machine, footprints)
+
+
+def _serving(path: str, runtimes: Sequence[str] | None) -> list[str]:
+    if runtimes is None:
+        return [runtime_for(path)]
+    for name in runtimes:
+        if name not in RUNTIMES:
+            raise SettingsError(f"there is no runtime {name!r}; the known ones are {', '.join(RUNTIMES)}")
+    found = [name for name in dict.fromkeys(runtimes) if Path(path).suffix.lower() in RUNTIMES[name].suffixes]
+    if not found:
+        raise SettingsError(f"none of {', '.join(runtimes)} reads {Path(path).name}; {runtime_for(path)} does")
+    return found
+
+
+def _inputs(runner: Runner, x: np.ndarray | None, batch: int) -> np.ndarray:
+    fixed = runner.input_shape[0]
+    if fixed not in (None, batch):
+        raise SettingsError(f"{runner.name} has a fixed batch of {fixed}, so it cannot be measured with {batch}")
+    if x is not None:
+        if len(x) < batch:
+            raise SettingsError(f"a batch of {batch} needs as many inputs, got {len(x)}")
+        return np.ascontiguousarray(x[:batch], dtype=np.float32)
+    sizes = [size for size in runner.input_shape[1:] if size is not None]
+    if len(sizes) != len(runner.input_shape) - 1:
+        raise SettingsError(f"{runner.name} takes inputs of any size; say with which to measure it (x=, or --data)")
+    return np.random.default_rng(0).standard_normal((batch, *sizes), dtype=np.float32)
+
+
+def _check(contenders: Sequence[Contender], turns: int, calls: int, discard: int, batch: int, threads: int) -> None:
+    if not contenders:
+        raise SettingsError("there is nothing to measure; give at least one contender")
+    if turns < LEAST_TURNS or calls < LEAST_CALLS or discard < 0 or threads < 1:
+        raise SettingsError(
+            f"turns must be at least {LEAST_TURNS}, calls {LEAST_CALLS}, discard 0 and threads 1, "
+            f"got {turns}, {calls}, {discard} and {threads}"
+        )
+    keys = [contender.key for contender in contenders]
+    if len(set(keys)) != len(keys):
+        raise SettingsError(f"two contenders have the same name and runtime: {keys}; give them different names")
+    for contender in contenders:
+        if hasattr(contender.x, "shape") and contender.x.shape[0] != batch:
+            raise SettingsError(
+                f"{contender.name} has an input of batch {contender.x.shape[0]}, the measurement {batch}"
+            )
+
+
+def _probe(contender: Contender, clock: Clock) -> float:
+    """Milliseconds of one call, roughly; the first ones allocate and are not counted."""
+    for _ in range(2):
+        contender.call(contender.x)
+    return _turn(contender, 0, 1, clock)
+
+
+def _calls(ms: float, calls: int, discard: int, share_ms: float | None) -> tuple[int, int]:
+    """(discarded, timed) calls of one turn that fit in this many milliseconds (None: as many as 5 ms calls would)."""
+    share = calls * SLOW_MS if share_ms is None else share_ms * calls / (calls + discard)
+    timed = max(LEAST_CALLS, min(calls, int(share / max(ms, 1e-6))))
+    return math.ceil(discard * timed / calls), timed
+
+
+def _cold_rounds(rounds: int, speeds: Mapping[tuple[str, str], float], budget_s: float | None) -> int:
+    """Rounds of single calls; as many as a warm measurement times calls, or as fit, but at least 20 turns of 5."""
+    round_ms = max(sum(speeds.values()), 1e-6)
+    fitting = rounds * SLOW_MS * len(speeds) if budget_s is None else budget_s * 1e3
+    return max(LEAST_TURNS * LEAST_CALLS, min(rounds, int(fitting / round_ms)))
+
+
+def _turn(contender: Contender, discard: int, calls: int, clock: Clock) -> float:
+    """The median milliseconds of one turn's timed calls."""
+    call, x = contender.call, contender.x
+    for _ in range(discard):
+        call(x)
+    times = []
+    for _ in range(calls):
+        start = clock()
+        call(x)
+        times.append(clock() - start)
+    return float(np.median(times)) / 1e6
+
+
+@contextlib.contextmanager
+def _steady(threads: int) -> Iterator[None]:
+    """One core for one thread, PyTorch's threads set, the garbage collector off; all put back whatever happens."""
+    collecting = gc.isenabled()
+    # PyTorch counts the cores when it is imported, so it must not be imported here, once pinned to one.
+    with torch_threads(threads) if "torch" in sys.modules else contextlib.nullcontext(), _pinned(threads):
+        gc.collect()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collecting:
+                gc.enable()
+
+
+@contextlib.contextmanager
+def _pinned(threads: int) -> Iterator[None]:
+    """This thread on one core, where the system can and one thread is asked for: moving between cores costs caches.
+
+    The last core that is allowed: the first ones serve most interrupts.
+    """
+    if threads != 1 or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def _bar(what: str, enabled: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error that draws only between turns: a drawing thread would disturb the timing."""
+    if not enabled:
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), auto_refresh=False) as bar:
+        line = bar.add_task(what, total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(line, completed=done, total=total, refresh=True)
+
+        yield show

@@ -1,0 +1,123 @@
+"""What a measurement says: latencies, ratios and how far to trust them.
+
+Calls within one turn share whatever the machine was doing just then, so they are not independent, and a bootstrap over
+single calls would claim an interval several times too narrow. What is resampled is the turn: each turn is one
+median, and each interval is the percentile bootstrap of `tersenet.numerics.intervals` over those. A ratio is taken
+within each turn first, because the machine's drift is the same for both there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tersenet.deploy.footprint import Footprint
+from tersenet.errors import SettingsError
+from tersenet.numerics.intervals import bootstrap_median
+
+NOT_SLOWER = 1.02
+Key = str | tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median with its 95 % bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one run measured: the median of each turn of each contender, milliseconds a call.
+
+    A contender is named by (name, runtime), or by its name alone where that is unique.
+    """
+
+    turns: Mapping[tuple[str, str], np.ndarray]
+    threads: int = 1
+    batch: int = 1
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    footprints: Mapping[tuple[str, str], Footprint] = field(default_factory=dict)
+
+    def latency(self, contender: Key) -> Interval:
+        """Milliseconds of one call: the median over the turns."""
+        return Interval(*bootstrap_median(self.turns[self._key(contender)]))
+
+    def ratio(self, a: Key, b: Key) -> Interval:
+        """Time of `a` over time of `b`, paired by turn: below 1 means that `a` is faster."""
+        return Interval(*bootstrap_median(self.turns[self._key(a)] / self.turns[self._key(b)]))
+
+    def not_slower(self, a: Key, b: Key) -> bool:
+        """Whether `a` is not slower than `b`: the ratio's interval does not lie above 1.02."""
+        return self.ratio(a, b).low <= NOT_SLOWER
+
+    @property
+    def noise(self) -> float:
+        """Half the width of the widest interval, as a share: of the ratios, or of the latency of a lone contender."""
+        keys = list(self.turns)
+        pairs = [(a, b) for i, a in enumerate(keys) for b in keys[i + 1 :]]
+        intervals = [self.ratio(a, b) for a, b in pairs] or [self.latency(key) for key in keys]
+        return max((each.high - each.low) / (2 * each.median) for each in intervals)
+
+    @property
+    def verdict(self) -> str:
+        """What this run can tell apart, in words."""
+        percent = max(1, math.ceil(round(100 * self.noise, 6)))
+        if self.noise > NOT_SLOWER - 1:
+            return f"this machine is too noisy to tell {percent} %; measure again when it is quiet, or with more turns"
+        return f"differences above {percent} % can be told apart"
+
+    def to_json(self) -> dict[str, Any]:
+        """As design.md, section 3: per file its latency in each runtime, and the ratios within each runtime."""
+        files: dict[str, dict[str, Any]] = {}
+        for (name, runtime), values in self.turns.items():
+            found = self.latency((name, runtime))
+            entry = files.setdefault(name, {"latency_ms": {}})
+            entry["latency_ms"][runtime] = {
+                "median": found.median, "low": found.low, "high": found.high,
+                "threads": self.threads, "batch": self.batch, "turns": len(values),
+            }  # fmt: skip
+            cost = self.footprints.get((name, runtime))
+            if cost is not None:
+                for field_name, value in cost.to_json().items():
+                    entry.setdefault(field_name, value)  # a file's own figures are those of the first runtime named
+                entry.setdefault("footprint", {})[runtime] = cost.to_json()
+        return {
+            "machine": dict(self.machine),
+            "files": files,
+            "ratios": self._ratios(),
+            "noise": self.noise,
+            "verdict": self.verdict,
+        }
+
+    def _ratios(self) -> list[dict[str, Any]]:
+        keys = list(self.turns)
+        found = []
+        for i, b in enumerate(keys):
+            for a in keys[i + 1 :]:
+                if a[1] == b[1]:
+                    each = self.ratio(a, b)
+                    found.append(
+                        {
+                            "a": a[0],
+                            "b": b[0],
+                            "runtime": a[1],
+                            "ratio": each.median,
+                            "low": each.low,
+                            "high": each.high,
+                        }
+                    )
+        return found
+
+    def _key(self, contender: Key) -> tuple[str, str]:
+        found = [key for key in self.turns if contender in (key, key[0])]
+        if len(found) != 1:
+            known = ", ".join(f"{name} in {runtime or 'Python'}" for name, runtime in self.turns)
+            raise SettingsError(f"{contender!r} names {len(found)} contenders, must name one of {known}")
+        return found[0]
