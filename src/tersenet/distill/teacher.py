@@ -1,0 +1,107 @@
+"""The teacher's outputs for a batch: computed once, however many companions ask.
+
+Companions are frozen settings and hold no state, so the last outputs are kept here, until the batch they belong to is
+gone. The teacher is the task's original model unless a companion was given another.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersenet.errors import DataError, SettingsError
+from tersenet.task import Task
+
+
+class _Last:
+    """One teacher's outputs for one batch. The batch is known by its first tensor: which one, and which version."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self, _: Any = None) -> None:
+        self.teacher: weakref.ref[nn.Module] | None = None
+        self.anchor: weakref.ref[Tensor] | None = None
+        self.version, self.outputs = -1, None
+
+    def holds(self, teacher: nn.Module, anchor: Tensor) -> bool:
+        return (
+            self.teacher is not None
+            and self.anchor is not None
+            and self.teacher() is teacher
+            and self.anchor() is anchor
+            and self.version == anchor._version
+        )
+
+    def keep(self, teacher: nn.Module, anchor: Tensor, outputs: Any) -> None:
+        self.teacher, self.anchor = weakref.ref(teacher), weakref.ref(anchor, self._gone)
+        self.version, self.outputs = anchor._version, outputs
+
+    def _gone(self, reference: Any) -> None:
+        if reference is self.anchor:
+            self.forget()
+
+
+_last = _Last()
+# Copies of teachers on the devices that students train on; the teacher itself stays where it is.
+_copies: weakref.WeakKeyDictionary[nn.Module, dict[torch.device, nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def teacher_outputs(model: nn.Module, task: Task, batch: Any, teacher: nn.Module | None = None) -> Any:
+    """What the teacher says to a batch, in evaluation mode, without gradients, on the batch's device.
+
+    Args:
+        model: the student; only to see that it is not its own teacher.
+        task: gives the forward, and the original model as the teacher.
+        batch: as given to `Companion.loss`.
+        teacher: another teacher than the original.
+    Raises:
+        SettingsError: when there is no teacher, or the student would teach itself.
+    """
+    teacher = teacher if teacher is not None else task.original
+    if teacher is None:
+        raise SettingsError(
+            "there is no teacher: task.original is None; give the original model to the task, or teacher="
+        )
+    if teacher is model:
+        raise SettingsError("the teacher is the very model that is trained; give a copy of it: copy.deepcopy(model)")
+    anchor = _first_tensor(batch)
+    if anchor is None:
+        raise DataError(f"a batch holds no tensor, it is {type(batch).__name__}; give (input, target) pairs or dicts")
+    if not _last.holds(teacher, anchor):
+        _last.keep(teacher, anchor, _ask(_on_device(teacher, anchor.device), task, batch))
+    return _last.outputs
+
+
+def _ask(teacher: nn.Module, task: Task, batch: Any) -> Any:
+    # The flag is set by hand because the module of an exported program refuses eval().
+    training = [module for module in teacher.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            return task.forward(teacher, batch)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _on_device(teacher: nn.Module, device: torch.device) -> nn.Module:
+    tensor = next(iter(teacher.parameters()), None)
+    if tensor is None or tensor.device == device:
+        return teacher
+    copies = _copies.setdefault(teacher, {})
+    if device not in copies:
+        copies[device] = copy.deepcopy(teacher).to(device)
+    return copies[device]
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else ()
+    return next((found for found in map(_first_tensor, values) if found is not None), None)
