@@ -84,7 +84,12 @@ def environment() -> Environment:
         words.percent,
     ):
         found.filters[function.__name__] = function
-    found.filters |= {"percent_span": words.percent_span, "points_text": words.points_text, "plain": plain}
+    found.filters |= {
+        "percent_span": words.percent_span,
+        "points_text": words.points_text,
+        "plain": words.plain,
+        "unbroken": unbroken,
+    }
     found.filters |= {
         "runtime_name": words.runtime_name,
         "factor_text": words.factor_text,
@@ -93,15 +98,9 @@ def environment() -> Environment:
     return found
 
 
-def plain(value: Any) -> str:
-    """A setting or a fact of the machine as text."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(plain, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {plain(item)}" for key, item in value.items())
-    return "-" if value is None else str(value)
+def unbroken(text: str) -> str:
+    """Text in which a number and its percent sign stay on one line."""
+    return text.replace(" %", "\u00a0%")
 
 
 def run_names(reports: Sequence[dict[str, Any]]) -> list[str]:
@@ -148,6 +147,7 @@ class Drawn:
         self.rows, self.last = report["rows"], report["rows"][-1]
         self.runtime, self.runtimes = first_runtime(report), runtimes(report)
         self.kinds = list(dict.fromkeys(kind for row in self.rows for kind in row.get("file_bytes", {})))
+        self.scored = [name for name in self.rows[0].get("scores", {}) if name != self.runtime]
         self.missed = [target for target in report.get("targets", []) if not target["met"]]
         drawn = {
             "bytes": bytes_waterfall(report),
@@ -173,8 +173,9 @@ class Drawn:
         size, latency = size_change(self.report, self.last), latency_change(self.report, self.last, self.runtime)
         before, after = original_bytes(self.report), headline_bytes(self.last)
         if size and before and after:
-            line = f"{words.bytes_text(before[1])} .{before[0]} to {words.bytes_text(after[1])} .{after[0]}"
-            found.append(tile("Size", size.factor, size.left, "smaller", line, size.shrank, size.grew))
+            line = f"{words.bytes_text(before[1])} to {words.bytes_text(after[1])}"
+            head = "Size" if before[0] == after[0] else f"Size, .{before[0]} to .{after[0]}"
+            found.append(tile(head, size.factor, size.left, "smaller", line, size.shrank, size.grew))
         if latency:
             line = f"{words.milliseconds_text(latency.before)} to {words.milliseconds_text(latency.after)}"
             head = f"Latency, {words.runtime_name(self.runtime or '')}"
@@ -196,7 +197,8 @@ class Drawn:
         below = f"95 % interval {words.percent_span(interval)}" if interval else "no interval"
         value = f"{words.points_text(abs(lost))} {'points lost' if lost >= 0.005 else 'points gained'}"
         value = "no loss" if abs(lost) < 0.005 else value
-        return [{"head": "Score", "value": value, "line": line, "below": below, "mood": "bad" if sure else "good"}]
+        mood = "bad" if sure else "good" if lost < 0.005 else "even"
+        return [{"head": "Score", "value": value, "line": line, "below": below, "mood": mood}]
 
     def facts(self) -> str:
         return "; ".join(facts(self.report, self.rows[0]))
@@ -213,7 +215,9 @@ class Drawn:
             change = latency_change(self.report, row, kind)
             return words.both_ways(change.before, change.after) if change else ""
         before_count, after_count = self.rows[0].get(kind), row.get(kind)
-        return words.both_ways(before_count, after_count) if before_count and after_count else ""
+        if not before_count or not after_count or before_count == after_count:
+            return ""
+        return words.both_ways(before_count, after_count)
 
     def drop(self, row: dict[str, Any]) -> float | None:
         return None if row is self.rows[0] else drop(self.report, row)

@@ -65,12 +65,14 @@ def waterfall(steps: list[str], values: list[float], labels: list[str], hovers: 
         "x": [*unique(steps), "shipped"],
         "y": [values[0], *changes, values[-1]],
         "measure": ["absolute", *["relative"] * len(changes), "total"],
-        "text": [labels[0], *labels[1:], labels[-1]],
+        "text": [*labels, labels[-1]],
         "customdata": [*hovers, hovers[-1]],
         "hovertemplate": "<b>%{x}</b><br>%{customdata}<extra></extra>",
         "textposition": "outside",
         "cliponaxis": False,
-        "textfont": {"size": 11, "color": "var(--text)"},
+        "constraintext": "none",
+        "textangle": 0,
+        "textfont": {"size": 10.5, "color": "var(--text)"},
         "connector": {"line": {"color": "var(--line)", "width": 1}},
         "decreasing": {"marker": {"color": "var(--good)"}},
         "increasing": {"marker": {"color": "var(--bad)"}},
@@ -132,7 +134,8 @@ def filled(
     if len(values) < 2 or max(values) <= 0:
         return None
     hovers = [f"{label} ({both_ways(values[0], value)})" for label, value in zip(labels, values, strict=True)]
-    return waterfall([row["step"] for row in rows], scaled, labels, hovers, title)
+    # The axis says the unit, so that the numbers on the bars stay short enough for a phone.
+    return waterfall([row["step"] for row in rows], scaled, [f"{value:.3g}" for value in scaled], hovers, title)
 
 
 def score_waterfall(report: dict[str, Any]) -> Figure | None:
@@ -141,7 +144,7 @@ def score_waterfall(report: dict[str, Any]) -> Figure | None:
     if len(rows) < 2:
         return None
     values = [-points for points in lost]
-    labels = ["0", *(points_text(value) for value in values[1:])]
+    labels = [points_text(value) for value in values]
     hovers = [percent(row["score"]) + span(row) for row in rows]
     figure = waterfall([row["step"] for row in rows], values, labels, hovers, "points against the original")
     trace = figure["data"][0]
@@ -181,12 +184,24 @@ def score_plot(reports: list[dict[str, Any]], names: list[str], against: str) ->
             traces.append(trace)
     if not traces:
         return None
+    name_ends(traces[0], reports[0]["rows"])
     biggest = max(value for trace in traces for value in trace["x"])
     across = "ms per call" if against == "latency" else "MiB" if biggest > 1 else "KiB"
     if across == "KiB":
         for trace in traces:
             trace["x"] = [1024 * value for value in trace["x"]]
     return {"data": traces, "layout": score_layout(traces, across)}
+
+
+def name_ends(trace: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Writes "original" and "shipped" at the ends of a line; more names would cover each other."""
+    if len(rows) > 1 and len(trace["x"]) == len(rows):
+        between = len(rows) - 2
+        trace["mode"] = "lines+markers+text"
+        trace["text"] = ["original", *[""] * between, "shipped"]
+        places = ["bottom right" if x == min(trace["x"]) else "bottom left" for x in (trace["x"][0], trace["x"][-1])]
+        trace["textposition"] = [places[0], *["top center"] * between, places[1]]
+        trace["textfont"] = {"size": 11, "color": "var(--text)"}
 
 
 def score_layout(traces: list[dict[str, Any]], across: str) -> dict[str, Any]:

@@ -5,6 +5,8 @@ KiB = 1024 bytes, MiB = 1024 KiB. A gain is written both ways: "2.8x" (how many 
 
 from __future__ import annotations
 
+from typing import Any
+
 RUNTIMES = {
     "pytorch": "PyTorch",
     "onnxruntime": "ONNX Runtime",
@@ -111,3 +113,14 @@ def points_text(points: float) -> str:
     ('0.23', '-0.10', '0.00')
     """
     return "0.00" if abs(points) < 0.005 else f"{points:.2f}"
+
+
+def plain(value: Any) -> str:
+    """A setting or a fact of the machine as text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(item)}" for key, item in value.items())
+    return "-" if value is None else str(value)
