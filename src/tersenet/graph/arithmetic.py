@@ -100,9 +100,9 @@ def counts_of_layer(layer: Any, inputs: Shape, outputs: Shape) -> Counts | None:
 _FREE_LAYERS = frozenset(
     {
         "identity", "dropout", "alphadropout", "featurealphadropout", "flatten", "unflatten", "relu", "relu6",
-        "hardtanh", "threshold", "maxpool", "adaptivemaxpool", "zeropad", "constantpad", "reflectionpad", "replicationpad",
-        "circularpad", "pixelshuffle", "pixelunshuffle", "channelshuffle", "upsample", "upsamplingnearest",
-        "upsamplingbilinear", "embedding", "fold", "unfold",
+        "hardtanh", "threshold", "maxpool", "adaptivemaxpool", "zeropad", "constantpad", "reflectionpad",
+        "replicationpad", "circularpad", "pixelshuffle", "pixelunshuffle", "channelshuffle", "upsample",
+        "upsamplingnearest", "upsamplingbilinear", "embedding", "fold", "unfold",
     }
 )  # fmt: skip
 """Layers of comparisons, look-ups and moves. Interpolation counts as a look-up."""
