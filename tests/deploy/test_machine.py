@@ -8,9 +8,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tersenet.deploy import machine as room
-from tersenet.deploy.machine import _parse_cpuinfo, _verdicts, doctor, machine, usable_cores
+from tersenet.deploy.machine import _parse_cpuinfo, _verdicts, doctor, doctor_table, machine, usable_cores
 
 
 def test_the_machine_is_described_and_not_named():
@@ -88,6 +89,14 @@ def test_doctor_names_the_missing_extras_and_how_to_install_them(monkeypatch):
     assert found["extras"]["report"]["install"] == 'pip install "tersenet[report]"'
     assert found["extras"]["demo"]["install"] == 'pip install "tersenet[demo]"'
     assert found["verdicts"][-1].startswith("Not installed: demo, report;")
+
+
+def test_the_table_keeps_the_brackets_of_the_command(capsys, monkeypatch):
+    monkeypatch.setattr(room, "_version", lambda name: None if name == "openvino" else "1.0")
+    Console(width=200).print(doctor_table(doctor()))
+    said = capsys.readouterr().out
+    assert 'pip install "tersenet[openvino]"' in said
+    assert "openvino missing" in said
 
 
 def test_doctor_here_is_json_and_knows_the_real_extras():

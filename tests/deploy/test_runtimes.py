@@ -106,6 +106,11 @@ def test_a_module_is_called_in_evaluation_mode_with_its_threads_and_put_back():
     assert all(module.training for module in model.modules())
 
 
+def test_a_module_of_other_inputs_than_images():
+    x = np.ones((3, 4), np.float32)
+    np.testing.assert_array_equal(open_module(nn.Flatten()).run(x), x)
+
+
 def test_inputs_that_do_not_fit_are_refused(tiny_onnx):
     runner = open_file(tiny_onnx)
     for x in (X[:, :2], X[0], X[:0]):

@@ -11,7 +11,10 @@ import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 # What decides how fast small integers and short floats are; /proc/cpuinfo's spelling, and macOS' beside it.
 _FLAGS = {
@@ -76,6 +79,24 @@ def doctor() -> dict[str, Any]:
     else:
         verdicts.append("Every extra is installed.")
     return {"machine": here, "verdicts": verdicts, "extras": extras}
+
+
+def doctor_table(found: dict[str, Any]) -> Group:
+    """The same for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    here = found["machine"]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("extra", "packages", "install with"):
+        table.add_column(title)
+    for name, entry in found["extras"].items():
+        packages = ", ".join(f"{package} {version or 'missing'}" for package, version in entry["packages"].items())
+        table.add_row(name, packages, Text(entry["install"] or "installed"))  # Text: brackets are no markup here
+    core = ", ".join(f"{name} {here['packages'][name]}" for name in ("tersenet", "torch", "numpy"))
+    lines = [f"{here['cpu']}, {here['os']}, Python {here['python']}", core, *found["verdicts"], ""]
+    return Group(*(Text(line) for line in lines), table)
 
 
 def _verdicts(here: dict[str, Any]) -> list[str]:

@@ -164,15 +164,15 @@ def _serving(path: str, runtimes: Sequence[str] | None) -> list[str]:
 
 
 def _inputs(runner: Runner, x: np.ndarray | None, batch: int) -> np.ndarray:
-    fixed = runner.input_shape[0]
-    if fixed not in (None, batch):
-        raise SettingsError(f"{runner.name} has a fixed batch of {fixed}, so it cannot be measured with {batch}")
+    shape = runner.input_shape or (None, None)
+    if shape[0] not in (None, batch):
+        raise SettingsError(f"{runner.name} has a fixed batch of {shape[0]}, so it cannot be measured with {batch}")
     if x is not None:
         if len(x) < batch:
             raise SettingsError(f"a batch of {batch} needs as many inputs, got {len(x)}")
         return np.ascontiguousarray(x[:batch], dtype=np.float32)
-    sizes = [size for size in runner.input_shape[1:] if size is not None]
-    if len(sizes) != len(runner.input_shape) - 1:
+    sizes = [size for size in shape[1:] if size is not None]
+    if len(sizes) != len(shape) - 1:
         raise SettingsError(f"{runner.name} takes inputs of any size; say with which to measure it (x=, or --data)")
     return np.random.default_rng(0).standard_normal((batch, *sizes), dtype=np.float32)
 

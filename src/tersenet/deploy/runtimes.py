@@ -29,7 +29,7 @@ class Runner:
     Args:
         runtime: a name of `RUNTIMES`.
         path: the file; None for a module in memory.
-        input_shape: (N, ...) with None for each open size.
+        input_shape: (N, ...) with None for each open size; None where it is not known.
         call: the bare call, float32 (N, ...) -> float32 (N, ...); what measuring times. No checks.
         threads: how many the runtime may use.
         metadata: what the file says about itself, such as its labels.
@@ -37,7 +37,7 @@ class Runner:
 
     runtime: str
     path: Path | None
-    input_shape: tuple[int | None, ...]
+    input_shape: tuple[int | None, ...] | None
     call: Callable[[Array], Array] = field(repr=False)
     threads: int = 1
     metadata: dict[str, str] = field(default_factory=dict, repr=False)
@@ -56,6 +56,8 @@ class Runner:
         """
         x = np.ascontiguousarray(x, dtype=np.float32)
         expected = self.input_shape
+        if expected is None:
+            return self.call(x)
         fits = x.ndim == len(expected) and all(
             size in (None, got) for size, got in zip(expected[1:], x.shape[1:], strict=True)
         )
@@ -112,7 +114,7 @@ def open_module(model: Any, threads: int = 1, input_shape: tuple[int | None, ...
     Args:
         model: an nn.Module of one input.
         threads: how many threads one call may use; PyTorch's own setting is put back after each call.
-        input_shape: (N, ...) with None for open sizes; None takes images of any size, (N, C, H, W).
+        input_shape: (N, ...) with None for open sizes; None where it is not known.
     """
     import torch
 
@@ -122,7 +124,7 @@ def open_module(model: Any, threads: int = 1, input_shape: tuple[int | None, ...
         with torch_threads(threads), _evaluating(model), torch.inference_mode():
             return _array(_first(model(torch.from_numpy(x).to(device))))
 
-    return Runner("pytorch", None, input_shape or (None, None, None, None), call, threads)
+    return Runner("pytorch", None, input_shape, call, threads)
 
 
 def runtime_for(path: str | Path) -> str:

@@ -24,10 +24,10 @@ Key = str | tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A median with its 95 % bootstrap interval."""
+class Ratio:
+    """Time of one over time of another, with its 95 % bootstrap interval; below 1 the first is faster."""
 
-    median: float
+    ratio: float
     low: float
     high: float
 
@@ -45,13 +45,14 @@ class Measurement:
     machine: Mapping[str, Any] = field(default_factory=dict)
     footprints: Mapping[tuple[str, str], Footprint] = field(default_factory=dict)
 
-    def latency(self, contender: Key) -> Interval:
-        """Milliseconds of one call: the median over the turns."""
-        return Interval(*bootstrap_median(self.turns[self._key(contender)]))
+    def latency(self, contender: Key) -> dict[str, Any]:
+        """Milliseconds of one call: {"median", "low", "high", "threads", "batch"}; the median is over the turns."""
+        median, low, high = bootstrap_median(self.turns[self._key(contender)])
+        return {"median": median, "low": low, "high": high, "threads": self.threads, "batch": self.batch}
 
-    def ratio(self, a: Key, b: Key) -> Interval:
+    def ratio(self, a: Key, b: Key) -> Ratio:
         """Time of `a` over time of `b`, paired by turn: below 1 means that `a` is faster."""
-        return Interval(*bootstrap_median(self.turns[self._key(a)] / self.turns[self._key(b)]))
+        return Ratio(*bootstrap_median(self.turns[self._key(a)] / self.turns[self._key(b)]))
 
     def not_slower(self, a: Key, b: Key) -> bool:
         """Whether `a` is not slower than `b`: the ratio's interval does not lie above 1.02."""
@@ -61,9 +62,12 @@ class Measurement:
     def noise(self) -> float:
         """Half the width of the widest interval, as a share: of the ratios, or of the latency of a lone contender."""
         keys = list(self.turns)
-        pairs = [(a, b) for i, a in enumerate(keys) for b in keys[i + 1 :]]
-        intervals = [self.ratio(a, b) for a, b in pairs] or [self.latency(key) for key in keys]
-        return max((each.high - each.low) / (2 * each.median) for each in intervals)
+        pairs = [self.ratio(a, b) for i, a in enumerate(keys) for b in keys[i + 1 :]]
+        widths = [(each.high - each.low) / (2 * each.ratio) for each in pairs]
+        if not widths:
+            alone = self.latency(keys[0])
+            widths = [(alone["high"] - alone["low"]) / (2 * alone["median"])]
+        return max(widths)
 
     @property
     def verdict(self) -> str:
@@ -76,13 +80,9 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         """As design.md, section 3: per file its latency in each runtime, and the ratios within each runtime."""
         files: dict[str, dict[str, Any]] = {}
-        for (name, runtime), values in self.turns.items():
-            found = self.latency((name, runtime))
+        for name, runtime in self.turns:
             entry = files.setdefault(name, {"latency_ms": {}})
-            entry["latency_ms"][runtime] = {
-                "median": found.median, "low": found.low, "high": found.high,
-                "threads": self.threads, "batch": self.batch, "turns": len(values),
-            }  # fmt: skip
+            entry["latency_ms"][runtime] = self.latency((name, runtime))
             cost = self.footprints.get((name, runtime))
             if cost is not None:
                 for field_name, value in cost.to_json().items():
@@ -108,7 +108,7 @@ class Measurement:
                             "a": a[0],
                             "b": b[0],
                             "runtime": a[1],
-                            "ratio": each.median,
+                            "ratio": each.ratio,
                             "low": each.low,
                             "high": each.high,
                         }
