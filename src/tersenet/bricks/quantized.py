@@ -1,8 +1,8 @@
 """Convolutions and linear layers with integer weights: trainable (`Quantized...`) and settled (`Int8...`).
 
 A quantized layer keeps float weights and rounds them in each forward, with a straight-through gradient, so it can be
-trained. A settled layer holds the integers themselves and computes with `weight * scale`: plain operators, equal results.
-Both are the torch.nn layers of the same kind, with the same names for everything.
+trained. A settled layer holds the integers themselves and computes with `weight * scale`: plain operators, equal
+results. Both are the torch.nn layers of the same kind, with the same names for everything.
 
 The bias is an int32 with scale input_scale * weight_scale, as in Jacob et al., arXiv:1712.05877, section 2.4, and in
 the runtimes; where the input is not quantized (`input_quantized=False`: weights only) it stays float.
@@ -33,40 +33,17 @@ def _channels(scale: Tensor, like: Tensor) -> Tensor:
     return scale.reshape(-1, *(1,) * (like.dim() - 1))
 
 
-class QuantizedLayer(Brick):
-    """What quantized layers share: the scales, and the rounding of weight and bias.
+class ScaledLayer(Brick):
+    """What trainable and settled layers share.
 
-    Buffers: weight_scale (O,), and input_scale (), which is the scale of the quantizer in front.
+    Buffers: weight_scale (O,), and input_scale (), which is the scale of the quantizer in front (None: not quantized).
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: Any
+    bias: Any
     weight_scale: Tensor
     input_scale: Tensor | None
-    settled_kind: type[Int8Layer]
-
-    def _add_scales(self, input_quantized: bool) -> None:
-        self.input_quantized = input_quantized
-        self.low, self.high = grid(BITS, signed=True)
-        options: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
-        self.register_buffer("weight_scale", torch.ones(len(self.weight), **options))
-        self.register_buffer("input_scale", torch.full((), _UNSET, **options) if input_quantized else None)
-
-    @classmethod
-    def of(cls, layer: nn.Module, input_quantized: bool = True) -> QuantizedLayer:
-        """The quantized twin of a torch.nn layer; it takes over the layer's parameters and parametrizations."""
-        with torch.device("meta"):
-            brick = cls(**_config(layer), input_quantized=input_quantized)
-        device, dtype = layer.weight.device, layer.weight.dtype
-        brick.weight_scale = torch.ones(len(layer.weight), device=device, dtype=dtype)
-        if input_quantized:
-            brick.input_scale = torch.full((), _UNSET, device=device, dtype=dtype)
-        if parametrize.is_parametrized(layer):
-            brick.weight, brick.bias = nn.Parameter(torch.empty_like(layer.weight)), layer.bias  # type: ignore[assignment]
-            parametrize.transfer_parametrizations_and_params(layer, brick)
-        else:
-            brick.weight, brick.bias = layer.weight, layer.bias
-        return brick.train(layer.training)  # type: ignore[return-value]
+    input_quantized: bool
 
     def config(self) -> dict[str, Any]:
         return {**_config(self), "input_quantized": self.input_quantized}
@@ -77,12 +54,41 @@ class QuantizedLayer(Brick):
         assert self.input_scale is not None
         return self.input_scale * self.weight_scale
 
+
+class QuantizedLayer(ScaledLayer):
+    """What quantized layers share: float parameters, and their rounding."""
+
+    settled_kind: type[Int8Layer]
+
+    def _add_scales(self, input_quantized: bool) -> None:
+        self.input_quantized = input_quantized
+        self.low, self.high = grid(BITS, signed=True)
+        options: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
+        self.register_buffer("weight_scale", torch.ones(len(self.weight), **options))
+        self.register_buffer("input_scale", torch.full((), _UNSET, **options) if input_quantized else None)
+
+    @classmethod
+    def of(cls, layer: Any, input_quantized: bool = True) -> QuantizedLayer:
+        """The quantized twin of a torch.nn layer; it takes over the layer's parameters and parametrizations."""
+        with torch.device("meta"):
+            brick = cls(**_config(layer), input_quantized=input_quantized)
+        device, dtype = layer.weight.device, layer.weight.dtype
+        brick.weight_scale = torch.ones(len(layer.weight), device=device, dtype=dtype)
+        if input_quantized:
+            brick.input_scale = torch.full((), _UNSET, device=device, dtype=dtype)
+        if parametrize.is_parametrized(layer):
+            brick.weight, brick.bias = nn.Parameter(torch.empty_like(layer.weight)), layer.bias
+            parametrize.transfer_parametrizations_and_params(layer, brick)
+        else:
+            brick.weight, brick.bias = layer.weight, layer.bias
+        return brick.train(layer.training)
+
     def rounded_weight(self) -> Tensor:
         """(O, ...): the weight as the runtime sees it."""
         return fake_quantize(self.weight, _channels(self.weight_scale, self.weight), 0, self.low, self.high)
 
     def rounded_bias(self) -> Tensor | None:
-        """(O,): the bias as the runtime sees it. Calibration keeps it far inside of int32, so nothing is cut off here."""
+        """(O,): the bias as the runtime sees it. Calibration keeps it far inside of int32; nothing is cut off here."""
         if self.bias is None or self.input_scale is None:
             return self.bias
         return fake_quantize(self.bias, self.bias_scale, 0, -math.inf, math.inf)
@@ -103,20 +109,11 @@ class QuantizedLayer(Brick):
                     # float64, because float32 has no 2^31 - 1; the values are those that float32 gave.
                     steps = torch.round(self.bias / self.bias_scale).double().clamp(-(2**31), 2**31 - 1)
                     brick.bias = steps.to(torch.int32)
-        return brick.train(self.training)  # type: ignore[return-value]
+        return brick.train(self.training)
 
 
-class Int8Layer(Brick):
-    """What settled layers share.
-
-    Buffers: weight (O, ...) int8, weight_scale (O,), bias (O,) int32 (float where the input is not quantized),
-    input_scale ().
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    weight_scale: Tensor
-    input_scale: Tensor | None
+class Int8Layer(ScaledLayer):
+    """What settled layers share: weight (O, ...) int8, bias (O,) int32 or, where the input is not quantized, float."""
 
     def _make_buffers(self, input_quantized: bool) -> None:
         self.input_quantized = input_quantized
@@ -128,9 +125,6 @@ class Int8Layer(Brick):
         self.register_buffer("bias", torch.zeros(shape[0], dtype=dtype, device=device) if has_bias else None)
         self.register_buffer("weight_scale", torch.ones(shape[0], device=device))
         self.register_buffer("input_scale", torch.ones((), device=device) if input_quantized else None)
-
-    config = QuantizedLayer.config
-    bias_scale = QuantizedLayer.bias_scale
 
     def rounded_weight(self) -> Tensor:
         """(O, ...): weight * scale."""
@@ -191,7 +185,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return F.linear(x, self.rounded_weight(), self.rounded_bias())
 
 
-def _config(layer: nn.Module) -> dict[str, Any]:
+def _config(layer: Any) -> dict[str, Any]:
     """What builds a layer of this shape, under torch.nn's names."""
     bias = layer.bias is not None
     if isinstance(layer, nn.Linear):

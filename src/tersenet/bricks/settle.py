@@ -27,11 +27,13 @@ def settle(model: nn.Module) -> nn.Module:
     done: dict[nn.Module, nn.Module] = {}  # a layer that is used under two names stays one layer
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type, union-attr]
+            for name in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         if not isinstance(module, QuantizedLayer):
             continue
-        brick = done.setdefault(module, module) if module in done else done.setdefault(module, module.settled())
+        if module not in done:
+            done[module] = module.settled()
+        brick = done[module]
         if path == "":
             return brick
         parent, _, leaf = path.rpartition(".")

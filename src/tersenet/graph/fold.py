@@ -7,6 +7,7 @@ take over: Jacob et al., "Quantization and training of neural networks", arXiv:1
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -48,28 +49,27 @@ def _fits(layer: nn.Module, norm: nn.Module) -> bool:
     )
 
 
-def fold(layer: nn.Module, norm: nn.Module) -> None:
+def fold(layer: Any, norm: Any) -> None:
     """Moves an evaluating batch norm into the weight and bias of the layer before it; gives it a bias if it has none.
 
     weight' = weight * g / sqrt(var + eps), bias' = (bias - mean) * g / sqrt(var + eps) + b, per output channel.
     """
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    wide = {"device": weight.device, "dtype": torch.float64}
+    weight: Tensor = layer.weight
     with torch.no_grad():
-        mean, variance = norm.running_mean.to(**wide), norm.running_var.to(**wide)  # type: ignore[union-attr, operator]
-        factor = torch.rsqrt(variance + norm.eps)  # type: ignore[operator]
+        mean, variance = norm.running_mean.double(), norm.running_var.double()
+        factor = torch.rsqrt(variance + norm.eps)
         shift = torch.zeros_like(mean)
         if norm.weight is not None:
-            factor = factor * norm.weight.to(**wide)  # type: ignore[operator]
+            factor = factor * norm.weight.double()
         if norm.bias is not None:
-            shift = norm.bias.to(**wide)  # type: ignore[operator]
-        bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.to(**wide)  # type: ignore[operator]
+            shift = norm.bias.double()
+        bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.double()
         folded = (weight.double() * _beside(factor, layer)).to(weight.dtype)
         layer.weight = nn.Parameter(folded, requires_grad=weight.requires_grad)
         layer.bias = nn.Parameter(((bias - mean) * factor + shift).to(weight.dtype))
 
 
-def _beside(factor: Tensor, layer: nn.Module) -> Tensor:
+def _beside(factor: Tensor, layer: Any) -> Tensor:
     """(O,) shaped to stand beside the layer's weight."""
     if isinstance(
         layer, _ConvTransposeNd
@@ -77,7 +77,7 @@ def _beside(factor: Tensor, layer: nn.Module) -> Tensor:
         groups = factor.reshape(layer.groups, 1, -1)  # (G, 1, O / G)
         rows = groups.expand(-1, layer.in_channels // layer.groups, -1).reshape(layer.in_channels, -1)  # (I, O / G)
         return rows.reshape(*rows.shape, *(1,) * (layer.weight.dim() - 2))
-    return factor.reshape(-1, *(1,) * (layer.weight.dim() - 1))  # type: ignore[operator, union-attr]
+    return factor.reshape(-1, *(1,) * (layer.weight.dim() - 1))
 
 
 def fold_all(graph: fx.GraphModule) -> list[str]:

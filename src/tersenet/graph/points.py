@@ -12,6 +12,7 @@ concatenation; values that share a grid form one group. This is what ONNX Runtim
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -21,7 +22,6 @@ from torch import fx, nn
 
 aten = torch.ops.aten
 
-_CLIP_LAYERS = (nn.ReLU, nn.ReLU6)
 _CLIPS = {aten.relu.default, aten.relu_.default, aten.relu6.default}
 _RANGED_CLIPS = {aten.hardtanh.default, aten.hardtanh_.default, aten.clamp.default, aten.clamp_.default}
 _ADDS = {aten.add.Tensor, aten.add_.Tensor, operator.add}
@@ -110,7 +110,7 @@ class _Walk:
             layer = self.graph.get_submodule(str(node.target))
             if node.target in self.quantized:
                 return "convolution" if isinstance(layer, nn.Conv2d) else "linear"
-            if isinstance(layer, _CLIP_LAYERS) or (isinstance(layer, nn.Hardtanh) and layer.min_val == 0):
+            if _starts_at_zero(clip_bounds(self.graph, node)):
                 return "clip"
             if isinstance(layer, _POOL_LAYERS):
                 return "pool"
@@ -121,7 +121,7 @@ class _Walk:
 
     def _kind_of_operator(self, node: fx.Node) -> str:
         target = node.target
-        if target in _CLIPS or (target in _RANGED_CLIPS and len(node.args) > 1 and node.args[1] == 0):
+        if _starts_at_zero(clip_bounds(self.graph, node)):
             return "clip"
         if target in _ADDS or target in _MULS:
             both = len(node.args) == 2 and all(isinstance(a, fx.Node) and self._is_activation(a) for a in node.args)
@@ -129,7 +129,7 @@ class _Walk:
         if target in _CONCATS:
             return "concat" if all(map(self._is_activation, node.all_input_nodes)) else "float"
         if target in _POOLS:
-            return "pool" if target is not aten.mean.dim or _is_global_pool(node) else "float"
+            return "pool" if target is not aten.mean.dim or is_global_pool(self.graph, node) else "float"
         return "same" if target in _SAMES else "float"
 
     @staticmethod
@@ -208,15 +208,44 @@ class _Walk:
         return found
 
 
-def _is_global_pool(node: fx.Node) -> bool:
-    """Whether a mean is over H and W of (N, C, H, W)."""
-    source, dims = node.args[0], node.args[1]
-    return (
-        isinstance(source, fx.Node)
-        and len(source.meta.get("shape", ())) == 4
-        and isinstance(dims, list | tuple)
-        and sorted(int(dim) % 4 for dim in dims) == [2, 3]  # type: ignore[arg-type, call-overload]
-    )
+def clip_bounds(graph: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
+    """Between which values a ReLU, ReLU6 or clip keeps its input; None for other operators."""
+    if node.op == "call_module":
+        layer = graph.get_submodule(str(node.target))
+        if isinstance(layer, nn.Hardtanh):  # ReLU6 too
+            return float(layer.min_val), float(layer.max_val)
+        return (0.0, math.inf) if isinstance(layer, nn.ReLU) else None
+    if node.op != "call_function":
+        return None
+    if node.target in _CLIPS:
+        return 0.0, 6.0 if node.target is aten.relu6.default else math.inf
+    if node.target in _RANGED_CLIPS:
+        low, high = (*node.args[1:], None, None)[:2]
+        if node.kwargs or isinstance(low, fx.Node) or isinstance(high, fx.Node):
+            return None
+        defaults = (
+            (-1.0, 1.0) if node.target in (aten.hardtanh.default, aten.hardtanh_.default) else (-math.inf, math.inf)
+        )
+        return float(defaults[0] if low is None else low), float(defaults[1] if high is None else high)  # type: ignore[arg-type]
+    return None
+
+
+def is_global_pool(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is the mean over H and W of (N, C, H, W), however it was written."""
+    if not node.args or not isinstance(node.args[0], fx.Node) or len(node.args[0].meta.get("shape", ())) != 4:
+        return False
+    if node.op == "call_module":
+        layer = graph.get_submodule(str(node.target))
+        return isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1))
+    if node.target is aten.adaptive_avg_pool2d.default:
+        return list(node.args[1]) == [1, 1]  # type: ignore[arg-type]
+    if node.target is not aten.mean.dim or not isinstance(node.args[1], list | tuple):
+        return False
+    return sorted(int(dim) % 4 for dim in node.args[1]) == [2, 3]  # type: ignore[arg-type]
+
+
+def _starts_at_zero(bounds: tuple[float, float] | None) -> bool:
+    return bounds is not None and bounds[0] == 0
 
 
 def _returns_indices(layer: nn.Module) -> bool:

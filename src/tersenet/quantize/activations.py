@@ -84,9 +84,12 @@ def _shortcuts(graph: fx.GraphModule, step: Step) -> dict[str, list[int]]:
     for node in graph.graph.nodes:
         if node.op == "call_module":
             brick = graph.get_submodule(str(node.target))
-            if isinstance(brick, PadShortcut) and step.matches(str(node.target), brick):
-                channels = int(node.args[0].meta["shape"][1])
-                found[str(node.target)] = [channels, brick.before, brick.after, brick.stride]
+            if not isinstance(brick, PadShortcut):
+                continue
+            arguments = [int(node.args[0].meta["shape"][1]), brick.before, brick.after, brick.stride]
+            # `only` and `skip` treat it as the convolution that it becomes.
+            if step.matches(str(node.target), identity_convolution(*arguments)):
+                found[str(node.target)] = arguments
     return found
 
 

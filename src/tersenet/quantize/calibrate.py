@@ -7,8 +7,7 @@ are rounded already, so the ranges are those that the runtime will see, up to th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, fx, nn
@@ -67,12 +66,11 @@ def _observe(
     task: Task,
     samples: int,
     quantizers: dict[str, Quantizer],
-    observers: Any,
+    observers: Mapping[str, Callable[[Tensor], None]],
 ) -> None:
     """Runs the calibration data with each quantizer's observer looking on, in evaluation mode."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modes = [(module, module.training) for module in model.modules()]
-    see: Callable[[Tensor], None]
     try:
         for module, _ in modes:
             module.training = False

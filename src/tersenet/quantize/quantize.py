@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tersenet.bricks.quantized import QuantizedLayer, quantized_kind
-from tersenet.errors import SettingsError
+from tersenet.errors import ModelError, SettingsError
 from tersenet.numerics.ranges import weight_scales
 from tersenet.step import Plan, Step, replace
 from tersenet.task import Task
@@ -28,8 +28,8 @@ RANGES = ("mse", "minmax", "percentile")
 class Quantize(Step):
     """Quantizes convolutions and linear layers to int8, and with `activations` everything between them.
 
-    Batch norms in front of which a layer stands are folded on the way. With activations the root becomes a
-    `torch.fx.GraphModule` that shares its layers with the model; the model's outputs stay float.
+    With activations, batch norms are folded on the way, zero-padding shortcuts become convolutions, and the root
+    becomes a `torch.fx.GraphModule` that shares its layers with the model; the model's outputs stay float.
 
     Args:
         weights: "int8".
@@ -96,8 +96,10 @@ class Quantize(Step):
             DataError: when there is no calibration data, or it holds values that are not finite.
             ModelError: when weights or activations are not finite.
         """
-        bricks = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
-        for brick in bricks:
+        bricks = {path: module for path, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+        for path, brick in bricks.items():
+            if not bool(torch.isfinite(brick.weight).all()):
+                raise ModelError(f"the weights of {path or 'the layer'} hold NaN or infinity; load finite weights")
             brick.weight_scale.copy_(weight_scales(brick.weight, method=self.ranges))
         if self.activations is not None and bricks:
             from tersenet.quantize.calibrate import calibrate

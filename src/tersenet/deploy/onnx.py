@@ -1,0 +1,274 @@
+"""ONNX files by torch's current exporter, float and quantized.
+
+A quantized model becomes QDQ: activations uint8 per tensor, weights int8 initialisers and biases int32 initialisers
+with one DequantizeLinear each, per output channel. ONNX Runtime and OpenVINO fuse that into integer operators.
+
+The export works on a copy in which everything exact that a runtime would do anyway is done: batch norms are folded
+(float files too, so that comparisons are fair), a ReLU or clip that a quantizer repeats is dropped, and a mean over H
+and W becomes GlobalAveragePool, for which ONNX Runtime has an integer kernel and for ReduceMean has not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from tersenet.atomic import writing
+from tersenet.bricks.quantized import Int8Conv2d, Int8Layer, Int8Linear
+from tersenet.bricks.quantizer import Quantizer
+from tersenet.bricks.settle import settle
+from tersenet.errors import ExportError, require
+from tersenet.graph.fold import fold_all
+from tersenet.graph.points import clip_bounds, is_global_pool
+from tersenet.graph.trace import export, trace
+from tersenet.task import Preparation
+
+OPSET = 20  # what torch 2.13 writes by itself; both runtimes read it
+_LARGEST = 2**31 - 2**20  # a protobuf file must stay under 2 GiB
+
+
+def export_onnx(
+    model: nn.Module,
+    example: Tensor,
+    path: str | Path,
+    preparation: Preparation | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes a model as one ONNX file with a dynamic batch; the model is left as it was.
+
+    The input is called "input"; the output "output", further ones "output_1" and so on.
+
+    Args:
+        model: any module of one input; quantized by us or not.
+        example: (N, ...) input, of the type and shape that the file will take.
+        path: where to; written whole or not at all.
+        preparation: stored as metadata tersenet.mean, .std, .size and .labels, each as JSON.
+        metadata: more metadata, stored under its own names.
+    Raises:
+        TraceError: when the forward cannot be captured.
+        ExportError: when the exporter fails, or the file would be larger than 2 GiB.
+        MissingExtra: when onnx or onnxscript is not installed.
+    """
+    onnx = require("onnx", "onnx", "write ONNX files")
+    require("onnxscript", "onnx", "write ONNX files")
+    graph = trace(copy.deepcopy(model).eval(), example)
+    _simplify(graph)
+    program = export(graph, example)
+    with _silence():
+        try:
+            made = torch.onnx.export(
+                program, (example,), dynamo=True, opset_version=OPSET, verbose=False, input_names=["input"]
+            )
+            assert made is not None
+            proto = made.model_proto
+        except Exception as error:  # the exporter raises many kinds; each becomes one sentence
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ExportError(f"{type(model).__name__} could not be written as ONNX: {reason}") from error
+    _finish(onnx, proto, {**_prepared(preparation), **(metadata or {})})
+    if proto.ByteSize() > _LARGEST:
+        raise ExportError(f"the ONNX file would have {proto.ByteSize()} bytes; one file can hold less than 2 GiB")
+    onnx.checker.check_model(proto, full_check=True)
+    path = Path(path)
+    with writing(path) as temporary:
+        temporary.write_bytes(proto.SerializeToString())
+    return path
+
+
+def _prepared(preparation: Preparation | None) -> dict[str, str]:
+    if preparation is None:
+        return {}
+    names = ("mean", "std", "size", "labels")
+    return {f"tersenet.{name}": json.dumps(list(getattr(preparation, name))) for name in names}
+
+
+def _simplify(graph: fx.GraphModule) -> None:
+    """Folds norms, drops clips that rounding repeats, and puts export twins in place of our bricks."""
+    fold_all(graph)
+    for node in list(graph.graph.nodes):
+        if _repeats(graph, node):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+        elif is_global_pool(graph, node):
+            with graph.graph.inserting_after(node):
+                new = graph.graph.call_function(_global_average_pool, (node.args[0], len(node.meta["shape"])))
+            node.replace_all_uses_with(new)
+            graph.graph.erase_node(node)
+    settle(graph)
+    for name, module in list(graph.named_modules()):
+        if isinstance(module, Quantizer):
+            graph.add_submodule(name, _QuantizeDequantize(module))
+        elif isinstance(module, Int8Layer):
+            graph.add_submodule(name, _Dequantized(module))
+    graph.recompile()
+
+
+def _repeats(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a clip lies between an operator and a quantizer that cuts off at least as much."""
+    bounds = clip_bounds(graph, node)
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    if bounds is None or user is None or user.op != "call_module":
+        return False
+    quantizer = graph.get_submodule(str(user.target))
+    if not isinstance(quantizer, Quantizer):
+        return False
+    scale, zero_point = float(quantizer.scale), int(quantizer.zero_point)
+    low, high = (quantizer.low - zero_point) * scale, (quantizer.high - zero_point) * scale
+    # Half a step beyond the bound still rounds to it.
+    return bounds[0] <= low + scale / 2 and high - scale / 2 <= bounds[1] and low >= bounds[0] - 1e-6 * scale
+
+
+def _global_average_pool(x: Tensor, dims: int) -> Tensor:
+    """(N, C, H, W) -> (N, C, 1, 1) for dims = 4, (N, C) for dims = 2."""
+    n, channels = x.shape[:2]
+    pooled = torch.onnx.ops.symbolic("GlobalAveragePool", (x,), dtype=x.dtype, shape=(n, channels, 1, 1))
+    return pooled if dims == 4 else pooled.flatten(1)
+
+
+class _QuantizeDequantize(nn.Module):
+    """A quantizer as the pair QuantizeLinear, DequantizeLinear."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.register_buffer("scale", quantizer.scale)
+        self.register_buffer("zero_point", quantizer.zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = torch.onnx.ops.symbolic(
+            "QuantizeLinear", (x, self.scale, self.zero_point), dtype=torch.uint8, shape=x.shape
+        )
+        return torch.onnx.ops.symbolic(
+            "DequantizeLinear", (q, self.scale, self.zero_point), dtype=x.dtype, shape=x.shape
+        )
+
+
+class _Dequantized(nn.Module):
+    """A settled layer whose integers pass through DequantizeLinear."""
+
+    zero_point: Tensor | None
+    bias_scale: Tensor
+
+    def __init__(self, layer: Int8Layer) -> None:
+        super().__init__()
+        self.layer = layer
+        # ONNX Runtime makes QGemm only of a weight with a zero point; QLinearConv does without.
+        zeros = torch.zeros(len(layer.weight), dtype=torch.int8, device=layer.weight.device)
+        self.register_buffer("zero_point", zeros if isinstance(layer, Int8Linear) else None)
+        if layer.input_scale is not None and layer.bias is not None:
+            self.register_buffer("bias_scale", layer.bias_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        weight = _dequantize_linear(layer.weight, layer.weight_scale, self.zero_point)
+        bias = layer.bias
+        if bias is not None and layer.input_scale is not None:
+            bias = _dequantize_linear(bias, self.bias_scale)
+        if isinstance(layer, Int8Linear):
+            return F.linear(x, weight, bias)
+        assert isinstance(layer, Int8Conv2d)
+        return layer._conv_forward(x, weight, bias)
+
+
+def _dequantize_linear(q: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    inputs = (q, scale) if zero_point is None else (q, scale, zero_point)
+    return torch.onnx.ops.symbolic("DequantizeLinear", inputs, attrs={"axis": 0}, dtype=scale.dtype, shape=q.shape)
+
+
+def _finish(onnx: Any, proto: Any, metadata: Mapping[str, str]) -> None:
+    """Names, metadata, and one batch dimension called "batch"; what the exporter left for debugging is dropped."""
+    graph = proto.graph
+    outputs = {value.name: "output" if i == 0 else f"output_{i}" for i, value in enumerate(graph.output)}
+    for node in graph.node:
+        node.input[:] = [outputs.get(name, name) for name in node.input]
+        node.output[:] = [outputs.get(name, name) for name in node.output]
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for value in graph.output:
+        value.name = outputs[value.name]
+    del graph.value_info[:], graph.metadata_props[:]
+    batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.input, *graph.output):
+        del value.metadata_props[:]
+        for dim in value.type.tensor_type.shape.dim:
+            if batch and dim.dim_param == batch:
+                dim.dim_param = "batch"
+    for tensor in graph.initializer:
+        tensor.doc_string = ""
+        del tensor.metadata_props[:]
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, dict(metadata))
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The exporter warns about packages that are not installed and about torch's own deprecations."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers += [logging.getLogger("torch.onnx._internal.exporter._registration")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def operators_left_in_float(path: str | Path) -> list[str]:
+    """Float operators that ONNX Runtime leaves between integer ones, as "type name"; empty when all is fused.
+
+    Runs its graph optimiser and looks at what comes out. An operator counts when values that were quantized reach it
+    and what it computes is quantized again; what lies before the first or after the last rounding does not.
+    """
+    onnx = require("onnx", "onnx", "read ONNX files")
+    runtime = require("onnxruntime", "onnx", "optimise ONNX files")
+    with tempfile.TemporaryDirectory() as folder:
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        # Extended, because the level above writes layouts that are for this machine only; int8 fusion is done by then.
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(options.optimized_model_filepath).graph
+    return _between(graph)
+
+
+def _between(graph: Any) -> list[str]:
+    constants = {tensor.name for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    after: set[str] = set()  # float values that came out of integers
+    for node in graph.node:
+        if any(name in after for name in node.input) or (
+            node.op_type == "DequantizeLinear" and node.input[0] not in constants
+        ):
+            after.update(() if _is_integer(node) else node.output)
+    left: dict[str, str] = {}
+    front = [name for node in graph.node if node.op_type == "QuantizeLinear" for name in node.input[:1]]
+    while front:
+        node = makers.get(front.pop())
+        if node is None or node.name in left or _is_integer(node) or not any(name in after for name in node.output):
+            continue
+        if node.op_type != "DequantizeLinear":
+            left[node.name] = f"{node.op_type} {node.name}"
+            front.extend(node.input)
+    return [left[node.name] for node in graph.node if node.name in left]
+
+
+def _is_integer(node: Any) -> bool:
+    return node.op_type.startswith(("QLinear", "QGemm", "QuantizeLinear")) or node.op_type.endswith("Integer")
