@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tersenet.data import open_data
 from tersenet.errors import ModelError, SettingsError
 from tersenet.graph.trace import trace
 from tersenet.models.sources import open_model as open_other
+from tersenet.models.weights import load_weights
 from tersenet.task import Preparation, Task
 
 
@@ -39,12 +41,32 @@ def open_model(spec: str, weights: str | Path | None = None) -> tuple[nn.Module,
         if weights is not None:
             raise ModelError(f"{spec} holds its own weights; leave --weights out")
         return model.eval(), preparation
-    model, preparation = open_other(spec, weights)
     if spec.endswith(".pt2"):
-        # An exported program knows its input but not its layers; tracing it brings them back.
-        model = trace(model, example_of(preparation))
-        model.training = False
-    return model if spec.endswith(".pt2") else model.eval(), preparation
+        return _open_program(Path(spec), weights)
+    model, preparation = open_other(spec, weights)
+    return model.eval(), preparation
+
+
+def _open_program(path: Path, weights: str | Path | None) -> tuple[nn.Module, Preparation]:
+    """An exported program, read without running code from it; a file that is not ours does not say its mean and std."""
+    from tersenet.deploy.pt2 import read_pt2
+
+    program, shape, metadata = read_pt2(path)
+    if len(shape) != 4 or None in shape[1:]:
+        raise ModelError(
+            f"{path} takes inputs of shape {shape}; models of images (N, C, H, W) of one size are supported"
+        )
+    channels, height, width = (int(size) for size in shape[1:] if size is not None)
+    said = {key: tuple(json.loads(metadata.get(f"tersenet.{key}", "[]"))) for key in ("mean", "std", "labels")}
+    preparation = Preparation(
+        (height, width), said["mean"] or (0.5,) * channels, said["std"] or (0.5,) * channels, said["labels"]
+    )
+    if weights is not None:
+        load_weights(program, weights)
+    # A program knows its operators but not its layers; tracing it brings them back.
+    model = trace(program, example_of(preparation))
+    model.training = False
+    return model, preparation
 
 
 def example_of(preparation: Preparation) -> torch.Tensor:
@@ -64,12 +86,12 @@ def prepared(
     Raises:
         SettingsError: when mean and std have different lengths, or a std is not positive.
     """
-    changes = {
-        key: tuple(value) for key, value in (("mean", mean), ("std", std), ("size", size)) if value is not None
-    }
+    changes = {key: tuple(value) for key, value in (("mean", mean), ("std", std), ("size", size)) if value is not None}
     preparation = dataclasses.replace(preparation, **changes)
     if len(preparation.mean) != len(preparation.std):
-        raise SettingsError(f"mean has {len(preparation.mean)} values and std has {len(preparation.std)}; give one per channel")
+        raise SettingsError(
+            f"mean has {len(preparation.mean)} values and std has {len(preparation.std)}; give one per channel"
+        )
     if min(preparation.std) <= 0:
         raise SettingsError(f"std must be positive, got {list(preparation.std)}")
     return preparation
