@@ -1,0 +1,85 @@
+"""Labels on channels: which positions of which tensors and layers are one and the same channel.
+
+Every dimension of every tensor in a graph either has a vector of labels, one per position, or none. Positions with
+the same label stand or fall together; label 0 marks a position that stays. Operators say that two labels are the same
+(`unite`) or that they must stay (`freeze`), and layers say which of their positions carry which labels (`slot`).
+`resolve` then finds the classes: connected components, by hooking to the smaller neighbour and pointer jumping
+(Shiloach & Vishkin, J. Algorithms 3, 1982), so that no Python loop runs over channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Vector = np.ndarray  # (size of the dimension,) labels
+State = tuple[Vector | None, ...]  # one entry per dimension of a tensor
+
+
+@dataclass
+class Labels:
+    """What is known about labels while a graph is being read."""
+
+    count: int = 1  # label 0 is taken: it is what cannot be cut
+    edges: list[tuple[Vector, Vector]] = field(default_factory=list)
+    freezes: list[tuple[Vector, str]] = field(default_factory=list)
+    slots: dict[tuple[str, str], Vector] = field(default_factory=dict)
+    added: list[Vector] = field(default_factory=list)
+    literals: list[tuple[Vector, str]] = field(default_factory=list)
+
+    def fresh(self, size: int) -> Vector:
+        """Labels that nothing else has."""
+        labels = np.arange(self.count, self.count + size)
+        self.count += size
+        return labels
+
+    def unite(self, a: Vector, b: Vector, reason: str) -> None:
+        """Position by position, two vectors hold the same channels; what meets a fixed position stays."""
+        both = (a > 0) & (b > 0)
+        self.edges.append((a[both], b[both]))
+        self.freeze(np.concatenate([a[b == 0], b[a == 0]]), reason)
+
+    def unite_rows(self, rows: np.ndarray, reason: str) -> None:
+        """(R, size): every row holds the same channels."""
+        for row in rows[1:]:
+            self.unite(rows[0], row, reason)
+
+    def freeze(self, labels: Vector | None, reason: str) -> None:
+        """These channels stay. Of several reasons the first counts."""
+        if labels is not None and (labels > 0).any():
+            self.freezes.append((labels[labels > 0], reason))
+
+    def freeze_state(self, state: Any, reason: str) -> None:
+        for part in state if isinstance(state, list) else [state]:
+            for labels in part or ():
+                self.freeze(labels, reason)
+
+    def slot(self, path: str, role: str, labels: Vector | None, size: int, reason: str) -> Vector:
+        """A layer's positions carry these labels. A layer that is called twice gets both calls' labels united."""
+        labels = np.zeros(size, dtype=np.int64) if labels is None else labels
+        if (path, role) in self.slots:
+            self.unite(self.slots[path, role], labels, reason)
+        else:
+            self.slots[path, role] = labels
+        return labels
+
+    def resolve(self) -> tuple[np.ndarray, dict[int, str]]:
+        """(class of every label, reason of every frozen class); a class is named by its smallest label."""
+        root = np.arange(self.count)
+        if self.edges:
+            a = np.concatenate([edge[0] for edge in self.edges])
+            b = np.concatenate([edge[1] for edge in self.edges])
+            while True:
+                ra, rb = root[a], root[b]
+                if (ra == rb).all():
+                    break
+                np.minimum.at(root, np.maximum(ra, rb), np.minimum(ra, rb))
+                while (root[root] != root).any():
+                    root = root[root]
+        frozen: dict[int, str] = {}
+        for labels, reason in self.freezes:
+            for label in np.unique(root[labels]).tolist():
+                frozen.setdefault(label, reason)
+        return root, frozen

@@ -1,0 +1,1 @@
+"""Methods that take weights, channels or blocks away."""
