@@ -75,7 +75,7 @@ def test_a_bare_string_as_pattern_is_refused() -> None:
 
 def test_a_step_that_matched_nothing_says_so() -> None:
     with pytest.warns(NoEffect, match="widen matched no layer"):
-        model, plan = Widen(only=("nothing",)).run(net(), TASK)
+        _model, plan = Widen(only=("nothing",)).run(net(), TASK)
     assert plan == {}
 
 

@@ -33,7 +33,7 @@ _HOME = {
     "Train": "tersenet.train",
     "compress": "tersenet.job",
     "costs": "tersenet.graph.costs",
-    "dry_run": "tersenet.job",
+    "dry_run": "tersenet.dry_run",
     "load": "tersenet.deploy.artifact",
     "measure": "tersenet.deploy.measure",
     "open_model": "tersenet.sources",
@@ -43,7 +43,7 @@ _HOME = {
 # Where the promised name differs from the name at home.
 _SPELLED = {"load": "load_terse"}
 
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

@@ -85,4 +85,6 @@ def require(package: str, extra: str, purpose: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0] != package.split(".")[0]:
             raise
-        raise MissingExtra(f'{package} is needed to {purpose}; install it with: pip install "tersenet[{extra}]"') from None
+        raise MissingExtra(
+            f'{package} is needed to {purpose}; install it with: pip install "tersenet[{extra}]"'
+        ) from None

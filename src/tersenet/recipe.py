@@ -136,7 +136,9 @@ def _build(entry: Any, kind: type, own: Own | None) -> Any:
     name, settings = next(iter(entry.items()))
     cls = step_class(str(name), own)
     if not issubclass(cls, kind):
-        raise RecipeError(f"{name!r} is a {'companion' if issubclass(cls, Companion) else 'step'} and cannot stand here")
+        raise RecipeError(
+            f"{name!r} is a {'companion' if issubclass(cls, Companion) else 'step'} and cannot stand here"
+        )
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise RecipeError(f"the settings of {name!r} must be a mapping, got {settings!r}; write '{name}: {{}}'")

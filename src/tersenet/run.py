@@ -98,7 +98,9 @@ class Journal:
         """Writes a finished step: numbers first, then the JSON that makes it count."""
         numbers = self._path(index, step.name, ".safetensors")
         with writing(numbers) as temporary:
-            save_file({key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}, temporary)
+            save_file(
+                {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}, temporary
+            )
         settings = json.loads(json.dumps(step.settings(), default=repr))
         data = {
             "schema": SCHEMA,
@@ -136,8 +138,12 @@ class Run:
         self.folder = Path(folder)
         path = self.folder / "report.json"
         if not path.exists():
-            what = "an unfinished run; call compress again to go on" if (self.folder / "run.json").exists() else "no run"
-            raise RunError(f"{self.folder} holds {what}" if self.folder.exists() else f"there is no folder {self.folder}")
+            what = (
+                "an unfinished run; call compress again to go on" if (self.folder / "run.json").exists() else "no run"
+            )
+            raise RunError(
+                f"{self.folder} holds {what}" if self.folder.exists() else f"there is no folder {self.folder}"
+            )
         self.report: dict[str, Any] = _read_json(path)
 
     @property
@@ -176,7 +182,12 @@ class Run:
         body = ""
         for row in self.rows:
             latency = "; ".join(f"{name} {value['median']:.3f}" for name, value in row.get("latency_ms", {}).items())
-            values = [row["step"], f"{row['score']:.4f}" if row.get("score") is not None else "-", row["params"], row["macs"]]
+            values = [
+                row["step"],
+                f"{row['score']:.4f}" if row.get("score") is not None else "-",
+                row["params"],
+                row["macs"],
+            ]
             body += "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in (*values, latency)) + "</tr>"
         return f"<p>{html.escape(self.verdict)}</p><table><tr>{head}</tr>{body}</table><p>{html.escape(str(self.folder))}</p>"
 

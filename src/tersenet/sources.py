@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tersenet import models
 from tersenet.data import open_data
 from tersenet.errors import ModelError, SettingsError
 from tersenet.graph.trace import trace
@@ -117,26 +116,21 @@ def open_task(
     Raises:
         DataError: when the data is missing, empty or broken.
     """
-    options = {"batch_size": batch_size, "seed": seed, "columns": columns, "on_bad_image": on_bad_image}
-    found = open_data(data, preparation, **options)
-    held_out = None
-    if validate is not None:
-        other = open_data(validate, preparation, **options)
-        held_out = other.test if other.test is not None else other.train
+    found = open_data(
+        data, preparation, batch_size=batch_size, seed=seed, columns=columns, on_bad_image=on_bad_image,
+        validate=validate, quiet=quiet,
+    )  # fmt: skip
     labels = preparation.labels or found.labels
-    first = found.train or found.calibrate or found.test
-    example = next(iter(first))[0][:2].clone() if first is not None else example_of(preparation)
+    first = found.calibrate if found.calibrate is not None else found.train
+    example = example_of(preparation) if first is None else next(iter(first))[0][:2].clone()
     return Task(
         example=example,
         train=found.train,
         calibrate=found.calibrate,
-        validate=held_out if held_out is not None else found.validate,
+        validate=found.validate,
         test=found.test,
         original=model,
         preparation=dataclasses.replace(preparation, labels=tuple(labels)),
         seed=seed,
         quiet=quiet,
     )
-
-
-__all__ = ["example_of", "models", "open_model", "open_task", "prepared"]

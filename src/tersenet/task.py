@@ -145,7 +145,9 @@ class Task:
             raise DataError("the calibration data is empty (0 samples); give at least one batch")
 
 
-def score(predict: Callable[[Any], Any], data: Iterable[Any], metric: Callable[[Any, Any], Tensor] | None = None) -> Score:
+def score(
+    predict: Callable[[Any], Any], data: Iterable[Any], metric: Callable[[Any, Any], Tensor] | None = None
+) -> Score:
     """Scores any callable that takes a batch and gives outputs: a model, or a file in its runtime.
 
     Top-1 accuracy with a 95 % Wilson interval, top-5 where there are at least five classes; another metric gets a

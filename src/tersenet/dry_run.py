@@ -1,0 +1,111 @@
+"""The dry run: what a recipe would give, built and timed on the real runtime before any training."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from tersenet.deploy.machine import machine
+from tersenet.graph.costs import totals
+from tersenet.recipe import Recipe
+from tersenet.report.words import bytes_text, count_text
+from tersenet.ship import READS, check_runtimes, ship, time_files
+from tersenet.step import Chain, Step
+from tersenet.task import Task
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def without_training(step: Step) -> Step | None:
+    """The step with everything that trains taken out of it; None when nothing is left."""
+    if isinstance(step, Chain):
+        inner = tuple(kept for kept in map(without_training, step.steps) if kept is not None)
+        return dataclasses.replace(step, steps=inner) if inner else None
+    return None if step.family == "train" else step
+
+
+def dry_run(
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    *,
+    runtimes: Sequence[str] = ("onnxruntime",),
+    threads: int = 1,
+    batch: int = 1,
+) -> dict[str, Any]:
+    """Shapes, file sizes and measured latency after each step, without training; says which change does not pay.
+
+    Returns:
+        {"machine": ..., "rows": [{"step", "params", "macs", "file_bytes", "latency_ms": {runtime: {...}}, "notes"}],
+        "left_out": names of the steps that train}.
+    """
+    check_runtimes(runtimes)
+    steps = [kept for kept in map(without_training, recipe.steps) if kept is not None]
+    left_out = [step.name for step in recipe.steps if without_training(step) is None]
+    # Nothing here is to be scored, so the test set is not even there.
+    task = dataclasses.replace(task, original=copy.deepcopy(model).eval(), test=None)
+    with tempfile.TemporaryDirectory() as folder:
+        names, models = ["original"], [copy.deepcopy(model).eval()]
+        for index, step in enumerate(steps, start=1):
+            changed, _ = step.run(copy.deepcopy(models[-1]), task)
+            names.append(f"{index}. {step.name}")
+            models.append(changed.eval())
+        shipped = [ship(each, task, Path(folder), f"{index:02d}", runtimes) for index, each in enumerate(models)]
+        timed = {
+            runtime: time_files(
+                {name: each.files[READS[runtime]] for name, each in zip(names, shipped, strict=True)},
+                runtime, task, threads=threads, batch=batch, quiet=task.quiet,
+            )
+            for runtime in runtimes
+        }  # fmt: skip
+        rows = []
+        for index, (name, each) in enumerate(zip(names, models, strict=True)):
+            cost = totals(each, task.example)
+            row: dict[str, Any] = {
+                "step": name, "params": cost.params, "macs": cost.macs, "file_bytes": shipped[index].file_bytes,
+                "latency_ms": {runtime: dataclasses.asdict(found.latency(name)) for runtime, found in timed.items()}, "notes": [],
+            }  # fmt: skip
+            if index:
+                for runtime, found in timed.items():
+                    ratio = found.ratio(name, names[index - 1])
+                    row["latency_ms"][runtime]["left_of_previous"] = [ratio.median, ratio.low, ratio.high]
+                    row["notes"] += _verdict(row, rows[-1], runtime, ratio)
+            rows.append(row)
+    return {"machine": machine(), "rows": rows, "left_out": left_out}
+
+
+def _verdict(row: dict[str, Any], before: dict[str, Any], runtime: str, ratio: Any) -> list[str]:
+    """What the measured time says about a step, in words."""
+    if ratio.high < 1:
+        return []
+    if ratio.low > 1.02:
+        return [f"{ratio.median:.2f}x slower in {runtime}: does not pay here"]
+    if row["macs"] < before["macs"]:
+        return [f"fewer multiply-adds but no faster in {runtime}"]
+    return []
+
+
+def dry_run_table(found: dict[str, Any]) -> Table:
+    """The same for a terminal."""
+    from rich.table import Table
+
+    rows = found["rows"]
+    runtimes = list(rows[0]["latency_ms"])
+    caption = f"not run: {', '.join(found['left_out'])}" if found["left_out"] else None
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption=caption, caption_justify="left")
+    for title in ("step", "params", "MACs", "bytes", *(f"ms in {runtime}" for runtime in runtimes), ""):
+        table.add_column(title, justify="left" if title in ("step", "") else "right")
+    for row in rows:
+        times = [f"{row['latency_ms'][name]['median']:.3f}" for name in runtimes]
+        size = bytes_text(row["file_bytes"].get("onnx", row["file_bytes"]["terse"]))
+        table.add_row(
+            row["step"], count_text(row["params"]), count_text(row["macs"]), size, *times, "; ".join(row["notes"])
+        )
+    return table

@@ -1,0 +1,318 @@
+"""The main job: a model, a task and a recipe or target in; a run folder with files, figures and a report out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from tersenet import __version__
+from tersenet.deploy.machine import machine
+from tersenet.errors import DataError, RecipeError, SettingsError
+from tersenet.graph.costs import costs, totals
+from tersenet.recipe import Recipe
+from tersenet.report.card import write_card
+from tersenet.report.page import write_html
+from tersenet.report.report import new_report, row, target, write_json
+from tersenet.run import Journal, Run, identity_of
+from tersenet.ship import Shipped, check_runtimes, describe_file, preparation_dict, ship, time_files
+from tersenet.step import Chain, Step
+from tersenet.task import Score, Task, score_model
+
+
+def share(text: str | float | None) -> float | None:
+    """ "0.5x" -> 0.5. Raises SettingsError outside (0, 1]."""
+    if text is None:
+        return None
+    try:
+        value = float(str(text).removesuffix("x"))
+    except ValueError:
+        raise SettingsError(f"{text!r} is no share; give the part to keep, such as 0.5x") from None
+    if not 0 < value <= 1:
+        raise SettingsError(f"the share to keep must be in (0, 1], got {text}; 0.5x keeps half")
+    return value
+
+
+def recipe_of(path: Path | str | None = None, macs: str | float | None = None, epochs: int = 6) -> Recipe:
+    """The recipe of a file, or the one that meets a target.
+
+    A share of the multiply-adds is met by thinner layers, recovered with the original as teacher, then made int8.
+
+    Raises:
+        SettingsError: when both or neither are given.
+    """
+    if (path is None) == (macs is None):
+        raise SettingsError("give either a recipe (--recipe FILE) or a target (--macs 0.5x)")
+    if path is not None:
+        return Recipe.read(path)
+    from tersenet.distill.soft_targets import SoftTargets
+    from tersenet.prune.prune_channels import PruneChannels
+    from tersenet.quantize.quantize import Quantize
+    from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
+    from tersenet.train import Train
+
+    recovery = (Train(epochs=epochs, companions=(SoftTargets(),)),) if epochs else ()
+    return Recipe((PruneChannels(macs=share(macs)), *recovery, FoldBatchNorm(), Quantize()))
+
+
+def compress(
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe | Sequence[Step] | str | Path,
+    *,
+    out: str | Path = "run",
+    runtimes: Sequence[str] = ("onnxruntime",),
+    threads: int = 1,
+    batch: int = 1,
+    max_drop: float | None = None,
+    max_macs: float | None = None,
+    recover: Callable[[nn.Module, Task], None] | None = None,
+    command: str | None = None,
+) -> Run:
+    """Compresses a model and proves it. Called again with the same folder, it goes on where it stopped.
+
+    Args:
+        model: is left as it was.
+        recipe: a Recipe, steps, a YAML file, or a share of the multiply-adds such as "0.5x".
+        out: the run folder.
+        runtimes: of "onnxruntime", "openvino", "pytorch"; the first one's score and latency count.
+        threads, batch: for latency.
+        max_drop: target, points of score lost at most.
+        max_macs: target, share of the multiply-adds at most.
+        recover: your own training loop, in place of the recipe's `train` steps.
+        command: what was typed, for the report.
+    Raises:
+        TersenetError: one of its kinds, when something is missing or wrong; finished steps stay finished.
+    """
+    check_runtimes(runtimes)
+    steps = _steps(recipe, recover)
+    _check_data(steps, task)
+    if max_drop is not None and task.test is None:
+        raise DataError("max_drop needs a test set to be judged on; give labelled data, or leave it out")
+    original = copy.deepcopy(model).eval()
+    task = dataclasses.replace(task, original=original)
+    settings = {
+        "model": type(model).__name__, "seed": task.seed, "runtimes": list(runtimes), "runtime": runtimes[0],
+        "threads": threads, "batch": batch, "max_drop": max_drop, "max_macs": max_macs, "version": __version__,
+    }  # fmt: skip
+    journal = Journal(Path(out), steps, _identity(original, task, steps))
+    say = Console(stderr=True, quiet=task.quiet, highlight=False).print
+    started = time.monotonic()
+    _run_steps(journal, original, task, say)
+    report_path = Path(out) / "report.json"
+    if report_path.exists() and Run(out).report["settings"].items() >= _judged(settings).items():
+        say(f"{out} is finished already")
+        return Run(out)
+    settings["seconds"] = round(time.monotonic() - started, 1)
+    _finish(journal, original, task, settings, command, say)
+    return Run(out)
+
+
+def _judged(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != "seconds"}
+
+
+def _steps(recipe: Recipe | Sequence[Step] | str | Path, recover: Any) -> tuple[Step, ...]:
+    if isinstance(recipe, str) and recipe.endswith("x"):
+        recipe = recipe_of(macs=recipe)
+    if isinstance(recipe, str | Path):
+        recipe = Recipe.read(recipe)
+    steps = tuple(recipe.steps) if isinstance(recipe, Recipe) else tuple(recipe)
+    if not steps:
+        raise RecipeError("the recipe has no steps; give at least one")
+    if recover is not None:
+        from tersenet.train import Recover
+
+        steps = tuple(Recover(recover=recover) if step.family == "train" else step for step in steps)
+    return steps
+
+
+def _check_data(steps: Sequence[Step], task: Task) -> None:
+    """Says which steps remain when there are no labels, or no data at all."""
+    have_inputs = task.train is not None or task.calibrate is not None
+    have = {"nothing"} | ({"inputs"} if have_inputs else set()) | ({"labels"} if task.train is not None else set())
+    flat = [inner for step in steps for inner in (step.steps if isinstance(step, Chain) else (step,))]
+    lacking = [step.name for step in flat if step.needs not in have]
+    if lacking:
+        remain = ", ".join(step.name for step in flat if step.needs in have) or "none"
+        what = "labelled training data" if have_inputs else "data"
+        raise DataError(f"there is no {what} for {', '.join(lacking)}; of this recipe these steps remain: {remain}")
+
+
+def _identity(original: nn.Module, task: Task, steps: Sequence[Step]) -> dict[str, Any]:
+    """What must be the same for a run to be continued."""
+    try:
+        recipe = Recipe(tuple(steps)).dump()
+    except RecipeError:  # a step made in Python, such as Recover
+        recipe = repr(steps)
+    sizes = [len(data) if hasattr(data, "__len__") else None for data in (task.train, task.calibrate)]  # type: ignore[arg-type]
+    data = hashlib.sha256(task.example.numpy().tobytes() + repr((sizes, task.preparation)).encode()).hexdigest()
+    return {"recipe": recipe, "starting model": identity_of(original), "data": data, "seed": task.seed}
+
+
+def _run_steps(journal: Journal, original: nn.Module, task: Task, say: Callable[..., None]) -> None:
+    """Runs what is not done yet, one record per step."""
+    done = len(journal.entries)
+    if done == len(journal.steps):
+        return
+    if done:
+        say(f"going on after {done} finished step{'s' if done > 1 else ''}")
+    model = journal.replay(original, done)
+    for index, step in enumerate(journal.steps[done:], start=done + 1):
+        say(f"[bold]{index}/{len(journal.steps)}[/bold] {step.name}")
+        started = time.monotonic()
+        folder = journal.training_folder(index, step.name)
+        model, plan = step.run(model, dataclasses.replace(task, folder=folder))
+        found = {"seconds": round(time.monotonic() - started, 2)}
+        if task.test is not None:
+            found["score"] = score_model(model, task, task.test).value
+            say(f"    score in PyTorch {100 * found['score']:.2f} %")
+        journal.record(index, step, plan, found, model)
+
+
+def _finish(
+    journal: Journal,
+    original: nn.Module,
+    task: Task,
+    settings: dict[str, Any],
+    command: str | None,
+    say: Callable[..., None],
+) -> None:
+    """Exports every row's model, scores and times the files in one run, and writes the report last."""
+    folder, runtimes = journal.folder, settings["runtimes"]
+    names = ["original", *(f"{entry.index}. {entry.name}" for entry in journal.entries)]
+    shipped, models = {}, {}
+    for count, name in enumerate(names):
+        say(f"files of {name}")
+        models[name] = journal.replay(original, count)
+        stem = f"{count:02d}-{'original' if count == 0 else journal.entries[count - 1].name}"
+        shipped[name] = ship(models[name], task, folder / "files", stem, runtimes)
+    latencies = {}
+    for runtime in runtimes:
+        say(f"timing {len(names)} files in {runtime}")
+        files = {name: shipped[name].files["onnx" if runtime != "pytorch" else "pt2"] for name in names}
+        latencies[runtime] = time_files(
+            files, runtime, task, threads=settings["threads"], batch=settings["batch"], quiet=task.quiet
+        )
+    rows = [
+        _row(name, models[name], shipped[name], journal, index, latencies, task, names)
+        for index, name in enumerate(names)
+    ]
+    final = models[names[-1]]
+    report = new_report(
+        machine=machine(),
+        settings=settings,
+        rows=rows,
+        files=_final_files(folder, final, shipped[names[-1]], task, runtimes),
+        recipe=journal.identity["recipe"],
+        commands=[command] if command else [],
+        targets=_targets(rows, settings),
+        preparation=preparation_dict(task),
+        warnings=[note for name in names for note in shipped[name].notes],
+    )
+    (folder / "recipe.yaml").write_text(journal.identity["recipe"], encoding="utf-8")
+    write_card(report, folder / "README.md")
+    write_html([report], folder / "report.html")
+    write_json(report, folder / "report.json")
+
+
+def _row(
+    name: str,
+    model: nn.Module,
+    shipped: Shipped,
+    journal: Journal,
+    index: int,
+    latencies: dict[str, Any],
+    task: Task,
+    names: list[str],
+) -> dict[str, Any]:
+    """The report row of one model."""
+    scores = dict(shipped.scores)
+    if task.test is not None:
+        if index:
+            pytorch = journal.entries[index - 1].row["score"]
+        else:
+            pytorch = score_model(model, task, task.test).value
+    first: Score | None = next(iter(scores.values()), None)
+    cost = totals(model, task.example)
+    latency: dict[str, dict[str, Any]] = {}
+    for runtime, found in latencies.items():
+        latency[runtime] = {**dataclasses.asdict(found.latency(name)), "threads": found.threads, "batch": found.batch}
+        if index:
+            ratio = found.ratio(name, names[0])
+            latency[runtime] |= {"left": ratio.median, "left_interval": [ratio.low, ratio.high]}
+    return row(
+        name,
+        score=None if first is None else first.value,
+        score_interval=None if first is None else (first.low, first.high),
+        scores=None if first is None else {"pytorch": pytorch, **{key: value.value for key, value in scores.items()}},
+        top5=None if first is None else first.top5,
+        samples=None if first is None else first.samples,
+        params=cost.params,
+        macs=cost.macs,
+        param_bytes=cost.param_bytes,
+        file_bytes=shipped.file_bytes,
+        latency_ms=latency,
+        layers=[
+            {
+                "path": layer.path,
+                "kind": layer.kind,
+                "params": layer.params,
+                "macs": layer.macs,
+                "bytes": layer.param_bytes,
+            }
+            for layer in costs(model, task.example)
+        ],
+        seconds=None if index == 0 else journal.entries[index - 1].row["seconds"],
+    )
+
+
+def _final_files(
+    folder: Path, model: nn.Module, shipped: Shipped, task: Task, runtimes: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Puts what ships into the run folder, and describes it for the report."""
+    from tersenet.deploy.artifact import load_terse
+    from tersenet.deploy.pt2 import export_pt2
+    from tersenet.deploy.runtimes import open_file, open_module
+    from tersenet.deploy.verify import verify
+    from tersenet.ship import inputs
+
+    found = {}
+    for kind, source in shipped.files.items():
+        path = folder / f"model.{kind}"
+        shutil.copyfile(source, path)
+        runtime = next((name for name in runtimes if kind == ("pt2" if name == "pytorch" else "onnx")), None)
+        if kind == "terse":
+            agreement = verify(open_module(load_terse(path)), model, inputs(task))
+            found[path.name] = describe_file(path, None, agreement, "pytorch")
+        else:
+            found[path.name] = describe_file(
+                path, shipped.scores.get(runtime or ""), shipped.agreements.get(runtime or ""), runtime
+            )
+    if "pt2" not in shipped.files:
+        path = export_pt2(model, task.example, folder / "model.pt2")
+        found[path.name] = describe_file(path, None, verify(open_file(path), model, inputs(task)), "pytorch")
+    return found
+
+
+def _targets(rows: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was asked for, and what became of it."""
+    first, last = rows[0], rows[-1]
+    found = []
+    if settings["max_macs"] is not None:
+        got = last["macs"] / first["macs"]
+        found.append(target("macs", f"{settings['max_macs']:g}x", f"{got:.3f}x", got <= settings["max_macs"]))
+    if settings["max_drop"] is not None:
+        drop = 100 * (first["score"] - last["score"])
+        found.append(
+            target("drop", f"{settings['max_drop']:g} points", f"{drop:.2f} points", drop <= settings["max_drop"])
+        )
+    return found

@@ -1,0 +1,58 @@
+"""Labels for images, from any of our files in its runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tersenet.data.decode import pixels
+from tersenet.deploy.runtimes import open_file
+from tersenet.errors import DataError, require
+from tersenet.files import preparation_of
+
+
+def predict_images(
+    file: Path, images: Sequence[Path], runtime: str | None = None, top: int = 3
+) -> dict[str, list[dict[str, Any]]]:
+    """The most likely labels per image: {image: [{"label", "index", "probability"}, ...]}.
+
+    The file says how its inputs are prepared, and carries its labels; without labels the index is given.
+
+    Raises:
+        DataError: when an image is missing or cannot be read.
+    """
+    runner = open_file(file, runtime)
+    preparation = preparation_of(runner)
+    mean = np.asarray(preparation.mean, dtype=np.float32)[:, None, None]
+    std = np.asarray(preparation.std, dtype=np.float32)[:, None, None]
+    found = {}
+    for path in images:
+        scaled = pixels(_image(path), preparation).astype(np.float32) / 255  # (C, H, W)
+        logits = runner.run(((scaled - mean) / std)[None])[0].astype(np.float64)
+        shares = np.exp(logits - logits.max())
+        shares /= shares.sum()
+        order = np.argsort(-shares, kind="stable")[:top]
+        found[str(path)] = [
+            {
+                "label": preparation.labels[index] if index < len(preparation.labels) else str(index),
+                "index": int(index),
+                "probability": float(shares[index]),
+            }
+            for index in order
+        ]
+    return found
+
+
+def _image(path: Path) -> Any:
+    """An image file, read whole."""
+    pillow = require("PIL.Image", "data", "read images")
+    try:
+        image = pillow.open(path)
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        why = "there is no such file" if not path.exists() else f"it is no image that can be read ({error})"
+        raise DataError(f"{path} cannot be read: {why}; give a PNG, JPEG or WebP image") from error
+    return image

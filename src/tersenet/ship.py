@@ -1,0 +1,118 @@
+"""From a model in memory to files that ship: written, checked against PyTorch, scored and timed in their runtimes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tersenet.deploy.artifact import save_terse
+from tersenet.deploy.measure import Contender, Measurement, measure
+from tersenet.deploy.onnx import export_onnx
+from tersenet.deploy.pt2 import export_pt2
+from tersenet.deploy.runtimes import open_file
+from tersenet.deploy.verify import Agreement, score_file, verify
+from tersenet.errors import SettingsError
+from tersenet.task import Score, Task, batch_input
+
+# What each runtime reads.
+READS = {"onnxruntime": "onnx", "openvino": "onnx", "pytorch": "pt2"}
+
+
+@dataclass
+class Shipped:
+    """One model as files.
+
+    Args:
+        files: by format ("onnx", "terse", "pt2").
+        scores: of the file in each runtime.
+        agreements: with PyTorch, per runtime.
+        notes: what a reader of the report should know.
+    """
+
+    files: dict[str, Path]
+    scores: dict[str, Score] = field(default_factory=dict)
+    agreements: dict[str, Agreement] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def file_bytes(self) -> dict[str, int]:
+        return {kind: path.stat().st_size for kind, path in self.files.items()}
+
+
+def check_runtimes(runtimes: Sequence[str]) -> None:
+    """Raises SettingsError on an unknown runtime, or on none."""
+    if not runtimes:
+        raise SettingsError(f"no runtime was named; name one of {', '.join(READS)}")
+    for runtime in runtimes:
+        if runtime not in READS:
+            raise SettingsError(f"unknown runtime {runtime!r} (known: {', '.join(READS)})")
+
+
+def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequence[str]) -> Shipped:
+    """Writes a model's .terse and what its runtimes read, checks each against PyTorch, and scores it there.
+
+    Raises:
+        ExportError: when a file cannot be written or disagrees in shape.
+    """
+    formats = dict.fromkeys(READS[runtime] for runtime in runtimes)
+    shipped = Shipped({"terse": save_terse(model, task.example, folder / f"{stem}.terse", task.preparation)})
+    writers = {"onnx": export_onnx, "pt2": export_pt2}
+    for kind in formats:
+        path = folder / f"{stem}.{kind}"
+        if kind == "onnx":
+            export_onnx(model, task.example, path, task.preparation)
+        else:
+            writers[kind](model, task.example, path)
+        shipped.files[kind] = path
+    for runtime in runtimes:
+        runner = open_file(shipped.files[READS[runtime]], runtime, threads=2)
+        shipped.agreements[runtime] = verify(runner, model, inputs(task))
+        if task.test is not None:
+            shipped.scores[runtime] = score_file(runner, task, task.test)
+    return shipped
+
+
+def inputs(task: Task) -> Iterable[Any]:
+    """Real inputs to compare on: calibration data where there is some, else the example."""
+    if task.calibrate is None and task.train is None:
+        return [task.example]
+    return task.calibration(256)
+
+
+def time_files(
+    files: dict[str, Path], runtime: str, task: Task, *, threads: int, batch: int, turns: int = 20, quiet: bool = False
+) -> Measurement:
+    """Times files against each other in one runtime, on one real input."""
+    x = batch_input(next(iter(inputs(task))))
+    x = x[:1].repeat(batch, *[1] * (x.dim() - 1)).float().numpy()
+    contenders = [Contender(name, open_file(path, runtime, threads), x) for name, path in files.items()]
+    return measure(contenders, turns=turns, batch=batch, threads=threads, progress=not quiet)
+
+
+def describe_file(path: Path, score: Score | None, agreement: Agreement | None, runtime: str | None) -> dict[str, Any]:
+    """A file's entry in the report."""
+    entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    if runtime is not None:
+        entry["runtime"] = runtime
+    if score is not None:
+        entry["score"] = score.value
+    if agreement is not None:
+        entry["max_abs_error"] = agreement.max_abs_error
+    return entry
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def preparation_dict(task: Task) -> dict[str, Any]:
+    return {key: list(value) for key, value in asdict(task.preparation).items()}

@@ -1,0 +1,119 @@
+"""One table: a tiny model, a tiny task, and settings for every step. The laws run all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tersenet.bricks.shortcut import PadShortcut
+from tersenet.distill.soft_targets import SoftTargets
+from tersenet.prune.prune_channels import PruneChannels
+from tersenet.quantize.quantize import Quantize
+from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
+from tersenet.rewrite.settle import Settle
+from tersenet.step import Chain, Step
+from tersenet.task import Preparation, Task
+from tersenet.train import Train
+
+
+class Tiny(nn.Module):
+    """A residual net with what image nets are made of: norms, a padded shortcut, a depthwise convolution, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+        self.bn3 = nn.BatchNorm2d(16)
+        self.pointwise = nn.Conv2d(16, 16, 1, bias=False)
+        self.bn4 = nn.BatchNorm2d(16)
+        self.shortcut = PadShortcut(stride=2, before=4, after=4)
+        self.dropout = nn.Dropout(0.1)
+        self.linear = nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(x)))
+        y = torch.relu(self.bn3(self.depthwise(y)))
+        y = torch.relu(self.bn4(self.pointwise(y)) + self.shortcut(x))
+        return self.linear(self.dropout(y.mean(dim=(2, 3))))
+
+
+def tiny(seed: int = 0) -> nn.Module:
+    """A net with settled norm statistics, as a trained one has."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Tiny()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0.0, 0.2)
+                nn.init.normal_(module.running_mean, 0.0, 0.2)
+                nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+def batches(count: int = 4, size: int = 16, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(size, 3, 12, 12, generator=generator), torch.randint(6, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def task_for(model: nn.Module) -> Task:
+    data = batches()
+    return Task(
+        example=data[0][0][:2],
+        train=data,
+        calibrate=data,
+        test=batches(2, seed=2),
+        original=model,
+        preparation=Preparation(size=(12, 12), labels=tuple("abcdef")),
+        quiet=True,
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """Args:
+    step: with settings that change something.
+    zero: the same step at zero strength; None where the step has none, as quantize.
+    tolerance: how far outputs may be away at zero strength, as a share of the largest output.
+    model: builds the model that the step starts from, by seed.
+    family: one step per family stands in every pair of `make test`.
+    """
+
+    step: Step
+    zero: Step | None = None
+    tolerance: float = 1e-5
+    model: Callable[[int], nn.Module] = field(default=tiny)
+
+
+def quantized(seed: int) -> nn.Module:
+    model = tiny(seed)
+    return Quantize().run(model, task_for(model))[0]
+
+
+CASES = {
+    "fold_batch_norm": Case(FoldBatchNorm(), zero=FoldBatchNorm()),
+    "prune_channels": Case(PruneChannels(sparsity=0.5), zero=PruneChannels(sparsity=0.0)),
+    "quantize": Case(Quantize(), zero=Quantize(), tolerance=0.05),
+    "quantize_weights_only": Case(Quantize(activations=None), zero=Quantize(activations=None), tolerance=0.03),
+    "train": Case(
+        Train(epochs=1, learning_rate=0.01, companions=(SoftTargets(),)),
+        zero=Train(epochs=0, companions=(SoftTargets(),)),
+    ),
+    "settle": Case(Settle(), zero=Settle(), model=quantized),
+    "chain": Case(
+        Chain(steps=(PruneChannels(sparsity=0.25), FoldBatchNorm())),
+        zero=Chain(steps=(FoldBatchNorm(), Train(epochs=0))),
+    ),
+}
+# One per family: these pair with each other in `make test`; all of CASES pair in `make test-all`.
+FAMILIES = ("fold_batch_norm", "prune_channels", "quantize", "train", "settle")

@@ -1,0 +1,39 @@
+"""Every ordered pair of steps: runs, replays, keeps the shape, exports. One per family here; all of them when slow."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+import laws
+from cases import CASES, FAMILIES, task_for, tiny
+from tersenet.step import Chain
+
+FAST = list(itertools.product(FAMILIES, repeat=2))
+REST = [pair for pair in itertools.product(sorted(CASES), repeat=2) if pair not in FAST]
+
+
+def run_pair(first: str, second: str, folder: Path) -> None:
+    chain = Chain(steps=(CASES[first].step, CASES[second].step))
+    model = tiny(0)
+    task = task_for(model)
+    laws.plan_survives_json(chain, model, task)
+    laws.plan_and_numbers_are_the_model(chain, model, task, tiny(7))
+    laws.shape_is_kept(chain, model, task)
+    laws.file_is_the_model(chain, model, task, folder)
+
+
+@pytest.mark.minutes
+@pytest.mark.parametrize(("first", "second"), FAST)
+def test_a_pair_keeps_the_laws(first: str, second: str, tmp_path: Path) -> None:
+    run_pair(first, second, tmp_path)
+    assert list(tmp_path.iterdir()), "the pair was exported"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), REST)
+def test_the_rest_of_the_pairs_keep_the_laws(first: str, second: str, tmp_path: Path) -> None:
+    run_pair(first, second, tmp_path)
+    assert list(tmp_path.iterdir()), "the pair was exported"
