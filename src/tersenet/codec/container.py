@@ -216,6 +216,8 @@ def _decode(path: str | Path, blob: Blob, payload: bytes) -> Tensor:
         raise _bad(path, blob.offset, "the checksum of the decoded values does not match")
     if blob.dtype == "bool" and blob.count and data.max() > 1:
         raise _bad(path, blob.offset, "a boolean is neither 0 nor 1")
+    if not blob.count:
+        return torch.empty(blob.shape, dtype=DTYPES[blob.dtype])
     if not data.flags.writeable:
         data = data.copy()
     return torch.from_numpy(data).view(DTYPES[blob.dtype]).reshape(blob.shape)
