@@ -36,10 +36,9 @@ def open_model(spec: str, weights: str | Path | None = None) -> tuple[nn.Module,
     if spec.endswith(".terse"):
         from tersenet.deploy.artifact import load_terse, terse_preparation
 
-        model, preparation = load_terse(Path(spec)), terse_preparation(Path(spec))
         if weights is not None:
             raise ModelError(f"{spec} holds its own weights; leave --weights out")
-        return model.eval(), preparation
+        return load_terse(Path(spec)).eval(), terse_preparation(Path(spec))
     if spec.endswith(".pt2"):
         return _open_program(Path(spec), weights)
     model, preparation = open_other(spec, weights)

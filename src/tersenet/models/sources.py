@@ -177,6 +177,6 @@ def _near(name: str, known: list[str]) -> str:
     return f"; near ones are {', '.join(near)}" if near else ""
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,17 +1,19 @@
 """Reads and writes the numbers of a model, and refuses what does not fit it.
 
 A file is checked as a whole before one number is copied, so a model is never left half loaded. Pickles are read with
-torch's `weights_only`, which executes nothing. Tensors that share their memory are written once, with the convention
-of safetensors' own `save_model`: the metadata maps each other name to the name that is kept.
+torch's `weights_only`, which executes nothing. Tensors that share their memory are written once: the file's metadata
+has an entry "shared", JSON that maps each other name to the name that is kept.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import pickletools
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,9 +72,11 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         storage = tensor.untyped_storage().data_ptr()
         tensors[key] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
+    # One entry at most, because safetensors writes several in any order, and equal numbers should give equal files.
+    metadata = {"shared": json.dumps(kept)} if kept else {"format": "pt"}
     with writing(path) as temporary:
         # Not save_file: it reports a full disk as an error of its own.
-        temporary.write_bytes(save(tensors, metadata={"format": "pt", **kept}))
+        temporary.write_bytes(save(tensors, metadata=metadata))
 
 
 def _aliases(state: Mapping[str, Any]) -> dict[str, str]:
@@ -123,13 +127,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+            shared = json.loads((file.metadata() or {}).get("shared", "{}"))
+            return state | {alias: state[kept] for alias, kept in shared.items()}
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         raise FileError(f"{path} is damaged or no safetensors file ({error}); copy or download it again") from error
-    for alias, kept in metadata.items():
-        if kept in state and alias not in state:
-            state[alias] = state[kept]
-    return state
 
 
 def _read_pickle(path: Path) -> Any:
@@ -140,8 +141,8 @@ def _read_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         said = str(error)
         # torch names the global that it met, except in pickles of newer protocols.
-        named = re.search(r"(?:GLOBAL|class) ([\w.]+\.\w+)", said)
-        if named is None and not _is_pickle(path):
+        named = re.search(r"GLOBAL ([\w.]*\w)", said)
+        if named is None and not zipfile.is_zipfile(path) and not _is_pickle(path):
             raise FileError(f"{path} is damaged or no file of torch.save; copy or download it again") from error
         raise FileError(
             f"{path} was refused and nothing in it was executed: it is a pickle that calls "
