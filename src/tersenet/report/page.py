@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader
 
 from tersenet.atomic import writing
 from tersenet.errors import FileError, require
@@ -68,11 +68,10 @@ def write_html(reports: Sequence[dict[str, Any]], path: str | os.PathLike[str]) 
 
 
 def environment() -> Environment:
-    """Jinja with escaping on, unknown names refused, and the words of the report as filters."""
+    """Jinja with escaping on and the words of the report as filters. A key that a report leaves out reads as false."""
     found = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )

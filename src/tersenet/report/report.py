@@ -48,7 +48,7 @@ def row(
         samples: how many the score rests on.
         file_bytes: by format, such as {"onnx": 3616431, "terse": 3300000}.
         latency_ms: by runtime, each {"median", "low", "high", "threads", "batch"}, and where turns were shared with
-            the original "left" and "left_interval" (share of its time that is left).
+            the original "left_interval", of the share of its time that is left.
         layers: per layer {"path", "kind", "params", "macs", "bytes", "note"}.
         notes: what the step's plan says, in words.
         seconds: what the step took.
