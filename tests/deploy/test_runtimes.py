@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from tersenet.deploy import runtimes
+from tersenet.deploy.artifact import save_terse
 from tersenet.deploy.pt2 import export_pt2
 from tersenet.deploy.runtimes import RUNTIMES, open_file, open_module, runtime_for
 from tersenet.errors import DataError, FileError, MissingExtra, SettingsError
+from tersenet.task import Preparation
 
 X = np.random.default_rng(0).standard_normal((5, 3, 8, 8)).astype(np.float32)
 
@@ -104,6 +107,16 @@ def test_a_module_is_called_in_evaluation_mode_with_its_threads_and_put_back():
     assert out.dtype == np.float32
     assert torch.get_num_threads() == before
     assert all(module.training for module in model.modules())
+
+
+def test_a_terse_file_runs_as_pytorch_and_says_how_its_inputs_are_prepared(tiny_model, tmp_path):
+    preparation = Preparation((8, 8), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), tuple("abcdef"))
+    path = save_terse(tiny_model, torch.zeros(2, 3, 8, 8), tmp_path / "tiny.terse", preparation)
+    runner = open_file(path)
+    assert (runner.runtime, runner.path, runner.input_shape) == ("pytorch", path, (None, 3, 8, 8))
+    assert json.loads(runner.metadata["tersenet.std"]) == [0.4, 0.5, 0.6]
+    assert json.loads(runner.metadata["tersenet.labels"]) == list("abcdef")
+    np.testing.assert_allclose(runner.run(X), expected(tiny_model), atol=1e-6)
 
 
 def test_a_module_of_other_inputs_than_images():

@@ -10,8 +10,9 @@ To add a runtime: an opener here and one line in `RUNTIMES`.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,18 +209,28 @@ def _open_openvino(path: Path, threads: int) -> Runner:
 
 
 def _open_pytorch(path: Path, threads: int) -> Runner:
-    metadata: dict[str, str] = {}
     if path.suffix.lower() == ".terse":
         from tersenet.deploy.artifact import load_terse
 
-        model = load_terse(path)
-        shape = getattr(model, "input_shape", None)
-    else:
-        from tersenet.deploy.pt2 import read_pt2
+        runner = open_module(model := load_terse(path), threads, model.input_shape)  # type: ignore[arg-type]
+        return replace(runner, path=path, metadata=_terse_metadata(path))
+    from tersenet.deploy.pt2 import read_pt2
 
-        model, shape, metadata = read_pt2(path)
-    runner = open_module(model, threads, shape)
-    return Runner("pytorch", path, runner.input_shape, runner.call, threads, metadata)
+    program, shape, metadata = read_pt2(path)
+    return replace(open_module(program, threads, shape), path=path, metadata=metadata)
+
+
+def _terse_metadata(path: Path) -> dict[str, str]:
+    """The preparation of a .terse file under the names of our ONNX files; nothing where its input is no image."""
+    from tersenet.deploy.artifact import terse_preparation
+
+    try:
+        preparation = terse_preparation(path)
+    except FileError:
+        return {}
+    return {
+        f"tersenet.{name}": json.dumps(list(getattr(preparation, name))) for name in ("mean", "std", "size", "labels")
+    }
 
 
 class Runtime(NamedTuple):
