@@ -81,7 +81,9 @@ def reseal(data: bytes) -> bytes:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(KINDS), st.lists(st.integers(0, 5), max_size=4), st.randoms(use_true_random=False), st.booleans())
+@given(
+    st.sampled_from(KINDS), st.lists(st.integers(0, 5), max_size=4), st.randoms(use_true_random=False), st.booleans()
+)
 def test_any_tensor_comes_back_bit_for_bit(kind: str, shape: list[int], chance: random.Random, few: bool) -> None:
     dtype = container.DTYPES[kind]
     size = math.prod(shape) * dtype.itemsize
@@ -108,7 +110,9 @@ def test_every_kind_of_float_survives(kind: str, tmp_path: Path) -> None:
     dtype = container.FLOATS[kind]
     size = dtype.itemsize
     patterns = [0, 1 << (8 * size - 1), (1 << (8 * size)) - 1, (1 << (8 * size - 1)) - 1, 1, (1 << (8 * size)) - 2]
-    data = b"".join(p.to_bytes(size, "little") for p in patterns) * 40  # 0, -0.0, NaNs of both signs, the smallest, a payload
+    data = (
+        b"".join(p.to_bytes(size, "little") for p in patterns) * 40
+    )  # 0, -0.0, NaNs of both signs, the smallest, a payload
     tensors = {"x": torch.frombuffer(bytearray(data), dtype=dtype)}
     container.write(tmp_path / "x.terse", {}, tensors)
     found = container.read(tmp_path / "x.terse")[1]
@@ -144,7 +148,11 @@ def test_duplicates_are_stored_once_and_come_back_apart(tmp_path: Path) -> None:
 
 
 def test_strided_tensors_are_stored_as_they_read(tmp_path: Path) -> None:
-    tensors = {"t": torch.arange(12.0).reshape(3, 4).t(), "e": torch.ones(1, 3).expand(2, 3), "b": torch.ones(2, 2)[:, 1]}
+    tensors = {
+        "t": torch.arange(12.0).reshape(3, 4).t(),
+        "e": torch.ones(1, 3).expand(2, 3),
+        "b": torch.ones(2, 2)[:, 1],
+    }
     container.write(tmp_path / "t.terse", {}, tensors)
     assert same(container.read(tmp_path / "t.terse")[1], tensors)
 
@@ -231,7 +239,14 @@ def test_mutated_files_are_refused_or_unchanged(attack: bool, tmp_path: Path) ->
 
 
 def blob(**changes: Any) -> list[Any]:
-    values = {"dtype": "float32", "shape": [2], "codec": "raw", "length": 8, "crc": zlib.crc32(bytes(8)), "decoded": zlib.crc32(bytes(8))}
+    values = {
+        "dtype": "float32",
+        "shape": [2],
+        "codec": "raw",
+        "length": 8,
+        "crc": zlib.crc32(bytes(8)),
+        "decoded": zlib.crc32(bytes(8)),
+    }
     values.update(changes)
     return list(values.values())
 
