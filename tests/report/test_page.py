@@ -54,8 +54,9 @@ def visit(browser):
         page.on("pageerror", lambda error: noise.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_function(
-            "document.querySelectorAll('.plot').length === document.querySelectorAll('.main-svg:first-child').length"
+        until(
+            page,
+            "document.querySelectorAll('.plot').length === document.querySelectorAll('.plot .cartesianlayer').length",
         )
         return page
 
@@ -65,6 +66,15 @@ def visit(browser):
     assert noise == []
     assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
     assert len([url for url in requests if url.startswith("file:")]) == len(contexts)
+
+
+def until(page, expression):
+    """Waits until an expression holds. Playwright's own wait needs `eval`, which the page's security policy forbids."""
+    for _ in range(200):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"this never became true: {expression}")
 
 
 def data(page, key):
@@ -82,13 +92,13 @@ def test_the_plots_have_their_points(visit, page_file):
         "macs": [row["macs"] / 1e6 for row in rows],
         "latency": [row["latency_ms"]["onnxruntime"]["median"] for row in rows],
     }.items():
-        (trace,) = data(page, f"resnet20-{what}")
+        (trace,) = data(page, f"run-1-{what}")
         assert trace["type"] == "waterfall"
         assert trace["x"] == [row["step"] for row in rows] + ["shipped"]
         assert trace["measure"] == ["absolute", *["relative"] * (len(rows) - 1), "total"]
         assert sum(trace["y"][:-1]) == pytest.approx(values[-1])
         assert trace["y"][0] == pytest.approx(values[0])
-    (score,) = data(page, "resnet20-score")
+    (score,) = data(page, "run-1-score")
     assert sum(score["y"][:-1]) == pytest.approx(100 * (rows[-1]["score"] - rows[0]["score"]))
     (size,) = data(page, "score-size")
     assert size["x"] == pytest.approx([row["file_bytes"]["terse"] / 2**10 for row in rows])
@@ -147,7 +157,7 @@ def test_layers_without_a_number_stay_last(visit, tmp_path):
     assert orders == [["c", "b", "a"], ["b", "c", "a"]]
 
 
-@pytest.mark.parametrize("width", [320, 380, 768, 1200])
+@pytest.mark.parametrize("width", [320, 380, 768])
 def test_the_page_never_scrolls_sideways(visit, page_file, width):
     page = visit(page_file, width)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= width
@@ -168,7 +178,7 @@ def test_dark_mode_changes_page_and_plots(visit, page_file):
     assert first[1] != colours(dark)[1]
     assert first[2] == "rgba(0,0,0,0)"
     light.emulate_media(color_scheme="dark")  # a change while the page is open is followed
-    light.wait_for_function(f"document.querySelector('.plot').layout.font.color === '{colours(dark)[1]}'")
+    until(light, f"document.querySelector('.plot').layout.font.color === '{colours(dark)[1]}'")
     assert colours(light) == colours(dark)
 
 
@@ -201,7 +211,8 @@ def test_nothing_from_a_report_is_read_as_html(visit, tmp_path):
     report["targets"] = [{"what": NASTY, "wanted": NASTY, "got": NASTY, "met": False}]
     write_html([report, report], tmp_path / "page.html")
     page = visit(tmp_path / "page.html")
-    page.hover(".plot .points path")
+    page.locator(".plot .points path").first.hover(force=True)
+    page.wait_for_selector(".hoverlayer .hovertext")
     assert page.evaluate("window.broken") is None
     assert page.locator("main img").count() == 0
 

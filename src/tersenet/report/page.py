@@ -51,7 +51,10 @@ def write_html(reports: Sequence[dict[str, Any]], path: str | os.PathLike[str]) 
     for report in reports:
         validate(report)
     plotly = require("plotly.offline", "report", "draw the plots of the HTML report")
-    runs = [Drawn(report, name) for report, name in zip(reports, run_names(reports), strict=True)]
+    runs = [
+        Drawn(report, name, f"run-{i}")
+        for i, (report, name) in enumerate(zip(reports, run_names(reports), strict=True), 1)
+    ]
     text = (
         environment()
         .get_template("page.html")
@@ -140,9 +143,8 @@ def overview(runs: list[Drawn]) -> dict[str, Figure]:
 class Drawn:
     """A report as the template needs it."""
 
-    def __init__(self, report: dict[str, Any], name: str) -> None:
-        self.report, self.name = report, name
-        self.key = "".join(letter if letter.isalnum() else "-" for letter in name)
+    def __init__(self, report: dict[str, Any], name: str, key: str) -> None:
+        self.report, self.name, self.key = report, name, key
         self.rows, self.last = report["rows"], report["rows"][-1]
         self.runtime, self.runtimes = first_runtime(report), runtimes(report)
         self.kinds = list(dict.fromkeys(kind for row in self.rows for kind in row.get("file_bytes", {})))
