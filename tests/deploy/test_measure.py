@@ -163,6 +163,16 @@ def test_everything_is_put_back_also_after_an_interrupt(error, threads):
         assert cores == ({max(before[0])} if threads == 1 else before[0])
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not pin")
+def test_nobody_is_pinned_beside_openvino_which_moves_its_thread_itself():
+    before, seen = os.sched_getaffinity(0), []
+    one = Contender("a", lambda x: seen.append(os.sched_getaffinity(0)), X, "onnxruntime")
+    measure([one, Contender("a", lambda x: None, X, "openvino")], calls=5)
+    assert all(cores == before for cores in seen)
+    measure([one], calls=5)
+    assert seen[-1] == {max(before)}
+
+
 def test_wrong_use_is_refused():
     one = Contender("a", lambda x: x, X)
     for settings in ({"turns": 19}, {"calls": 4}, {"discard": -1}, {"threads": 0}):

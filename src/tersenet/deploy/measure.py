@@ -75,8 +75,8 @@ def measure(
 ) -> Measurement:
     """Times the contenders in turns, in one process.
 
-    With one thread the process is pinned to one core, PyTorch's threads are set, and the garbage collector is off; all
-    three are put back afterwards, also after an interrupt.
+    With one thread the process is pinned to one core (unless OpenVINO takes part, see `_pins`), PyTorch's threads are
+    set, and the garbage collector is off; all three are put back afterwards, also after an interrupt.
 
     Args:
         turns: at least 20, for the intervals rest on them.
@@ -97,7 +97,7 @@ def measure(
     samples: dict[tuple[str, str], list[float]] = {contender.key: [] for contender in contenders}
     order = list(contenders)
     shuffled = random.Random(seed)
-    with _steady(threads), _bar("measuring", enabled=progress) as bar:
+    with _steady(threads, _pins(contenders, threads)), _bar("measuring", enabled=progress) as bar:
         speeds = {contender.key: _probe(contender, clock) for contender in contenders}
         if cold:
             rounds = _cold_rounds(turns * calls, speeds, budget_s)
@@ -140,7 +140,7 @@ def measure_files(
     contenders = []
     footprints = {}
     for path in dict.fromkeys(map(str, paths)):
-        for runtime in _serving(path, runtimes):
+        for runtime in serving(path, runtimes):
             runner = open_file(path, runtime, threads)
             inputs = _inputs(runner, x, batch)
             runner.run(inputs)  # refuses inputs that do not fit, before anything is timed
@@ -151,7 +151,7 @@ def measure_files(
     return Measurement(found.turns, threads, batch, found.machine, footprints)
 
 
-def _serving(path: str, runtimes: Sequence[str] | None) -> list[str]:
+def serving(path: str, runtimes: Sequence[str] | None) -> list[str]:
     if runtimes is None:
         return [runtime_for(path)]
     for name in runtimes:
@@ -230,11 +230,11 @@ def _turn(contender: Contender, discard: int, calls: int, clock: Clock) -> float
 
 
 @contextlib.contextmanager
-def _steady(threads: int) -> Iterator[None]:
-    """One core for one thread, PyTorch's threads set, the garbage collector off; all put back whatever happens."""
+def _steady(threads: int, pin: bool) -> Iterator[None]:
+    """One core where asked, PyTorch's threads set, the garbage collector off; all put back whatever happens."""
     collecting = gc.isenabled()
     # PyTorch counts the cores when it is imported, so it must not be imported here, once pinned to one.
-    with torch_threads(threads) if "torch" in sys.modules else contextlib.nullcontext(), _pinned(threads):
+    with torch_threads(threads) if "torch" in sys.modules else contextlib.nullcontext(), _pinned(pin):
         gc.collect()
         gc.disable()
         try:
@@ -244,13 +244,23 @@ def _steady(threads: int) -> Iterator[None]:
                 gc.enable()
 
 
+def _pins(contenders: Sequence[Contender], threads: int) -> bool:
+    """Whether to pin: one thread is asked for, and nobody moves it.
+
+    OpenVINO 2026.4 moves the calling thread, at each call, to the cores that it saw when the file was opened, and back
+    afterwards, whatever ENABLE_CPU_PINNING says. On a pinned thread each call so changes cores twice and was measured 2
+    to 7 times slower; then nobody is pinned, for all must run alike.
+    """
+    return threads == 1 and all(contender.key[1] != "openvino" for contender in contenders)
+
+
 @contextlib.contextmanager
-def _pinned(threads: int) -> Iterator[None]:
-    """This thread on one core, where the system can and one thread is asked for: moving between cores costs caches.
+def _pinned(pin: bool) -> Iterator[None]:
+    """This thread on one core, where the system can: moving between cores costs caches.
 
     The last core that is allowed: the first ones serve most interrupts.
     """
-    if threads != 1 or not hasattr(os, "sched_setaffinity"):
+    if not pin or not hasattr(os, "sched_setaffinity"):
         yield
         return
     before = os.sched_getaffinity(0)
