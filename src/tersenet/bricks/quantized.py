@@ -23,7 +23,7 @@ from tersenet.numerics.rounding import dequantize, fake_quantize, grid, quantize
 
 BITS = 8
 # Before calibration a bias is rounded this finely, which is not at all in float32.
-_UNSET = 2.0**-40
+UNSET = 2.0**-40
 # A bias beyond this many steps would come near to the ends of int32.
 BIAS_STEPS = 2.0**30
 
@@ -65,7 +65,7 @@ class QuantizedLayer(ScaledLayer):
         self.low, self.high = grid(BITS, signed=True)
         options: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.register_buffer("weight_scale", torch.ones(len(self.weight), **options))
-        self.register_buffer("input_scale", torch.full((), _UNSET, **options) if input_quantized else None)
+        self.register_buffer("input_scale", torch.full((), UNSET, **options) if input_quantized else None)
 
     @classmethod
     def of(cls, layer: Any, input_quantized: bool = True) -> QuantizedLayer:
@@ -75,7 +75,7 @@ class QuantizedLayer(ScaledLayer):
         device, dtype = layer.weight.device, layer.weight.dtype
         brick.weight_scale = torch.ones(len(layer.weight), device=device, dtype=dtype)
         if input_quantized:
-            brick.input_scale = torch.full((), _UNSET, device=device, dtype=dtype)
+            brick.input_scale = torch.full((), UNSET, device=device, dtype=dtype)
         if parametrize.is_parametrized(layer):
             brick.weight, brick.bias = nn.Parameter(torch.empty_like(layer.weight)), layer.bias
             parametrize.transfer_parametrizations_and_params(layer, brick)

@@ -262,12 +262,17 @@ def _between(graph: Any) -> list[str]:
     front = [name for node in graph.node if node.op_type == "QuantizeLinear" for name in node.input[:1]]
     while front:
         node = makers.get(front.pop())
-        if node is None or node.name in left or _is_integer(node) or not any(name in after for name in node.output):
+        if (
+            node is None
+            or _is_integer(node)
+            or node.output[0] in left
+            or not any(name in after for name in node.output)
+        ):
             continue
         if node.op_type != "DequantizeLinear":
-            left[node.name] = f"{node.op_type} {node.name}"
+            left[node.output[0]] = f"{node.op_type} {node.name or node.output[0]}"
             front.extend(node.input)
-    return [left[node.name] for node in graph.node if node.name in left]
+    return [left[node.output[0]] for node in graph.node if node.output[0] in left]
 
 
 def _is_integer(node: Any) -> bool:

@@ -6,7 +6,8 @@ A runtime fuses an operator into int8 when every input and the output of it are 
 - it leaves an addition, multiplication, pooling or concatenation whose result is rounded further on;
 always after the ReLU or clip that follows directly, never between (the clip is then part of the rounding). The model's
 outputs stay float. Operators that only move or choose values keep the grid of their input, and so do the inputs of a
-concatenation; values that share a grid form one group. This is what ONNX Runtime's QDQ fusion
+concatenation if they are bounded alike (a ReLU cannot be part of a rounding that reaches below zero); values that share
+a grid form one group. This is what ONNX Runtime's QDQ fusion
 (onnxruntime/core/optimizer/qdq_transformer) and OpenVINO's low-precision transformations ask for.
 """
 
@@ -177,13 +178,23 @@ class _Walk:
         for node in self.nodes:
             kind = self.kinds[node]
             copies = kind == "convolution" and node.target in self.copies
-            if (kind in ("same", "concat") or copies) and node in self.rounded:
+            alike = kind == "concat" and len({self._bounds(source) for source in node.all_input_nodes}) == 1
+            if (kind == "same" or alike or copies) and node in self.rounded:
                 for source in node.all_input_nodes:
                     if source in self.rounded:
                         self._join(source, node)
             if kind in ("convolution", "linear"):  # a layer that is called twice has one input scale
-                first = seen.setdefault(str(node.target), node.args[0])  # type: ignore[arg-type]
-                self._join(first, node.args[0])  # type: ignore[arg-type]
+                first = seen.setdefault(str(node.target), node.args[0])
+                self._join(first, node.args[0])
+
+    def _bounds(self, node: fx.Node) -> tuple[float, float] | None:
+        """Between which values the clips in front of a value keep it; None when there are none."""
+        if self.kinds[node] in ("same", "pool"):
+            return self._bounds(node.args[0])  # type: ignore[arg-type]
+        if self.kinds[node] == "concat":
+            found = {self._bounds(source) for source in node.all_input_nodes}
+            return found.pop() if len(found) == 1 else None
+        return clip_bounds(self.graph, node)
 
     def _root(self, node: fx.Node) -> fx.Node:
         while node in self.parent:

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from tersenet.numerics.rounding import fake_quantize, grid
 
-# Candidates of a search: the full range times 1, 0.98, ..., 0.22. Finer steps change the error by less than 0.1 %.
+# Candidates of a search: the full range times 1, 0.98, ..., 0.22. The full range is among them, so no search loses to it.
 SHARES = [1 - step / 50 for step in range(40)]
+
+# The scale of a channel of zeros. An integer bias has the scale of its channel's weights, so it must not be coarse.
+ZEROS = 2.0**-20
 
 
 def weight_scales(weight: Tensor, bits: int = 8, method: str = "mse") -> Tensor:
@@ -26,13 +29,13 @@ def weight_scales(weight: Tensor, bits: int = 8, method: str = "mse") -> Tensor:
         weight: (O, ...).
         method: "mse" tries clipped ranges and keeps the one of least squared error; anything else covers all.
     Returns:
-        (O,), positive. A channel of zeros gets 1: any scale is exact there.
+        (O,), positive. A channel of zeros gets `ZEROS`: any scale is exact for it, and a small one serves its bias.
     """
     low, high = grid(bits, signed=True)
     rows = weight.detach().reshape(len(weight), -1)  # (O, I H W)
     full = rows.abs().amax(dim=1) / high
     # A scale that underflows to 0 would divide by 0; such weights are zeros for every purpose.
-    full = torch.where(full > torch.finfo(full.dtype).tiny, full, torch.ones_like(full))
+    full = torch.where(full > torch.finfo(full.dtype).tiny, full, torch.full_like(full, ZEROS))
     if method != "mse":
         return full
     best, least = full, torch.full_like(full, torch.inf)

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
+from tersenet.bricks.brick import Brick
 from tersenet.bricks.quantized import identity_convolution, quantized_kind
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.shortcut import PadShortcut
@@ -32,7 +34,7 @@ def plan_activations(model: nn.Module, example: Tensor, step: Step) -> Plan:
     _prepare(graph, shortcuts)
     layers, floats = {}, {}
     for path, module in graph.named_modules():
-        if type(module).__name__.startswith("Conv") or isinstance(module, nn.Linear):
+        if isinstance(module, _ConvNd | nn.Linear) and not isinstance(module, Brick):
             reason = _why_float(path, module, step)
             if reason is None:
                 layers[path] = {"weights": "int8", "activations": "int8"}
@@ -41,7 +43,13 @@ def plan_activations(model: nn.Module, example: Tensor, step: Step) -> Plan:
     if not set(layers) - set(shortcuts):
         return {}
     points = activation_points(graph, layers, copies=shortcuts)
-    floats.update({name: f"no int8 operator for {kind}" for name, kind in points.floats.items() if name not in floats})
+    floats.update(
+        {
+            name: f"{kind} has no int8 operator in every runtime"
+            for name, kind in points.floats.items()
+            if name not in floats
+        }
+    )
     return {
         "input": {"shape": list(example.shape), "dtype": str(example.dtype).removeprefix("torch.")},
         "layers": layers,

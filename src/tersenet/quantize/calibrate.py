@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from tersenet.bricks.quantized import BIAS_STEPS, QuantizedLayer
+from tersenet.bricks.quantized import BIAS_STEPS, UNSET, QuantizedLayer
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.errors import DataError, ModelError
 from tersenet.numerics.ranges import Histogram, affine, mse_range, percentile_range
@@ -29,6 +29,9 @@ def calibrate(model: nn.Module, task: Task, ranges: str, percentile: float, samp
         DataError: on no calibration data, or data that is not finite.
         ModelError: when a value inside the model is not finite; names the place.
     """
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLayer) and layer.input_scale is not None:
+            layer.input_scale.fill_(UNSET)  # so that calibrating again gives the same again
     quantizers = {path: module for path, module in model.named_modules() if isinstance(module, Quantizer)}
     extremes = {path: _Extremes(path) for path in quantizers}
     _observe(model, task, samples, quantizers, extremes)

@@ -1,0 +1,231 @@
+"""Quantization: replay, calibration, and what cannot be quantized."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tersenet.bricks.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from tersenet.bricks.quantizer import Quantizer
+from tersenet.bricks.shortcut import PadShortcut
+from tersenet.errors import DataError, ModelError, NoEffect, SettingsError
+from tersenet.quantize.quantize import Quantize
+from tersenet.task import Task
+
+
+class Residual(nn.Module):
+    """A tiny net with all that the CIFAR ResNets have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.shortcut = PadShortcut(2, 2, 2)
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)) + self.shortcut(x))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def residual(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = Residual()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+def task_of(x: Tensor = X) -> Task:
+    return Task(example=X[:2], calibrate=[(part, torch.zeros(len(part))) for part in x.split(8)], quiet=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"ranges": "minmax"}, {"ranges": "percentile"}, {"activations": None}])
+def test_near_to_the_original_and_replayed_exactly(settings: dict) -> None:
+    before = residual()(X).detach()
+    step = Quantize(**settings)
+    model, plan = step.run(residual(), task_of())
+    assert float((model(X).detach() - before).abs().max()) < 0.05 * float(before.abs().max())
+    assert not torch.equal(model(X), before)
+    plan = json.loads(json.dumps(plan))
+    replayed = step.apply(residual(seed=7), plan)
+    replayed.load_state_dict(model.state_dict())
+    assert torch.equal(replayed.eval()(X), model(X))
+
+
+def test_planning_changes_nothing() -> None:
+    model = residual()
+    before = copy.deepcopy(model)
+    plan = Quantize().plan(model, task_of())
+    assert plan == Quantize().plan(model, task_of())
+    assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+    assert all(torch.equal(value, before.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_where_the_points_are() -> None:
+    model, plan = Quantize().run(residual(), task_of())
+    assert set(plan["layers"]) == {"conv1", "conv2", "shortcut", "linear"}
+    assert plan["float"] == {}
+    # input; after ReLU with the shortcut's copy; conv2; after the addition's ReLU; pooling with its flattened copy.
+    assert [len(members) for members in plan["points"].values()] == [1, 2, 1, 1, 2]
+    quantizers = {path: m for path, m in model.named_modules() if isinstance(m, Quantizer)}
+    assert set(quantizers) == {f"quantizers.{name}" for name in plan["points"]}
+    relu = [int(m.zero_point) for path, m in quantizers.items() if "relu" in path]
+    assert relu == [0, 0]
+
+
+def test_minmax_covers_exactly_what_was_seen() -> None:
+    model, _ = Quantize(ranges="minmax").run(residual(), task_of())
+    first = next(m for path, m in model.named_modules() if path.startswith("quantizers.") and isinstance(m, Quantizer))
+    assert float(first.scale) * 255 == pytest.approx(float(X.max() - X.min()), rel=1e-6)
+
+
+def test_input_scales_are_those_of_the_quantizers_in_front() -> None:
+    model, _ = Quantize().run(residual(), task_of())
+    for node in model.graph.nodes:
+        layer = model.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(layer, QuantizedLayer):
+            assert torch.equal(layer.input_scale, model.get_submodule(node.args[0].target).scale)
+
+
+def test_training_keeps_the_scales_and_lowers_the_loss() -> None:
+    model, _ = Quantize().run(residual(), task_of())
+    scales = {key: value.clone() for key, value in model.state_dict().items() if "scale" in key or "zero" in key}
+    target = torch.arange(16) % 5
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    model.train()
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(X), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    after = model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in scales.items())
+
+
+def test_a_channel_of_zeros_with_a_large_bias_fits_into_int32() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        model[0].weight[1] = 0
+        model[0].weight[2] *= 1e-20
+        model[0].bias[1:3] = 100.0
+    model, _ = Quantize().run(model, task_of())
+    settled = model.get_submodule("0").settled()
+    assert float((settled.rounded_bias().detach() - 100.0).abs()[1:3].max()) < 1e-3
+
+
+def test_constant_and_zero_activations() -> None:
+    for constant in (0.0, 2.0):
+        model = residual()
+        x = torch.full((4, 3, 8, 8), constant)
+        before = model(x)
+        model, _ = Quantize().run(model, task_of(x))
+        torch.testing.assert_close(model(x), before, rtol=0.05, atol=0.05)
+
+
+def test_a_layer_called_twice_has_one_grid_at_its_inputs() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.conv(x)).mean((2, 3))
+
+    model, plan = Quantize().run(Twice(), task_of())
+    assert list(plan["points"].values())[0] == ["x", "conv"]
+    assert model(X).shape == (16, 3)
+
+
+def test_float_layers_are_listed_with_their_reason() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.up = nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(4, 4, 2, 2)
+            self.around, self.last = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.around(F.hardswish(self.up(self.conv(x)))))
+
+    plan = Quantize(skip=("last",)).plan(Mixed(), task_of())
+    assert set(plan["layers"]) == {"conv"}
+    assert {"up", "around", "last"} <= set(plan["float"])
+    assert "only or skip" in plan["float"]["last"]
+    assert "ConvTranspose2d" in plan["float"]["up"]
+    assert "circular" in plan["float"]["around"]
+
+
+def test_weights_only_touches_what_it_should_and_traces_nothing() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(256, 2))
+    made, plan = Quantize(activations=None, skip=("linear",)).run(model, Task(example=X))
+    assert made is model
+    assert plan == {"layers": {"0": {"weights": "int8"}}}
+    assert type(model[0]) is QuantizedConv2d
+    assert type(model[2]) is nn.Linear
+    again, _ = Quantize(activations=None).run(nn.Linear(2, 2), Task(example=X))
+    assert type(again) is QuantizedLinear
+
+
+def test_quantizing_twice_says_that_nothing_is_left() -> None:
+    model, _ = Quantize().run(residual(), task_of())
+    before = model(X)
+    with pytest.warns(NoEffect):
+        model, plan = Quantize().run(model, task_of())
+    assert plan == {}
+    assert torch.equal(model(X), before)
+
+
+def test_bad_data_and_weights_are_named() -> None:
+    bad = X.clone()
+    bad[9, 0, 0, 0] = torch.nan
+    with pytest.raises(DataError, match="calibration batch 1"):
+        Quantize().run(residual(), task_of(bad))
+    with pytest.raises(DataError, match="0 samples"):
+        Quantize().run(residual(), Task(example=X[:2], calibrate=[]))
+    for activations in ("int8", None):
+        model = residual()
+        with torch.no_grad():
+            model.conv2.weight[0, 0, 0, 0] = torch.inf
+        with pytest.raises(ModelError, match="conv2"):
+            Quantize(activations=activations).run(model, task_of())
+    model = residual()
+    with torch.no_grad():
+        model.bn1.bias[0] = 3e38
+        model.bn2.weight.fill_(1e10)
+    with pytest.raises(ModelError, match="not finite"):
+        Quantize().run(model, task_of())
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"weights": "int4"}, "int4"),
+        ({"activations": "fp8"}, "fp8"),
+        ({"ranges": "kl"}, "kl"),
+        ({"percentile": 30.0}, "30"),
+        ({"samples": 0}, "0"),
+    ],
+)
+def test_settings_outside_are_refused(settings: dict, named: str) -> None:
+    with pytest.raises(SettingsError, match=named):
+        Quantize(**settings)
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    plan = Quantize().plan(residual(), task_of())
+    with pytest.raises(SettingsError, match="plan"):
+        Quantize().apply(nn.Sequential(nn.Conv2d(3, 4, 3)), plan)
