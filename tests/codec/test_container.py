@@ -226,8 +226,7 @@ def test_mutated_files_are_refused_or_unchanged(attack: bool, tmp_path: Path) ->
         path.write_bytes(reseal(bytes(data)) if attack else data)
         try:
             found = container.read(path)[1]
-        except FileError as error:
-            assert str(path) in str(error)
+        except FileError:
             continue
         if attack:
             assert all(bits(tensor) in known for tensor in found.values())

@@ -118,5 +118,5 @@ BROKEN = {
 
 @pytest.mark.parametrize("stream", BROKEN.values(), ids=BROKEN.keys())
 def test_a_broken_stream_is_refused(stream: bytes) -> None:
-    with pytest.raises(ValueError, match="stream|compressed"):
+    with pytest.raises(ValueError, match=r"stream|compressed"):
         entropy.decode(stream, 10)

@@ -119,7 +119,7 @@ def pack(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
         if key not in known:
             codec, payload = _encode(dtype, data)
             known[key] = len(blobs)
-            blobs.append([dtype, shape, codec, len(payload), zlib.crc32(payload), zlib.crc32(data)])
+            blobs.append([dtype, shape, codec, len(payload), zlib.crc32(payload), zlib.crc32(data.data)])
             payloads.append(payload)
         names.append([name, known[key]])
     try:
@@ -154,7 +154,9 @@ def read(path: str | Path, max_bytes: int | None = None) -> tuple[dict[str, Any]
         for blob in contents.blobs:
             total += blob.decoded
             if total > limit:
-                raise _bad(path, blob.offset, f"it declares more than {limit} bytes of tensors; allow more with max_bytes")
+                raise _bad(
+                    path, blob.offset, f"it declares more than {limit} bytes of tensors; allow more with max_bytes"
+                )
         found = []
         for blob in contents.blobs:
             payload = file.read(blob.length)
@@ -212,7 +214,7 @@ def _decode(path: str | Path, blob: Blob, payload: bytes) -> Tensor:
     except ValueError as error:
         raise _bad(path, blob.offset, f"a payload cannot be decoded, {error}") from None
     data = bits.view(np.uint8)
-    if zlib.crc32(data) != blob.decoded_crc:
+    if zlib.crc32(data.data) != blob.decoded_crc:
         raise _bad(path, blob.offset, "the checksum of the decoded values does not match")
     if blob.dtype == "bool" and blob.count and data.max() > 1:
         raise _bad(path, blob.offset, "a boolean is neither 0 nor 1")

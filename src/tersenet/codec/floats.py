@@ -16,10 +16,10 @@ from tersenet.codec import planes
 def encode(bits: NDArray[np.unsignedinteger]) -> bytes:
     """bits: (n,) the numbers' own bits as unsigned integers."""
     top = bits.dtype.itemsize * 8 - 1
-    return planes.encode((bits << 1) | (bits >> top))
+    return planes.encode(np.bitwise_or(bits << 1, bits >> top, dtype=bits.dtype))
 
 
 def decode(payload: bytes, size: int, count: int) -> NDArray[np.unsignedinteger]:
     """The (count,) bit patterns of `size` bytes. Raises ValueError when the payload cannot be one of ours."""
     rotated = planes.decode(payload, size, count)
-    return (rotated >> 1) | (rotated << (size * 8 - 1))
+    return np.bitwise_or(rotated >> 1, rotated << (size * 8 - 1), dtype=rotated.dtype)

@@ -51,7 +51,7 @@ def save_terse(
     example = example.detach().cpu()
     graph = trace(settled, example)
     tensors = {name: value.detach() for name, value in graph.state_dict().items()}
-    manifest = {
+    manifest: dict[str, Any] = {
         "kind": _KIND,
         "graph": graph_json.to_json(graph),
         "input": {"shape": [None, *example.shape[1:]], "dtype": str(example.dtype).removeprefix("torch.")},
@@ -130,9 +130,9 @@ def unpack(path: str | Path, out: str | Path) -> Path:
         from tersenet.deploy.pt2 import export_pt2
 
         model = load_terse(path)
-        shape = [2, *model.input_shape[1:]]  # type: ignore[index, union-attr]
+        shape = [2, *model.input_shape[1:]]  # type: ignore[index]
         dtype = graph_json.DTYPES[container.inspect(path).manifest["input"]["dtype"]]
-        return export_pt2(model, torch.zeros(shape, dtype=dtype), out)  # type: ignore[arg-type]
+        return export_pt2(model, torch.zeros(shape, dtype=dtype), out)
     raise SettingsError(f"a .terse file unpacks to .pt2 or .safetensors, got {out.name!r}; choose one of these endings")
 
 
@@ -150,10 +150,13 @@ def _check_rebuilt(model: nn.Module, graph: dict[str, Any], tensors: dict[str, T
     for module, training in modes:
         module.training = training
     for expected, found in pairs:
-        if not torch.allclose(expected, found, rtol=1e-4, atol=1e-5 * max(1.0, float(expected.abs().max())), equal_nan=True):
+        if not torch.allclose(
+            expected, found, rtol=1e-4, atol=1e-5 * max(1.0, float(expected.abs().max())), equal_nan=True
+        ):
+            largest = float((expected - found).abs().max())
             raise ExportError(
-                f"{type(model).__name__} written as a .terse file would differ by {float((expected - found).abs().max()):.3g}"
-                " at an output; its forward may depend on chance or on state outside of its buffers"
+                f"{type(model).__name__} written as a .terse file would differ by {largest:.3g} at an output; its "
+                "forward may depend on chance or on state outside of its buffers"
             )
 
 

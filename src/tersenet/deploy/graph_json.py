@@ -16,29 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
-from tersenet.bricks.brick import Brick
-from tersenet.bricks.quantized import Int8Conv2d, Int8Linear
-from tersenet.bricks.quantizer import Quantizer
-from tersenet.bricks.shortcut import PadShortcut
-from tersenet.deploy.layer_table import LAYERS
+from tersenet.deploy.layer_table import layer_from_json, layer_to_json, want
 from tersenet.deploy.operators import ATEN, DTYPES, MEMORY_FORMATS, PYTHON
 from tersenet.errors import ExportError
-
-# Bricks that a file may hold, built by their own `config`. One line adds one.
-BRICKS: dict[str, type[Brick]] = {
-    "Int8Conv2d": Int8Conv2d,
-    "Int8Linear": Int8Linear,
-    "PadShortcut": PadShortcut,
-    "Quantizer": Quantizer,
-}
 
 _PATH = re.compile(r"[A-Za-z0-9_]{1,200}(\.[A-Za-z0-9_]{1,200}){0,60}")
 # What a path may not hide: at its start an attribute of the graph module, further in one of any module.
 _TAKEN = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
 _TAKEN_INSIDE = frozenset(dir(nn.Module()))
-_NOT_INPUTS = frozenset(("self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"))  # fx's own globals
+_NOT_INPUTS = frozenset(
+    ("self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree")
+)  # fx's own globals
 _MAX_NODES = 1_000_000
 _MAX_DEPTH = 8
 
@@ -60,7 +49,7 @@ def to_json(graph: fx.GraphModule) -> dict[str, Any]:
                 layers[node.target] = ["same", {"as": first_path[layer]}]
             else:
                 first_path[layer] = node.target
-                layers[node.target] = _layer_to_json(node.target, layer)
+                layers[node.target] = layer_to_json(node.target, layer)
         elif node.op == "get_attr":
             attributes[node.target] = _attribute_kind(graph, node.target)
     return {
@@ -78,22 +67,22 @@ def from_json(data: Any, tensors: dict[str, Tensor]) -> fx.GraphModule:
     Raises:
         ValueError: when the JSON is not of this form, or does not fit the tensors; says why.
     """
-    _want(isinstance(data, dict) and set(data) == {"nodes", "layers", "attributes", "tied", "frozen"}, "unknown fields")
-    _want(all(isinstance(part, list) for part in data.values()), "a field is no list")
+    want(isinstance(data, dict) and set(data) == {"nodes", "layers", "attributes", "tied", "frozen"}, "unknown fields")
+    want(all(isinstance(part, list) for part in data.values()), "a field is no list")
     root: dict[str, Any] = {}
     for entry in data["layers"]:
-        _want(isinstance(entry, list) and len(entry) == 3, "a layer has not its three fields")
+        want(isinstance(entry, list) and len(entry) == 3, "a layer has not its three fields")
         path, kind, config = entry
         _check_path(path, root)
-        root[path] = _layer_from_json(kind, config, root)
+        root[path] = layer_from_json(kind, config, root)
     for entry in data["attributes"]:
-        _want(isinstance(entry, list) and len(entry) == 2, "an attribute has not its two fields")
+        want(isinstance(entry, list) and len(entry) == 2, "an attribute has not its two fields")
         path, kind = entry
         _check_path(path, root)
-        _want(path in tensors, f"there is no tensor for {path}")
-        _want(kind in ("parameter", "buffer"), f"{path} is neither a parameter nor a buffer")
+        want(path in tensors, f"there is no tensor for {path}")
+        want(kind in ("parameter", "buffer"), f"{path} is neither a parameter nor a buffer")
         empty = torch.empty_like(tensors[path], device="meta")
-        _want(kind == "buffer" or empty.is_floating_point(), f"parameter {path} is not of floating point")
+        want(kind == "buffer" or empty.is_floating_point(), f"parameter {path} is not of floating point")
         root[path] = nn.Parameter(empty) if kind == "parameter" else empty
     _check_nesting(root)
     graph = _graph_from_json(data["nodes"], root)
@@ -108,59 +97,6 @@ def from_json(data: Any, tensors: dict[str, Tensor]) -> fx.GraphModule:
     return module.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------- layers
-
-
-def _layer_to_json(path: str, layer: nn.Module) -> list[Any]:
-    name = type(layer).__name__
-    if parametrize.is_parametrized(layer):
-        raise ExportError(
-            f"layer {path} ({type(layer).__mro__[1].__name__}) still has a parametrization, and a .terse file holds plain "
-            "layers; settle the model first"
-        )
-    if BRICKS.get(name) is type(layer):
-        return [name, layer.config()]  # type: ignore[operator]
-    if name in LAYERS and LAYERS[name][0] is type(layer):
-        values = {argument: getattr(layer, argument) for argument in LAYERS[name][1]}
-        if "bias" in values:
-            values["bias"] = values["bias"] is not None
-        return [name, {argument: list(v) if isinstance(v, tuple) else v for argument, v in values.items()}]
-    raise ExportError(
-        f"layer {path} is a {type(layer).__module__}.{name}, which a .terse file does not know; write it with tensor "
-        "operations in a module of your own (not from torch.nn), or export to .onnx or .pt2"
-    )
-
-
-def _layer_from_json(kind: Any, config: Any, root: dict[str, Any]) -> nn.Module:
-    """A layer on the meta device, which has no memory, so a hostile size costs nothing before the tensors are seen."""
-    _want(isinstance(kind, str) and isinstance(config, dict), "a layer is malformed")
-    if kind == "same":
-        same = root.get(config["as"]) if isinstance(config.get("as"), str) else None
-        _want(isinstance(same, nn.Module), "a layer is the same as one that is not there")
-        return same  # type: ignore[return-value]
-    for value in config.values():
-        _want(all(map(_plain, value)) if isinstance(value, list) else _plain(value), f"the settings of a {kind} are malformed")
-    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
-    if kind in BRICKS:
-        make: Callable[..., nn.Module] = BRICKS[kind]
-        _want(not {"device", "dtype"} & set(arguments), f"a {kind} cannot choose its device")
-    else:
-        _want(kind in LAYERS, f"there is no layer of type {kind!r}")
-        make, known = LAYERS[kind]
-        _want(set(arguments) <= set(known), f"a {kind} has settings that it does not know")
-    try:
-        with torch.device("meta"):
-            return make(**arguments)
-    except Exception as error:  # the constructors raise many kinds on wrong settings
-        raise ValueError(f"a {kind} cannot be built: {str(error)[:200]}") from error
-
-
-def _plain(value: Any) -> bool:
-    if isinstance(value, str):
-        return len(value) <= 64
-    return value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 2**31)
-
-
 # ----------------------------------------------------------------------------------------------------------- nodes
 
 
@@ -169,7 +105,7 @@ def _node_to_json(node: fx.Node, index: dict[fx.Node, int]) -> list[Any]:
     target = node.target
     if node.op == "call_function":
         names = {function: name for name, function in PYTHON.items()}
-        name = names.get(target, str(target)) if callable(target) else str(target)  # type: ignore[call-overload]
+        name = names.get(target, str(target)) if callable(target) else str(target)
         known = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten" and name in ATEN
         if not known and target not in PYTHON.values():
             where = node.meta.get("line") or node.meta.get("path") or "the model"
@@ -183,32 +119,37 @@ def _node_to_json(node: fx.Node, index: dict[fx.Node, int]) -> list[Any]:
 
 
 def _graph_from_json(entries: list[Any], root: dict[str, Any]) -> fx.Graph:
-    _want(0 < len(entries) <= _MAX_NODES, "the graph is empty or has too many nodes")
-    graph, nodes, inputs = fx.Graph(), [], set()
+    want(0 < len(entries) <= _MAX_NODES, "the graph is empty or has too many nodes")
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
+    inputs: set[str] = set()
     for i, entry in enumerate(entries):
-        _want(isinstance(entry, list) and len(entry) in (3, 4), "a node has not its fields")
+        want(isinstance(entry, list) and len(entry) in (3, 4), "a node has not its fields")
         op, target, args = entry[:3]
         kwargs = entry[3] if len(entry) == 4 else {}
-        _want(isinstance(op, str) and isinstance(target, str) and isinstance(args, list), "a node is malformed")
-        _want(isinstance(kwargs, dict) and all(map(_identifier, kwargs)), "a node's keywords are malformed")
+        want(isinstance(op, str) and isinstance(target, str) and isinstance(args, list), "a node is malformed")
+        want(isinstance(kwargs, dict) and all(map(_identifier, kwargs)), "a node's keywords are malformed")
         args = tuple(_value_from_json(arg, nodes) for arg in args)
         kwargs = {key: _value_from_json(value, nodes) for key, value in kwargs.items()}
-        _want((op == "output") == (i == len(entries) - 1), "the output is not the last node, and only that")
+        want((op == "output") == (i == len(entries) - 1), "the output is not the last node, and only that")
         if op == "call_function":
             nodes.append(graph.call_function(_function(target, args, kwargs), args, kwargs))
         elif op == "call_module":
-            _want(isinstance(root.get(target), nn.Module), "a node calls a layer that is not there")
+            want(isinstance(root.get(target), nn.Module), "a node calls a layer that is not there")
             nodes.append(graph.call_module(target, args, kwargs))
         elif op == "get_attr":
-            _want(isinstance(root.get(target), Tensor) and not args and not kwargs, "a node reads what is not there")
+            want(isinstance(root.get(target), Tensor) and not args and not kwargs, "a node reads what is not there")
             nodes.append(graph.get_attr(target))
         elif op == "placeholder":
-            _want(_identifier(target) and target not in inputs | _NOT_INPUTS, "an input's name is malformed or comes twice")
-            _want(not args and not kwargs, "an input has arguments")
+            want(
+                _identifier(target) and target not in inputs | _NOT_INPUTS,
+                "an input's name is malformed or comes twice",
+            )
+            want(not args and not kwargs, "an input has arguments")
             inputs.add(target)
             nodes.append(graph.placeholder(target))
         else:
-            _want(op == "output" and len(args) == 1 and not kwargs, f"there is no node of kind {op!r}")
+            want(op == "output" and len(args) == 1 and not kwargs, f"there is no node of kind {op!r}")
             graph.output(args[0])
     return graph
 
@@ -217,13 +158,13 @@ def _function(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calla
     """The operator of a name on the allow-list."""
     if name in PYTHON:
         # Arithmetic of sizes, and picking from a list of tensors: numbers and nodes only, so "a" * 10**9 is no graph.
-        _want(not kwargs and all(isinstance(arg, fx.Node | int | float) for arg in args), f"{name} takes numbers only")
-        _want(any(isinstance(arg, fx.Node) for arg in args), f"{name} has no input")
+        want(not kwargs and all(isinstance(arg, fx.Node | int | float) for arg in args), f"{name} takes numbers only")
+        want(any(isinstance(arg, fx.Node) for arg in args), f"{name} has no input")
         return PYTHON[name]
-    _want(name in ATEN, f"operator {name[:100]!r} is not on the list of allowed ones")
+    want(name in ATEN, f"operator {name[:100]!r} is not on the list of allowed ones")
     _, packet, overload = name.split(".")
-    found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
-    _want(found is not None, f"this version of PyTorch has no {name}; update it")
+    found: Any = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    want(found is not None, f"this version of PyTorch has no {name}; update it")
     return found
 
 
@@ -244,22 +185,24 @@ def _value_to_json(value: Any, index: dict[fx.Node, int]) -> Any:
         return {"device": "cpu"}
     if value is torch.strided:
         return {"layout": "strided"}
-    raise ExportError(f"a .terse file cannot hold the argument {value!r} of an operator; export to .onnx or .pt2 instead")
+    raise ExportError(
+        f"a .terse file cannot hold the argument {value!r} of an operator; export to .onnx or .pt2 instead"
+    )
 
 
 def _value_from_json(value: Any, nodes: list[fx.Node], depth: int = 0) -> Any:
     if isinstance(value, list):
-        _want(depth < _MAX_DEPTH, "an argument is nested too deeply")
+        want(depth < _MAX_DEPTH, "an argument is nested too deeply")
         return [_value_from_json(item, nodes, depth + 1) for item in value]
     if not isinstance(value, dict):
-        _want(not isinstance(value, int) or abs(value) < 2**63, "a number is too large")
+        want(not isinstance(value, int) or abs(value) < 2**63, "a number is too large")
         return value
-    _want(len(value) == 1, "an argument is malformed")
+    want(len(value) == 1, "an argument is malformed")
     ((kind, name),) = value.items()
     if kind == "node":
-        _want(type(name) is int and 0 <= name < len(nodes), "an argument is a node that does not come before")
+        want(type(name) is int and 0 <= name < len(nodes), "an argument is a node that does not come before")
         return nodes[name]
-    _want(isinstance(name, str), "an argument is malformed")
+    want(isinstance(name, str), "an argument is malformed")
     choices: dict[str, dict[str, Any]] = {
         "dtype": DTYPES,
         "memory_format": MEMORY_FORMATS,
@@ -267,7 +210,7 @@ def _value_from_json(value: Any, nodes: list[fx.Node], depth: int = 0) -> Any:
         "device": {"cpu": torch.device("cpu")},
         "layout": {"strided": torch.strided},
     }
-    _want(kind in choices and name in choices[kind], "an argument is of a kind that is not known")
+    want(kind in choices and name in choices[kind], "an argument is of a kind that is not known")
     return choices[kind][name]
 
 
@@ -300,39 +243,51 @@ def _tied(graph: nn.Module) -> list[list[str]]:
 def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     expected = module.state_dict()
     missing, unknown = set(expected) - set(tensors), set(tensors) - set(expected)
-    _want(not missing and not unknown, f"tensors are missing or left over: {sorted(missing | unknown)[:3]}")
+    want(not missing and not unknown, f"tensors are missing or left over: {sorted(missing | unknown)[:3]}")
     for name, value in expected.items():
-        _want(value.shape == tensors[name].shape, f"{name} is {list(tensors[name].shape)}, its layer needs {list(value.shape)}")
+        want(
+            value.shape == tensors[name].shape,
+            f"{name} is {list(tensors[name].shape)}, its layer needs {list(value.shape)}",
+        )
         same_kind = value.is_floating_point() == tensors[name].is_floating_point()
-        _want(same_kind, f"{name} is of {tensors[name].dtype}, its layer needs {value.dtype}")
+        want(same_kind, f"{name} is of {tensors[name].dtype}, its layer needs {value.dtype}")
     module.load_state_dict(tensors, assign=True)
     left = [name for name, tensor in _named(module) if tensor.is_meta]
-    _want(not left, f"the file has no numbers for {left[:3]}")
+    want(not left, f"the file has no numbers for {left[:3]}")
 
 
 def _tie(module: nn.Module, groups: list[Any]) -> None:
     known = dict(_named(module))
     for names in groups:
-        _want(isinstance(names, list) and len(names) > 1, "a group of tied tensors is malformed")
-        _want(all(isinstance(name, str) and name in known for name in names), "a tied tensor is not there")
+        want(isinstance(names, list) and len(names) > 1, "a group of tied tensors is malformed")
+        want(all(isinstance(name, str) and name in known for name in names), "a tied tensor is not there")
         first = known[names[0]]
         for name in names[1:]:
             value = known[name]
-            _want(type(value) is type(first) and value.shape == first.shape and value.dtype == first.dtype, f"{name} cannot be tied")
+            want(
+                type(value) is type(first) and value.shape == first.shape and value.dtype == first.dtype,
+                f"{name} cannot be tied",
+            )
             owner, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(owner), leaf, first)
 
 
 def _parameter(module: nn.Module, path: Any) -> nn.Parameter:
-    _want(isinstance(path, str) and path in dict(module.named_parameters(remove_duplicate=False)), "a frozen tensor is not there")
+    want(
+        isinstance(path, str) and path in dict(module.named_parameters(remove_duplicate=False)),
+        "a frozen tensor is not there",
+    )
     return module.get_parameter(path)
 
 
 def _check_path(path: Any, taken: dict[str, Any]) -> None:
     """A path of plain names, which cannot hide what a module has of its own (`forward`, `train`, `_parameters`)."""
-    _want(isinstance(path, str) and _PATH.fullmatch(path) is not None and path not in taken, "a path is malformed or comes twice")
+    want(
+        isinstance(path, str) and _PATH.fullmatch(path) is not None and path not in taken,
+        "a path is malformed or comes twice",
+    )
     first, *others = path.split(".")
-    _want(first not in _TAKEN and not _TAKEN_INSIDE & set(others), f"path {path} has the name of something else")
+    want(first not in _TAKEN and not _TAKEN_INSIDE & set(others), f"path {path} has the name of something else")
 
 
 def _check_nesting(root: dict[str, Any]) -> None:
@@ -341,18 +296,19 @@ def _check_nesting(root: dict[str, Any]) -> None:
         parts = path.split(".")
         for i in range(1, len(parts)):
             outer = root.get(".".join(parts[:i]))
-            _want(not isinstance(outer, Tensor), f"{path} lies inside of a tensor")
+            want(not isinstance(outer, Tensor), f"{path} lies inside of a tensor")
             if isinstance(outer, nn.Module):
                 kinds = {**outer._parameters, **outer._buffers}
                 inside = i == len(parts) - 1 and isinstance(value, Tensor) and kinds.get(parts[-1]) is not None
-                _want(inside, f"{path} lies inside of a layer")
-                _want((parts[-1] in outer._parameters) == isinstance(value, nn.Parameter), f"{path} is of another kind")
+                want(inside, f"{path} lies inside of a layer")
+                want((parts[-1] in outer._parameters) == isinstance(value, nn.Parameter), f"{path} is of another kind")
 
 
 def _identifier(name: Any) -> bool:
-    return isinstance(name, str) and len(name) <= 200 and name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
-
-
-def _want(true: bool, otherwise: str) -> None:
-    if not true:
-        raise ValueError(otherwise)
+    return (
+        isinstance(name, str)
+        and len(name) <= 200
+        and name.isascii()
+        and name.isidentifier()
+        and not keyword.iskeyword(name)
+    )

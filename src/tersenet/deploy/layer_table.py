@@ -1,8 +1,31 @@
-"""The torch.nn layers that a .terse file may hold: name -> (class, the constructor arguments kept as attributes)."""
+"""The layers that a .terse file may hold, and each as JSON: its type's name and its constructor's arguments.
+
+A name is looked up in two tables and nowhere else: torch.nn layers, whose arguments they keep as attributes, and
+bricks, which say their own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
+
+from tersenet.bricks.brick import Brick
+from tersenet.bricks.quantized import Int8Conv2d, Int8Linear
+from tersenet.bricks.quantizer import Quantizer
+from tersenet.bricks.shortcut import PadShortcut
+from tersenet.errors import ExportError
+
+# Bricks that a file may hold, built by their own `config`. One line adds one.
+BRICKS: dict[str, type[Brick]] = {
+    "Int8Conv2d": Int8Conv2d,
+    "Int8Linear": Int8Linear,
+    "PadShortcut": PadShortcut,
+    "Quantizer": Quantizer,
+}
 
 _CONV = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias", "padding_mode",
@@ -91,3 +114,69 @@ _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 LAYERS = {kind.__name__: (kind, arguments) for kind, arguments in _ARGUMENTS.items()}
+
+
+def layer_to_json(path: str, layer: nn.Module) -> list[Any]:
+    """[type, settings]. Raises ExportError for a layer that is on neither table; `path` is for its message."""
+    name = type(layer).__name__
+    if parametrize.is_parametrized(layer):
+        raise ExportError(
+            f"layer {path} ({type(layer).__mro__[1].__name__}) still has a parametrization, and a .terse file holds "
+            "plain layers; settle the model first"
+        )
+    if BRICKS.get(name) is type(layer):
+        return [name, layer.config()]
+    if name in LAYERS and LAYERS[name][0] is type(layer):
+        values = {argument: getattr(layer, argument) for argument in LAYERS[name][1]}
+        if "bias" in values:
+            values["bias"] = values["bias"] is not None
+        return [name, {argument: list(v) if isinstance(v, tuple) else v for argument, v in values.items()}]
+    raise ExportError(
+        f"layer {path} is a {type(layer).__module__}.{name}, which a .terse file does not know; write it with tensor "
+        "operations in a module of your own (not from torch.nn), or export to .onnx or .pt2"
+    )
+
+
+def layer_from_json(kind: Any, config: Any, root: dict[str, Any]) -> nn.Module:
+    """The inverse, on the meta device, which has no memory, so a hostile size costs nothing.
+
+    Args:
+        root: the layers so far, for `same`.
+    Raises:
+        ValueError: when there is no such layer, or not with these settings.
+    """
+    want(isinstance(kind, str) and isinstance(config, dict), "a layer is malformed")
+    if kind == "same":
+        same = root.get(config["as"]) if isinstance(config.get("as"), str) else None
+        want(isinstance(same, nn.Module), "a layer is the same as one that is not there")
+        return same  # type: ignore[return-value]
+    for value in config.values():
+        want(
+            all(map(_plain, value)) if isinstance(value, list) else _plain(value),
+            f"the settings of a {kind} are malformed",
+        )
+    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    if kind in BRICKS:
+        make: Callable[..., nn.Module] = BRICKS[kind]
+        want(not {"device", "dtype"} & set(arguments), f"a {kind} cannot choose its device")
+    else:
+        want(kind in LAYERS, f"there is no layer of type {kind!r}")
+        make, known = LAYERS[kind]
+        want(set(arguments) <= set(known), f"a {kind} has settings that it does not know")
+    try:
+        with torch.device("meta"):
+            return make(**arguments)
+    except Exception as error:  # the constructors raise many kinds on wrong settings
+        raise ValueError(f"a {kind} cannot be built: {str(error)[:200]}") from error
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= 64
+    return value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 2**31)
+
+
+def want(true: bool, otherwise: str) -> None:
+    """Raises ValueError(otherwise) unless true."""
+    if not true:
+        raise ValueError(otherwise)

@@ -40,28 +40,34 @@ MEMORY_FORMATS = {
 }
 
 _BINARY = "add sub mul div eq ne lt le gt ge remainder bitwise_and bitwise_or bitwise_xor"
-_UNARY = """abs bitwise_not ceil cos erf exp exp2 expm1 floor log log10 log1p log2 logical_not neg reciprocal round rsqrt
-sigmoid sign sin sqrt square tan tanh trunc relu relu6 selu silu hardsigmoid hardswish mish log_sigmoid isnan isinf"""
-_IN_PLACE = """abs_ exp_ neg_ relu_ relu6_ selu_ sigmoid_ silu_ hardsigmoid_ hardswish_ hardtanh_ mish_ tanh_ elu_ celu_
-leaky_relu_ sqrt_ clamp_ clamp_min_ clamp_max_ squeeze_ unsqueeze_ dropout_ feature_dropout_ detach_ zero_ masked_fill_.Scalar
-add_.Tensor add_.Scalar sub_.Tensor sub_.Scalar mul_.Tensor mul_.Scalar div_.Tensor div_.Scalar copy_"""
+_UNARY = """
+abs bitwise_not ceil cos erf exp exp2 expm1 floor log log10 log1p log2 logical_not neg reciprocal round rsqrt
+sigmoid sign sin sqrt square tan tanh trunc relu relu6 selu silu hardsigmoid hardswish mish log_sigmoid isnan isinf
+"""
+_IN_PLACE = """
+abs_ exp_ neg_ relu_ relu6_ selu_ sigmoid_ silu_ hardsigmoid_ hardswish_ hardtanh_ mish_ tanh_ elu_ celu_
+leaky_relu_ sqrt_ clamp_ clamp_min_ clamp_max_ squeeze_ unsqueeze_ dropout_ feature_dropout_ detach_ zero_
+masked_fill_.Scalar add_.Tensor add_.Scalar sub_.Tensor sub_.Scalar mul_.Tensor mul_.Scalar div_.Tensor div_.Scalar
+copy_
+"""
 _OTHERS = """
 _adaptive_avg_pool2d _native_batch_norm_legit_no_training _softmax _log_softmax _to_copy _unsafe_view
-adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d add.Scalar addmm
-alias all all.dim alpha_dropout amax amin any any.dim arange arange.start arange.start_step argmax argmin atan2 avg_pool1d
-avg_pool2d avg_pool3d baddbmm batch_norm bmm broadcast_tensors cat cdist celu chunk clamp clamp.Tensor clamp_max clamp_min
-clone concat constant_pad_nd contiguous conv1d conv1d.padding conv2d conv2d.padding conv3d conv3d.padding
-conv_transpose1d conv_transpose2d.input conv_transpose3d.input convolution cross cumsum detach diagonal
-div.Scalar div.Scalar_mode div.Tensor_mode dot dropout einsum elu embedding expand expand_as feature_dropout
-flatten.using_ints flip floor_divide frac full full_like gather gelu glu grid_sampler group_norm hardshrink hardtanh im2col
-index.Tensor index_select instance_norm layer_norm leaky_relu lerp.Scalar lerp.Tensor lift_fresh lift_fresh_copy
-linalg_vector_norm linear log_softmax.int logical_and logical_or logsumexp masked_fill.Scalar masked_fill.Tensor matmul
-max max.dim max.other max_pool1d max_pool2d max_pool2d_with_indices max_pool3d maximum mean mean.dim min min.dim min.other
-minimum mm movedim.int movedim.intlist mul.Scalar mv narrow native_batch_norm native_group_norm native_layer_norm new_full
-new_ones new_zeros norm.ScalarOpt_dim norm.Scalar numel ones ones_like pad permute pixel_shuffle pixel_unshuffle
-pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu prod prod.dim_int reflection_pad1d reflection_pad2d repeat
-repeat_interleave.self_int replication_pad1d replication_pad2d reshape reshape_as rms_norm roll rsub.Scalar rsub.Tensor
-scalar_tensor scaled_dot_product_attention select.int slice.Tensor softmax.int softplus softshrink split.Tensor split.sizes
+adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d add.Scalar
+addmm alias all all.dim alpha_dropout amax amin any any.dim arange arange.start arange.start_step argmax argmin
+atan2 avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bmm broadcast_tensors cat cdist celu chunk clamp
+clamp.Tensor clamp_max clamp_min clone concat constant_pad_nd contiguous conv1d conv1d.padding conv2d
+conv2d.padding conv3d conv3d.padding conv_transpose1d conv_transpose2d.input conv_transpose3d.input convolution
+cross cumsum detach diagonal div.Scalar div.Scalar_mode div.Tensor_mode dot dropout einsum elu embedding expand
+expand_as feature_dropout flatten.using_ints flip floor_divide frac full full_like gather gelu glu grid_sampler
+group_norm hardshrink hardtanh im2col index.Tensor index_select instance_norm layer_norm leaky_relu lerp.Scalar
+lerp.Tensor lift_fresh lift_fresh_copy linalg_vector_norm linear log_softmax.int logical_and logical_or logsumexp
+masked_fill.Scalar masked_fill.Tensor matmul max max.dim max.other max_pool1d max_pool2d max_pool2d_with_indices
+max_pool3d maximum mean mean.dim min min.dim min.other minimum mm movedim.int movedim.intlist mul.Scalar mv narrow
+native_batch_norm native_group_norm native_layer_norm new_full new_ones new_zeros norm.ScalarOpt_dim norm.Scalar
+numel ones ones_like pad permute pixel_shuffle pixel_unshuffle pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu
+prod prod.dim_int reflection_pad1d reflection_pad2d repeat repeat_interleave.self_int replication_pad1d
+replication_pad2d reshape reshape_as rms_norm roll rsub.Scalar rsub.Tensor scalar_tensor
+scaled_dot_product_attention select.int slice.Tensor softmax.int softplus softshrink split.Tensor split.sizes
 split_with_sizes squeeze squeeze.dim squeeze.dims stack std.correction std.dim sub.Scalar sum sum.dim_IntList
 sym_numel sym_size.int t threshold tile to.device to.dtype to.dtype_layout topk transpose.int tril triu type_as
 unbind.int unflatten.int unfold unsqueeze upsample_bicubic2d upsample_bicubic2d.vec upsample_bilinear2d
