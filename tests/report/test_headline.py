@@ -79,7 +79,8 @@ def test_targets_missed_are_said_with_the_miss():
         "; the target for latency was MISSED by 0.06x (wanted 0.5x, got 0.56x)"
     )
     assert verdict(made(targets=[met])).endswith("; the target was met")
-    assert verdict(made(targets=[met, met])).endswith("; all 2 targets were met")
+    assert verdict(made(targets=[met, met])).endswith("; both targets were met")
+    assert verdict(made(targets=[met, met, met])).endswith("; all 3 targets were met")
     unknown = {"what": "memory", "wanted": "8 MiB", "got": None, "met": False}
     assert verdict(made(targets=[unknown])).endswith(
         "; the target for memory was MISSED (wanted 8 MiB, it was not measured)"

@@ -213,6 +213,8 @@ def test_nothing_from_a_report_is_read_as_html(visit, tmp_path):
     page = visit(tmp_path / "page.html")
     page.locator(".plot .points path").first.hover(force=True)
     page.wait_for_selector(".hoverlayer .hovertext")
+    # Plotly would drop tags that it does not know; escaped ones are shown as they are written.
+    assert "<script>" in page.text_content(".hoverlayer .hovertext")
     assert page.evaluate("window.broken") is None
     assert page.locator("main img").count() == 0
 

@@ -195,6 +195,8 @@ def targets_clause(report: dict[str, Any]) -> str:
             clauses.append(f"the target for {target['what']} was {missed} (wanted {target['wanted']}, {got})")
     if clauses:
         return "; " + " and ".join(clauses)
-    return (
-        "" if not targets else "; the target was met" if len(targets) == 1 else f"; all {len(targets)} targets were met"
+    if not targets:
+        return ""
+    return {1: "; the target was met", 2: "; both targets were met"}.get(
+        len(targets), f"; all {len(targets)} targets were met"
     )
