@@ -193,7 +193,7 @@ def _open_openvino(path: Path, threads: int) -> Runner:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
-        "ENABLE_CPU_PINNING": False,  # true was 4 times slower on a busy machine, and leaves the caller pinned
+        "ENABLE_CPU_PINNING": False,  # true was 4 times slower on a busy machine
     }
     request = core.compile_model(model, "CPU", settings).create_infer_request()
     shape = tuple(size.get_length() if size.is_static else None for size in model.input(0).get_partial_shape())
