@@ -101,20 +101,36 @@ def test_equals_torchvision(name: str) -> None:
     if find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
     torch.manual_seed(0)
-    theirs = open_model(f"torchvision:{name}")[0].state_dict()
+    theirs = open_model(f"torchvision:{name}")[0]
     torch.manual_seed(0)
-    ours = models.build(name).state_dict()
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours = models.build(name)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(ours.eval()(x), theirs.eval()(x))
 
 
-@pytest.mark.parametrize("name", ["digits", "resnet20", "resnet18", "mobilenet_v2", "vgg16_bn_cifar"])
+# Residual adds and activations, counted in the papers' tables.
+OPERATORS = {
+    "digits": (1, 3),
+    "resnet20": (9, 1 + 2 * 9),
+    "resnet18": (8, 1 + 2 * 8),
+    "mobilenet_v2": (10, 1 + 16 * 2 + 1 + 1),
+    "vgg16_bn_cifar": (0, 13 + 2),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_captured_with_an_open_batch(name: str) -> None:
     torch.manual_seed(0)
     model, preparation = models.build(name, num_classes=7).eval(), models.reference(name).preparation
     size = (64, 64) if preparation.size == (224, 224) else preparation.size
     x = torch.randn(3, preparation.channels, *size)
     program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    called = [str(node.target).split(".")[1].rstrip("_") for node in program.graph.nodes if node.op == "call_function"]
+    activations = sum(called.count(kind) for kind in ("relu", "relu6", "hardtanh"))
+    assert (called.count("add"), activations) == OPERATORS[name]
     with torch.no_grad():
         expected = model(x)
         assert expected.shape == (3, 7)
