@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tersenet.graph.coupling_rules import Call, layer, operator
-from tersenet.graph.labels import Labels, State
+from tersenet.graph.coupling_layers import layer
+from tersenet.graph.coupling_rules import operator
+from tersenet.graph.labels import Call, Labels
 from tersenet.graph.surgery import cut
 from tersenet.graph.trace import trace
 
@@ -186,7 +187,7 @@ def _bundles(slots: dict[tuple[str, str], np.ndarray], count: int, added: np.nda
 
 
 def _failures(model: nn.Module, known: Coupling, example: Tensor) -> list[tuple[Bundle, str]]:
-    """Bundles whose cut breaks the forward, with what it said: all at once, then by halves until the culprits are known."""
+    """Bundles whose cut breaks the forward, and what it said: all at once, then by halves."""
     bad = []
     queue = [[bundle for bundle in known.bundles if len(bundle.classes) > 1]]
     while queue:
@@ -204,7 +205,7 @@ def _failures(model: nn.Module, known: Coupling, example: Tensor) -> list[tuple[
 
 
 def _try(model: nn.Module, known: Coupling, removed: np.ndarray, example: Tensor) -> str | None:
-    """Runs the model without these classes on fake tensors; what went wrong, or None when every layer's shape is right."""
+    """Runs the model without these classes on fake tensors: what went wrong, None when every shape is right."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():

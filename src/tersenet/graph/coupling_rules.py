@@ -1,4 +1,4 @@
-"""What each operator does to channel labels: one function per kind of operator, and two tables.
+"""What each operator between layers does to channel labels: one function per kind of operator, and one table.
 
 A rule takes what is known of its inputs and gives the labels of its output, one vector or none per dimension. An
 operator that is in no table freezes every label that reaches it. Shapes are those of the traced example.
@@ -7,88 +7,24 @@ operator that is in no table freezes every label that reaches it. Shapes are tho
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
 
-from tersenet.bricks.brick import Brick
-from tersenet.graph.labels import Labels, State, Vector
-from tersenet.graph.surgery import axes
-
-Shape = tuple[int, ...]
-
-
-@dataclass
-class Call:
-    """One operator or layer at work: the node, its tensor inputs' labels, and its arguments."""
-
-    labels: Labels
-    node: fx.Node
-    states: dict[fx.Node, Any]
-
-    @property
-    def name(self) -> str:
-        """ "add" for aten.add_.Tensor."""
-        packet = getattr(self.node.target, "overloadpacket", self.node.target)
-        name = getattr(packet, "__name__", str(packet))
-        return name if name.startswith("_") else name.rstrip("_")
-
-    @property
-    def shape(self) -> Shape:
-        return self.node.meta["shape"]
-
-    def arg(self, place: int, name: str, default: Any = None) -> Any:
-        """An argument by place or by name."""
-        if len(self.node.args) > place:
-            return self.node.args[place]
-        return self.node.kwargs.get(name, default)
-
-    def state(self, node: Any) -> State:
-        return self.states[node]
-
-    def because(self, why: str) -> str:
-        """A reason with the operator and where it stands."""
-        target = self.node.target
-        name = (
-            str(target)
-            if not callable(target) or hasattr(target, "overloadpacket")
-            else getattr(target, "__name__", "")
-        )
-        path = self.node.meta.get("path") or "the model's own forward"
-        line = self.node.meta.get("line")
-        return f"{name} in {path}{f' ({line})' if line and self.node.op == 'call_function' else ''} {why}"
-
-    def freeze(self, why: str, *dims: Vector | None) -> None:
-        for labels in dims:
-            self.labels.freeze(labels, self.because(why))
-
-
-def unknown(call: Call) -> None:
-    """Freezes everything that reaches an operator nobody described."""
-    for node in call.node.all_input_nodes:
-        call.labels.freeze_state(call.states.get(node), call.because("is not known to the coupling"))
-
-
-def nothing(call: Call) -> State:
-    return (None,) * len(call.node.meta.get("shape", ()))
-
-
-# --- operators between layers ------------------------------------------------------------------------------------
+from tersenet.graph.labels import Call, Shape, State, Vector, nothing, unknown
 
 
 def same(call: Call) -> State:
-    return call.state(call.node.args[0])
+    return call.input
 
 
 def elementwise(call: Call) -> State:
     """Unites the inputs' channels, with broadcasting."""
     shape = call.shape
     result: list[Vector | None] = [None] * len(shape)
-    inputs = [(call.state(n), n.meta["shape"]) for n in call.node.all_input_nodes if "shape" in n.meta]
+    inputs = [(call.states[n], n.meta["shape"]) for n in call.node.all_input_nodes if "shape" in n.meta]
     for back in range(1, len(shape) + 1):
         parts = [
             state[-back] for state, size in inputs if len(size) >= back and not (size[-back] == 1 and shape[-back] > 1)
@@ -107,14 +43,14 @@ def elementwise(call: Call) -> State:
 
 def spatial(call: Call) -> State:
     """Pooling, resizing and the like: channels pass, and what they move over must not be channels."""
-    state = call.state(call.node.args[0])
+    state = call.input
     call.freeze("works along them", *state[2:])
     return (*state[:2], *[None] * (len(call.shape) - 2))
 
 
 def spatial_pair(call: Call) -> list[State]:
     """Max pooling that also gives the places."""
-    state = call.state(call.node.args[0])
+    state = call.input
     call.freeze("works along them", *state[2:])
     passed = (*state[:2], *[None] * (len(state) - 2))
     return [passed, passed]
@@ -122,7 +58,7 @@ def spatial_pair(call: Call) -> list[State]:
 
 def reduction(call: Call) -> State:
     """Mean, maximum and sum over some dimensions; only a sum stays what it was when channels of zeros go."""
-    state = call.state(call.node.args[0])
+    state = call.input
     dims = call.arg(1, "dim")
     dims = list(range(len(state))) if dims is None or dims == [] else dims if isinstance(dims, list | tuple) else [dims]
     dims = {dim % len(state) for dim in dims}
@@ -135,18 +71,18 @@ def reduction(call: Call) -> State:
 
 def along(call: Call) -> State:
     """Softmax and others that work along one dimension."""
-    state = call.state(call.node.args[0])
+    state = call.input
     call.freeze("works across them", state[call.arg(1, "dim", -1)])
     return state
 
 
 def permute(call: Call) -> State:
-    state = call.state(call.node.args[0])
+    state = call.input
     return tuple(state[dim] for dim in call.arg(1, "dims"))
 
 
 def transpose(call: Call) -> State:
-    state = list(call.state(call.node.args[0]))
+    state = list(call.input)
     if call.name == "t":
         return tuple(reversed(state))
     a, b = call.arg(1, "dim0"), call.arg(2, "dim1")
@@ -155,14 +91,14 @@ def transpose(call: Call) -> State:
 
 
 def unsqueeze(call: Call) -> State:
-    state = list(call.state(call.node.args[0]))
+    state = list(call.input)
     dim = call.arg(1, "dim")
     state.insert(dim % len(call.shape), None)
     return tuple(state)
 
 
 def flip(call: Call) -> State:
-    state = list(call.state(call.node.args[0]))
+    state = list(call.input)
     for dim in call.arg(1, "dims"):
         labels = state[dim]
         state[dim] = None if labels is None else labels[::-1]
@@ -170,7 +106,7 @@ def flip(call: Call) -> State:
 
 
 def select(call: Call) -> State:
-    state = list(call.state(call.node.args[0]))
+    state = list(call.input)
     dim = call.arg(1, "dim", 0)
     call.freeze("takes one of them by its number", state[dim])
     del state[dim]
@@ -178,17 +114,16 @@ def select(call: Call) -> State:
 
 
 def slicing(call: Call) -> State:
-    state = list(call.state(call.node.args[0]))
+    state = list(call.input)
     dim = call.arg(1, "dim", 0)
-    if call.shape[dim] != call.node.args[0].meta["shape"][dim]:  # type: ignore[union-attr, index]
+    if call.shape[dim] != call.source.meta["shape"][dim]:
         call.freeze("takes a range of them with fixed bounds", state[dim])
         state[dim] = None
     return tuple(state)
 
 
 def expand(call: Call) -> State:
-    source = call.node.args[0]
-    state, old = call.state(source), source.meta["shape"]  # type: ignore[union-attr]
+    state, old = call.input, call.source.meta["shape"]
     lead = len(call.shape) - len(old)
     kept = [labels if old[i] == call.shape[lead + i] else None for i, labels in enumerate(state)]
     call.labels.literals += [(v, call.because("has a fixed size")) for v in kept if v is not None]
@@ -196,9 +131,9 @@ def expand(call: Call) -> State:
 
 
 def concatenate(call: Call) -> State:
-    nodes = [node for node in call.node.args[0] if node.meta["shape"] != (0,)]  # type: ignore[union-attr, union-attr]
+    nodes = [node for node in call.source if node.meta["shape"] != (0,)]
     dim = call.arg(1, "dim", 0) % len(call.shape)
-    states = [call.state(node) for node in nodes]
+    states = [call.states[node] for node in nodes]
     result: list[Vector | None] = []
     for d in range(len(call.shape)):
         column = [state[d] for state in states]
@@ -216,8 +151,7 @@ def concatenate(call: Call) -> State:
 
 def chunk(call: Call) -> list[State]:
     """chunk and split into equal parts: the parts lose the same places. Unequal parts have fixed sizes."""
-    source = call.node.args[0]
-    state, size = call.state(source), source.meta["shape"]  # type: ignore[union-attr]
+    state, size = call.input, call.source.meta["shape"]
     given = call.arg(1, "split_size")
     dim = call.arg(2, "dim", 0) % len(size)
     if call.name == "chunk":
@@ -241,7 +175,7 @@ def chunk(call: Call) -> list[State]:
 
 def pad(call: Call) -> State:
     """Padding beside channels adds positions that stay, because how many is written in the forward."""
-    state = list(call.state(call.node.args[0]))
+    state = list(call.input)
     pads = list(call.arg(1, "pad"))
     constant = call.name == "constant_pad_nd" or call.arg(2, "mode", "constant") == "constant"
     for i in range(len(pads) // 2):
@@ -259,8 +193,7 @@ def pad(call: Call) -> State:
 
 
 def matmul(call: Call) -> State:
-    left, right = call.node.args[:2]
-    a, b = call.state(left), call.state(right)
+    a, b = (call.states[node] for node in call.node.all_input_nodes)
     if len(a) < 2 or len(b) < 2:
         unknown(call)
         return nothing(call)
@@ -273,24 +206,24 @@ def matmul(call: Call) -> State:
 
 
 def getitem(call: Call) -> Any:
-    state = call.states[call.node.args[0]]  # type: ignore[index]
-    return state[call.node.args[1]] if isinstance(state, list) else nothing(call)
+    state: Any = call.input
+    return state[call.arg(1, "index")] if isinstance(state, list) else nothing(call)
 
 
 def reshape(call: Call) -> State:
     """view, flatten, unflatten, squeeze: merges and splits dimensions."""
-    source = call.node.args[0]
     sizes = call.arg(1, "size") if call.name in ("view", "reshape", "_unsafe_view") else None
-    return regroup(call, call.state(source), source.meta["shape"], call.shape, sizes)  # type: ignore[union-attr]
+    return regroup(call, sizes)
 
 
-def regroup(call: Call, state: State, old: Shape, new: Shape, sizes: Any = None) -> State:
+def regroup(call: Call, sizes: Any = None) -> State:
     """Labels through a change of shape that keeps the order of elements.
 
     A channel can only be cut if it is a whole slice of some dimension afterwards. Merged with others it becomes many
     positions of one label. Split into several dimensions, one of them shrinks (the one written as -1, else the last)
     and the positions along the others are united, which is what a channel shuffle needs.
     """
+    state, old, new = call.input, call.source.meta["shape"], call.shape
     result: list[Vector | None] = [None] * len(new)
     for ins, outs in _blocks(old, new):
         labelled = [d for d in ins if state[d] is not None]
@@ -340,70 +273,9 @@ def _blocks(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     return blocks
 
 
-# --- layers ------------------------------------------------------------------------------------------------------
-
-
-def layer(call: Call, module: nn.Module, path: str) -> Any:
-    """The labels after a layer: by its axes where it can be cut, else by its type."""
-    state = call.state(call.node.args[0])
-    known = axes(module)
-    why = call.because("is called on channels that cannot be cut")
-    if "out" in known:
-        dim = len(state) - 1 if hasattr(module, "in_features") else 1
-        into = call.labels.slot(path, "in", state[dim], known["in"].size, why)
-        out = call.labels.slot(path, "out", call.labels.fresh(known["out"].size), known["out"].size, why)
-        for vector, axis in ((into, known["in"]), (out, known["out"])):
-            call.labels.unite_rows(vector.reshape(axis.groups, -1), why)
-        call.freeze("moves over them", *[v for d, v in enumerate(state) if d not in (0, dim)] if dim == 1 else [])
-        return tuple(out if d == dim else v if dim > 1 else None for d, v in enumerate(state))
-    if "channel" in known and not (isinstance(module, nn.PReLU) and module.num_parameters == 1):
-        dim = len(state) - 1 if hasattr(module, "normalized_shape") else 1
-        axis = known["channel"]
-        labels = call.labels.slot(path, "channel", state[dim], axis.size, why)
-        call.labels.unite_rows(labels.reshape(axis.groups, -1), why)
-        times = module.out_channels // axis.size if isinstance(getattr(module, "out_channels", None), int) else 1
-        if state[dim] is None:
-            return tuple(None for _ in call.shape)
-        return tuple(np.repeat(labels, times) if d == dim else v for d, v in enumerate(state))
-    if "pad" in known:
-        zeros = call.labels.fresh(known["pad"].size)
-        labels = np.zeros(call.node.args[0].meta["shape"][1], np.int64) if state[1] is None else state[1]  # type: ignore[union-attr, index]
-        call.labels.slot(path, "pad", zeros, len(zeros), why)
-        before = int(module.before)  # type: ignore[arg-type]
-        return (state[0], np.concatenate([zeros[:before], labels, zeros[before:]]), *state[2:])
-    for kinds, rule in LAYERS:
-        if isinstance(module, kinds):
-            return rule(call, module)
-    if isinstance(module, Brick) and all(tensor.numel() == 1 for tensor in module.state_dict().values()):
-        return same(call)  # a quantizer: it has no numbers per channel, and its shapes are tried like all others
-    unknown(call)
-    return nothing(call)
-
-
-def _softmax_layer(call: Call, module: nn.Module) -> State:
-    state = call.state(call.node.args[0])
-    dim = getattr(module, "dim", None)
-    call.freeze("works across them", *(state if dim is None else [state[dim]]))
-    return state
-
-
-def _flatten_layer(call: Call, module: nn.Module) -> State:
-    return regroup(call, call.state(call.node.args[0]), call.node.args[0].meta["shape"], call.shape)  # type: ignore[union-attr]
-
-
-def _shuffle_layer(call: Call, module: Any) -> State:
-    """(G, K) channels -> (K, G): the groups lose the same places."""
-    state = call.state(call.node.args[0])
-    if state[1] is None:
-        return state
-    rows = state[1].reshape(module.groups, -1)
-    call.labels.unite_rows(rows, call.because("meets channels that cannot be cut"))
-    return (state[0], rows.T.reshape(-1), *state[2:])
-
-
-def pixel_shuffle(call: Call, module: Any = None) -> State:
+def pixel_shuffle(call: Call) -> State:
     """(C r r) channels -> C: each channel takes its r r parts with it."""
-    state = call.state(call.node.args[0])
+    state = call.input
     if len(state) != 4:
         unknown(call)
         return nothing(call)
@@ -415,48 +287,15 @@ def pixel_shuffle(call: Call, module: Any = None) -> State:
     return (state[0], rows[0], None, None)
 
 
-_A = nn.modules.activation
-_ALONE = (
-    _A.ReLU, _A.ReLU6, _A.LeakyReLU, _A.ELU, _A.SELU, _A.CELU, _A.GELU, _A.SiLU, _A.Mish, _A.Hardswish, _A.Hardsigmoid,
-    _A.Hardtanh, _A.Sigmoid, _A.Tanh, _A.Softplus, _A.Softsign, _A.Tanhshrink, _A.Threshold, _A.LogSigmoid, _A.RReLU,
-    _A.Hardshrink, _A.Softshrink, _A.PReLU, nn.Identity, nn.modules.dropout._DropoutNd,
-)  # fmt: skip
-_MOVING = (
-    nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.pooling._LPPoolNd, nn.Upsample,
-    nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd, nn.modules.padding._ReplicationPadNd,
-)  # fmt: skip
-
-LAYERS: list[tuple[Any, Callable[[Call, Any], State]]] = [
-    (_ALONE, lambda call, module: same(call)),
-    (_MOVING, lambda call, module: spatial(call) if len(call.shape) == _rank(module) else _refuse(call)),
-    ((nn.Softmax, nn.LogSoftmax, nn.Softmin), _softmax_layer),
-    ((nn.Softmax2d,), lambda call, module: _refuse(call)),
-    ((nn.Flatten, nn.Unflatten), _flatten_layer),
-    ((nn.ChannelShuffle,), _shuffle_layer),
-    ((nn.PixelShuffle,), pixel_shuffle),
-]
-
-
-def _rank(module: nn.Module) -> int:
-    """Rank of a batched input, from the digit in the layer's name; resizing has none and takes any."""
-    digits = [int(letter) for letter in type(module).__name__ if letter.isdigit()]
-    return digits[-1] + 2 if digits else 4
-
-
-def _refuse(call: Call) -> State:
-    unknown(call)
-    return nothing(call)
-
-
 _TABLE: dict[Callable[[Call], Any], str] = {
-    same: "contiguous clone alias detach to _to_copy type_as float dropout feature_dropout alpha_dropout relu relu6 silu "
-    "mish hardtanh hardswish hardsigmoid leaky_relu elu selu celu gelu sigmoid tanh softplus logsigmoid log_sigmoid "
-    "lift_fresh_copy lift_fresh",
-    spatial: "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool1d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
-    "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact2d "
-    "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d",
+    same: "contiguous clone alias detach to _to_copy type_as float dropout feature_dropout alpha_dropout relu relu6 "
+    "silu mish hardtanh hardswish hardsigmoid leaky_relu elu selu celu gelu sigmoid tanh softplus logsigmoid "
+    "log_sigmoid lift_fresh_copy lift_fresh zeros_like ones_like full_like rand_like randn_like empty_like",
+    nothing: "new_zeros new_ones new_full new_empty sym_size",
+    spatial: "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d "
+    "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d upsample_nearest1d upsample_nearest2d "
+    "upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
+    "_upsample_nearest_exact2d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d",
     spatial_pair: "max_pool2d_with_indices adaptive_max_pool2d adaptive_max_pool3d max_pool3d_with_indices",
     reduction: "mean sum amax amin var std logsumexp",
     along: "softmax log_softmax _softmax _log_softmax cumsum",

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import fx
 
 Vector = np.ndarray  # (size of the dimension,) labels
+Shape = tuple[int, ...]
 State = tuple[Vector | None, ...]  # one entry per dimension of a tensor
 
 
@@ -83,3 +85,65 @@ class Labels:
             for label in np.unique(root[labels]).tolist():
                 frozen.setdefault(label, reason)
         return root, frozen
+
+
+@dataclass
+class Call:
+    """One operator or layer at work: the node, its tensor inputs' labels, and its arguments."""
+
+    labels: Labels
+    node: fx.Node
+    states: dict[fx.Node, Any]
+
+    @property
+    def name(self) -> str:
+        """ "add" for aten.add_.Tensor."""
+        packet = getattr(self.node.target, "overloadpacket", self.node.target)
+        name = getattr(packet, "__name__", str(packet))
+        return name if name.startswith("_") else name.rstrip("_")
+
+    @property
+    def shape(self) -> Shape:
+        return self.node.meta["shape"]
+
+    def arg(self, place: int, name: str, default: Any = None) -> Any:
+        """An argument by place or by name."""
+        if len(self.node.args) > place:
+            return self.node.args[place]
+        return self.node.kwargs.get(name, default)
+
+    @property
+    def source(self) -> Any:
+        """The node of the first input."""
+        return self.node.args[0]
+
+    @property
+    def input(self) -> State:
+        """The labels of the first input."""
+        return self.states[self.source]
+
+    def because(self, why: str) -> str:
+        """A reason with the operator and where it stands."""
+        target = self.node.target
+        name = (
+            str(target)
+            if not callable(target) or hasattr(target, "overloadpacket")
+            else getattr(target, "__name__", "")
+        )
+        path = self.node.meta.get("path") or "the model's own forward"
+        line = self.node.meta.get("line")
+        return f"{name} in {path}{f' ({line})' if line and self.node.op == 'call_function' else ''} {why}"
+
+    def freeze(self, why: str, *dims: Vector | None) -> None:
+        for labels in dims:
+            self.labels.freeze(labels, self.because(why))
+
+
+def unknown(call: Call) -> None:
+    """Freezes everything that reaches an operator nobody described."""
+    for node in call.node.all_input_nodes:
+        call.labels.freeze_state(call.states.get(node), call.because("is not known to the coupling"))
+
+
+def nothing(call: Call) -> State:
+    return (None,) * len(call.node.meta.get("shape", ()))

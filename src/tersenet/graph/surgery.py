@@ -50,7 +50,7 @@ class Axis:
         return kept
 
 
-def axes(module: nn.Module) -> dict[str, Axis]:
+def axes(module: Any) -> dict[str, Axis]:
     """role -> axis of a layer; {} when it is of no kind that can be cut."""
     if parametrize.is_parametrized(module) or next(module.children(), None) is not None:
         return {}
@@ -120,9 +120,9 @@ def _with_others(module: nn.Module, found: dict[str, Axis]) -> dict[str, Axis]:
         extra[name] = 0
     for other in found.values():  # a packed or reshaped weight is not cut by its looks
         for name, dim in other.tensors.items():
-            tensor = getattr(module, name, None)
+            value = getattr(module, name, None)
             size = other.size * other.repeat // (other.groups if other.shared and name == "weight" else 1)
-            if isinstance(tensor, Tensor) and (tensor.dim() <= dim or tensor.shape[dim] != size):
+            if isinstance(value, Tensor) and (value.dim() <= dim or value.shape[dim] != size):
                 return {}
     if extra:
         found[role] = Axis(axis.size, {**axis.tensors, **extra}, axis.attributes, axis.groups, axis.shared, axis.repeat)
@@ -162,7 +162,7 @@ def cut(model: nn.Module, kept: Cut, example: Tensor | None = None) -> nn.Module
 def _edits(model: nn.Module, path: str, roles: Mapping[str, Sequence[int]]) -> list[tuple[Any, str, Any]]:
     """What changes in one layer: (dictionary or module, name, new value), with nothing changed yet."""
     try:
-        module = model.get_submodule(path)
+        module: Any = model.get_submodule(path)
     except AttributeError:
         raise SurgeryError(f"there is no layer '{path}' to cut; was the plan made for another model?") from None
     known = axes(module)

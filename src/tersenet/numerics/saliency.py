@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 
@@ -23,6 +22,7 @@ def magnitude(weight: Tensor, dim: int, power: int) -> Tensor:
     Returns:
         (n,).
 
+    >>> import torch
     >>> magnitude(torch.tensor([[1.0, -2.0], [3.0, 0.0]]), dim=0, power=1)
     tensor([3., 3.], dtype=torch.float64)
     """

@@ -31,7 +31,7 @@ class Candidate:
     unit: int
 
     def kept(self, wanted: float) -> int:
-        """The allowed number of channels nearest to the wanted one: a multiple, at least one, never more than there are."""
+        """The allowed number of channels nearest to the wanted one: a multiple, at least one, at most all."""
         return min(len(self.order), max(1, math.floor(wanted / self.unit + 0.5)) * self.unit)
 
 
@@ -96,7 +96,7 @@ def removed(candidates: list[Candidate], sparsity: float, scope: str) -> np.ndar
         counts = [candidate.kept(len(candidate.order) * (1 - sparsity)) for candidate in candidates]
     else:
         every = np.sort(np.concatenate([candidate.scores for candidate in candidates]))
-        bar = every[min(len(every) - 1, int(round(sparsity * len(every))))]
+        bar = every[min(len(every) - 1, round(sparsity * len(every)))]
         counts = [candidate.kept(int((candidate.scores >= bar).sum())) for candidate in candidates]
     if sparsity == 0:
         counts = [len(candidate.order) for candidate in candidates]

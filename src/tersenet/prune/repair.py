@@ -1,4 +1,4 @@
-"""Repairs a network after a cut, without training: least squares for the layers that lost inputs, fresh norm statistics.
+"""Repairs a network after a cut, without training: least squares where inputs were lost, fresh norm statistics.
 
 One pass over the graph with all calibration images at once: each layer that lost inputs is refitted to what it gave
 before the cut, on the inputs it gets now (He et al., arXiv:1707.06168), then the norm behind it is measured anew, then
@@ -42,7 +42,7 @@ def repair(model: nn.Module, images: Tensor, before: nn.Module | None, kept: Cut
         with torch.no_grad():
             places = {} if before is None else _places(graph, kept, len(images))
             targets = {} if before is None else _targets(before, images, kept, places)
-            _Pass(graph, targets, places, set(kept)).run(images)
+            _Pass(graph, targets, places, {path for path in kept if "in" in kept[path]}).run(images)
     finally:
         for module, training in modes:
             module.training = training
@@ -118,11 +118,12 @@ class _Pass(fx.Interpreter):
     """Runs the cut model node by node and repairs each layer before it runs."""
 
     def __init__(
-        self, graph: fx.GraphModule, targets: dict[str, Tensor], places: dict[str, Tensor], cut: set[str]
+        self, graph: fx.GraphModule, targets: dict[str, Tensor], places: dict[str, Tensor], poorer: set[str]
     ) -> None:
         super().__init__(graph)
-        self.targets, self.places, self.cut = targets, places, cut
-        self.changed = False  # norms in front of the first cut have the statistics of their training, which are better
+        self.targets, self.places, self.poorer = targets, places, poorer
+        # Norms in front of the first layer that lost inputs see what they saw in training, which measured them better.
+        self.changed = not poorer
 
     def run_node(self, node: fx.Node) -> Any:
         if node.op == "call_module":
@@ -136,7 +137,7 @@ class _Pass(fx.Interpreter):
                 _refit(module, value, self.targets.pop(path), self.places[path], followed)
             elif self.changed and _has_statistics(module):
                 _measure(module, value)
-            self.changed = self.changed or path in self.cut
+            self.changed = self.changed or path in self.poorer
         return super().run_node(node)
 
 
