@@ -147,7 +147,7 @@ def test_a_layer_called_twice_has_one_grid_at_its_inputs() -> None:
             return self.conv(self.conv(x)).mean((2, 3))
 
     model, plan = Quantize().run(Twice(), task_of())
-    assert list(plan["points"].values())[0] == ["x", "conv"]
+    assert next(iter(plan["points"].values())) == ["x", "conv"]
     assert model(X).shape == (16, 3)
 
 

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from tersenet.bricks.brick import Brick
 from tersenet.numerics.rounding import dequantize, fake_quantize, grid, quantize
 
-BITS = 8
+LOW, HIGH = grid(8, signed=True)
 # Before calibration a bias is rounded this finely, which is not at all in float32.
 UNSET = 2.0**-40
 # A bias beyond this many steps would come near to the ends of int32.
@@ -60,12 +60,12 @@ class QuantizedLayer(ScaledLayer):
 
     settled_kind: type[Int8Layer]
 
-    def _add_scales(self, input_quantized: bool) -> None:
+    def __init__(self, *args: Any, input_quantized: bool = True, **options: Any) -> None:
+        super().__init__(*args, **options)  # that of the torch.nn layer
         self.input_quantized = input_quantized
-        self.low, self.high = grid(BITS, signed=True)
-        options: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
-        self.register_buffer("weight_scale", torch.ones(len(self.weight), **options))
-        self.register_buffer("input_scale", torch.full((), UNSET, **options) if input_quantized else None)
+        like: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
+        self.register_buffer("weight_scale", torch.ones(len(self.weight), **like))
+        self.register_buffer("input_scale", torch.full((), UNSET, **like) if input_quantized else None)
 
     @classmethod
     def of(cls, layer: Any, input_quantized: bool = True) -> QuantizedLayer:
@@ -85,7 +85,7 @@ class QuantizedLayer(ScaledLayer):
 
     def rounded_weight(self) -> Tensor:
         """(O, ...): the weight as the runtime sees it."""
-        return fake_quantize(self.weight, _channels(self.weight_scale, self.weight), 0, self.low, self.high)
+        return fake_quantize(self.weight, _channels(self.weight_scale, self.weight), 0, LOW, HIGH)
 
     def rounded_bias(self) -> Tensor | None:
         """(O,): the bias as the runtime sees it. Calibration keeps it far inside of int32; nothing is cut off here."""
@@ -99,7 +99,7 @@ class QuantizedLayer(ScaledLayer):
             brick = self.settled_kind(**self.config())
         scale = _channels(self.weight_scale, self.weight)
         with torch.no_grad():
-            brick.weight = quantize(self.weight, scale, 0, self.low, self.high).to(torch.int8)
+            brick.weight = quantize(self.weight, scale, 0, LOW, HIGH).to(torch.int8)
             brick.weight_scale = self.weight_scale.clone()
             if self.input_scale is None:
                 brick.bias = None if self.bias is None else self.bias.detach().clone()
@@ -115,7 +115,8 @@ class QuantizedLayer(ScaledLayer):
 class Int8Layer(ScaledLayer):
     """What settled layers share: weight (O, ...) int8, bias (O,) int32 or, where the input is not quantized, float."""
 
-    def _make_buffers(self, input_quantized: bool) -> None:
+    def __init__(self, *args: Any, input_quantized: bool = True, **options: Any) -> None:
+        super().__init__(*args, **options)  # that of the torch.nn layer
         self.input_quantized = input_quantized
         shape, device = self.weight.shape, self.weight.device
         has_bias = self.bias is not None
@@ -140,20 +141,12 @@ class Int8Layer(ScaledLayer):
 class Int8Conv2d(Int8Layer, nn.Conv2d):
     """A convolution that holds int8 weights: (N, I, H, W) -> (N, O, H, W)."""
 
-    def __init__(self, *args: Any, input_quantized: bool = True, **options: Any) -> None:
-        nn.Conv2d.__init__(self, *args, **options)
-        self._make_buffers(input_quantized)
-
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.rounded_weight(), self.rounded_bias())
 
 
 class Int8Linear(Int8Layer, nn.Linear):
     """A linear layer that holds int8 weights: (..., I) -> (..., O)."""
-
-    def __init__(self, *args: Any, input_quantized: bool = True, **options: Any) -> None:
-        nn.Linear.__init__(self, *args, **options)
-        self._make_buffers(input_quantized)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.rounded_weight(), self.rounded_bias())
@@ -164,10 +157,6 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
 
     settled_kind = Int8Conv2d
 
-    def __init__(self, *args: Any, input_quantized: bool = True, **options: Any) -> None:
-        nn.Conv2d.__init__(self, *args, **options)
-        self._add_scales(input_quantized)
-
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.rounded_weight(), self.rounded_bias())
 
@@ -176,10 +165,6 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     """A linear layer that computes with rounded weights: (..., I) -> (..., O)."""
 
     settled_kind = Int8Linear
-
-    def __init__(self, *args: Any, input_quantized: bool = True, **options: Any) -> None:
-        nn.Linear.__init__(self, *args, **options)
-        self._add_scales(input_quantized)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.rounded_weight(), self.rounded_bias())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tersenet.numerics.rounding import fake_quantize, grid
 
-# Candidates of a search: the full range times 1, 0.98, ..., 0.22. The full range is among them, so no search loses to it.
+# Candidates of a search: the full range times 1, 0.98, ..., 0.22. It is among them, so no search loses to it.
 SHARES = [1 - step / 50 for step in range(40)]
 
 # The scale of a channel of zeros. An integer bias has the scale of its channel's weights, so it must not be coarse.
@@ -31,7 +31,7 @@ def weight_scales(weight: Tensor, bits: int = 8, method: str = "mse") -> Tensor:
     Returns:
         (O,), positive. A channel of zeros gets `ZEROS`: any scale is exact for it, and a small one serves its bias.
     """
-    low, high = grid(bits, signed=True)
+    high = 2 ** (bits - 1) - 1
     rows = weight.detach().reshape(len(weight), -1)  # (O, I H W)
     full = rows.abs().amax(dim=1) / high
     # A scale that underflows to 0 would divide by 0; such weights are zeros for every purpose.
@@ -41,7 +41,7 @@ def weight_scales(weight: Tensor, bits: int = 8, method: str = "mse") -> Tensor:
     best, least = full, torch.full_like(full, torch.inf)
     for share in SHARES:
         scale = full * share
-        error = (fake_quantize(rows, scale[:, None], 0, low, high) - rows).square().sum(dim=1)
+        error = (fake_quantize(rows, scale[:, None], 0, -high, high) - rows).square().sum(dim=1)
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
     return best

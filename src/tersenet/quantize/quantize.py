@@ -8,9 +8,8 @@ ties in rounding. How activations are calibrated is in quantize/calibrate.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -30,6 +29,9 @@ class Quantize(Step):
 
     With activations, batch norms are folded on the way, zero-padding shortcuts become convolutions, and the root
     becomes a `torch.fx.GraphModule` that shares its layers with the model; the model's outputs stay float.
+
+    A convolution that `only` or `skip` leaves out stays float here, but ONNX Runtime rounds its weights by itself where
+    it stands between two rounded values.
 
     Args:
         weights: "int8".
@@ -69,8 +71,10 @@ class Quantize(Step):
             from tersenet.quantize.activations import plan_activations
 
             return plan_activations(model, task.example, self)
-        paths = [path for path, _ in _float_layers(model, self)]
-        return {"layers": {path: {"weights": self.weights} for path in paths}} if paths else {}
+        found = [
+            path for path, module in model.named_modules() if quantized_kind(module) and self.matches(path, module)
+        ]
+        return {"layers": {path: {"weights": self.weights} for path in found}} if found else {}
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Swaps the bricks in. Until `fit` has run (or a state dict is loaded) the scales are placeholders."""
@@ -105,9 +109,3 @@ class Quantize(Step):
             from tersenet.quantize.calibrate import calibrate
 
             calibrate(model, task, self.ranges, self.percentile, self.samples)
-
-
-def _float_layers(model: nn.Module, step: Step) -> Iterator[tuple[str, Any]]:
-    for path, module in model.named_modules():
-        if quantized_kind(module) is not None and step.matches(path, module):
-            yield path, module

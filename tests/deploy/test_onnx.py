@@ -1,0 +1,183 @@
+"""ONNX files against the model, in both runtimes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tersenet.bricks.quantizer import Quantizer
+from tersenet.bricks.shortcut import PadShortcut
+from tersenet.deploy.onnx import export_onnx, operators_left_in_float
+from tersenet.errors import TersenetError, TraceError
+from tersenet.quantize.quantize import Quantize
+from tersenet.rewrite.settle import Settle
+from tersenet.task import Preparation, Task
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+TASK = Task(example=X[:2], calibrate=[(X, torch.zeros(6))], quiet=True)
+
+
+class Residual(nn.Module):
+    """A tiny net with all that the CIFAR ResNets have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.shortcut, self.linear = PadShortcut(2, 2, 2), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)) + self.shortcut(x))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Mobile(nn.Module):
+    """Depthwise convolution, ReLU6, concatenation of values bounded alike and not, pooling, two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.depthwise, self.point = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(16, 8, 1)
+        self.hidden, self.last = nn.Linear(96, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.norm(self.conv(x)))
+        x = torch.cat([x, F.relu6(self.depthwise(x))], 1)
+        x = torch.cat([x, self.point(x)], 1)
+        x = F.avg_pool2d(F.max_pool2d(x, 2), 2)
+        return self.last(F.relu(self.hidden(x.flatten(1))))
+
+
+def lively(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def in_onnxruntime(path: Path, x: Tensor) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options).run(None, {"input": x.numpy()})[0]
+
+
+def in_openvino(path: Path, x: Tensor) -> np.ndarray:
+    openvino = pytest.importorskip("openvino")
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    return openvino.Core().compile_model(str(path), "CPU", settings)(x.numpy())[0]
+
+
+@pytest.fixture(scope="module", params=[Residual, Mobile])
+def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    model, _ = Quantize().run(lively(request.param()), TASK)
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    return model, export_onnx(model, X[:1], path)
+
+
+@pytest.mark.parametrize("runtime", [in_onnxruntime, in_openvino])
+def test_runtimes_compute_what_is_simulated(quantized: tuple[nn.Module, Path], runtime) -> None:
+    model, path = quantized
+    with torch.no_grad():
+        simulated = model(X).numpy()
+    # What one step of the last rounding in every value can do to an output: ties that fall the other way.
+    last = [module for module in model.modules() if isinstance(module, Quantizer)][-1]
+    final = model.get_submodule("linear" if hasattr(model, "linear") else "last")
+    step = float(last.scale) * float(final.weight.detach().abs().sum(dim=1).max())
+    assert step < 0.05 * float(np.abs(simulated).max())
+    assert float(np.abs(runtime(path, X) - simulated).max()) <= step
+
+
+def test_nothing_is_left_in_float(quantized: tuple[nn.Module, Path]) -> None:
+    assert operators_left_in_float(quantized[1]) == []
+
+
+def test_how_the_numbers_are_stored(quantized: tuple[nn.Module, Path]) -> None:
+    graph = onnx.load(quantized[1]).graph
+    kinds = Counter(onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer)
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    weights = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1]
+    assert len(weights) == len(layers)
+    assert kinds["INT32"] >= 1
+    assert not [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1]
+    assert not {node.op_type for node in graph.node} & {"BatchNormalization", "Relu", "Clip", "Slice", "Pad", "Cast"}
+    contents = [(t.data_type, tuple(t.dims), t.raw_data) for t in graph.initializer if len(t.raw_data) <= 4]
+    assert len(contents) == len(set(contents))
+
+
+def test_an_operator_left_in_float_is_found(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardswish(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    model, plan = Quantize().run(lively(model), TASK)
+    path = export_onnx(model, X, tmp_path / "model.onnx")
+    assert {name.split()[0] for name in operators_left_in_float(path)} == {"HardSigmoid", "Mul"}  # what ORT makes of it
+    assert ["Hardswish" in reason for reason in plan["float"].values()] == [True]
+
+
+@pytest.mark.parametrize("make", [Residual, Mobile])
+def test_float_file_and_dynamic_batch(make: type[nn.Module], tmp_path: Path) -> None:
+    model = lively(make())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    path = export_onnx(model, X[:1], tmp_path / "model.onnx")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        for batch in (1, 6):
+            expected = model(X[:batch]).numpy()
+            np.testing.assert_allclose(in_onnxruntime(path, X[:batch]), expected, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(in_openvino(path, X[:batch]), expected, rtol=1e-4, atol=1e-4)
+    graph = onnx.load(path).graph
+    assert "BatchNormalization" not in {node.op_type for node in graph.node}
+    assert [value.name for value in (*graph.input, *graph.output)] == ["input", "output"]
+    assert {value.type.tensor_type.shape.dim[0].dim_param for value in (*graph.input, *graph.output)} == {"batch"}
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_weights_only_and_settled(settled: bool, tmp_path: Path) -> None:
+    model, _ = Quantize(activations=None).run(lively(Residual()), TASK)
+    if settled:
+        model, _ = Settle().run(model, TASK)
+    path = export_onnx(model, X, tmp_path / "model.onnx")
+    with torch.no_grad():
+        np.testing.assert_allclose(in_onnxruntime(path, X), model(X).numpy(), rtol=1e-4, atol=1e-4)
+    assert sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1 for t in onnx.load(path).graph.initializer) == 3
+
+
+def test_metadata(tmp_path: Path) -> None:
+    preparation = Preparation(size=(8, 8), mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), labels=("cat", "dög"))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    path = export_onnx(model, X, tmp_path / "model.onnx", preparation, {"made.by": "a test"})
+    stored = onnxruntime.InferenceSession(str(path)).get_modelmeta().custom_metadata_map
+    assert json.loads(stored["tersenet.mean"]) == [0.1, 0.2, 0.3]
+    assert json.loads(stored["tersenet.std"]) == [1.0, 2.0, 3.0]
+    assert json.loads(stored["tersenet.size"]) == [8, 8]
+    assert json.loads(stored["tersenet.labels"]) == ["cat", "dög"]
+    assert stored["made.by"] == "a test"
+
+
+def test_nothing_half_written_and_nothing_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    class Forked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(TraceError, match="Forked"):
+        export_onnx(Forked(), X, tmp_path / "model.onnx")
+    (tmp_path / "file").mkdir()
+    with pytest.raises(TersenetError, match="cannot be written"):
+        export_onnx(nn.Flatten(), X, tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    capfd.readouterr()
+    export_onnx(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), X, tmp_path / "model.onnx")
+    assert capfd.readouterr() == ("", "")
