@@ -151,7 +151,12 @@ def measure_files(
     return Measurement(found.turns, threads, batch, found.machine, footprints)
 
 
-def serving(path: str, runtimes: Sequence[str] | None) -> list[str]:
+def serving(path: str | Path, runtimes: Sequence[str] | None) -> list[str]:
+    """Those of the named runtimes that read this file; None takes the file's own.
+
+    Raises:
+        SettingsError: on an unknown runtime, or when none of them reads it.
+    """
     if runtimes is None:
         return [runtime_for(path)]
     for name in runtimes:
