@@ -1,0 +1,236 @@
+"""The run folder: continued where it stopped, refused when something is not the same, never half-written."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import Tiny, task_for, tiny
+from safetensors.torch import load_file
+from torch import nn
+
+from tersenet.errors import DataError, ModelError, RunError, TersenetError
+from tersenet.job import compress
+from tersenet.recipe import Recipe
+from tersenet.run import Journal, Run
+from tersenet.step import Plan, Step
+from tersenet.task import Task
+
+RECIPE = """
+schema: 1
+steps:
+- prune_channels: {sparsity: 0.5}
+- train: {epochs: 2, learning_rate: 0.01, with: [{soft_targets: {}}]}
+- fold_batch_norm: {}
+- quantize: {}
+"""
+
+
+def numbers(folder: Path) -> dict[str, torch.Tensor]:
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    return load_file(last)
+
+
+def job(folder: Path, model: nn.Module | None = None, recipe: str = RECIPE, **changes: Any) -> Run:
+    model = tiny() if model is None else model
+    task = dataclasses.replace(task_for(model), **changes)
+    return compress(model, task, Recipe.parse(recipe), out=folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    job(folder)
+    return folder
+
+
+def test_a_finished_run_has_every_file(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"report.json", "report.html", "recipe.yaml", "model.terse", "model.onnx", "model.pt2", "README.md"} <= names
+    assert {"01-prune_channels.json", "01-prune_channels.safetensors", "04-quantize.json"} <= names
+    assert not [name for name in names if ".part" in name or name.endswith(".state")]
+
+
+def test_a_finished_run_says_what_it_is(finished: Path) -> None:
+    run = Run(finished)
+    assert [row["step"] for row in run.rows] == [
+        "original", "1. prune_channels", "2. train", "3. fold_batch_norm", "4. quantize",
+    ]  # fmt: skip
+    assert run.rows[-1]["param_bytes"] < run.rows[0]["param_bytes"] / 3
+    assert set(run.rows[-1]["scores"]) == {"pytorch", "onnxruntime"}
+    for name, entry in run.report["files"].items():
+        assert run.file(name).stat().st_size == entry["bytes"]
+    assert run.verdict in repr(run)
+    assert "<table>" in run._repr_html_()
+    assert Recipe.read(finished / "recipe.yaml").dump() == (finished / "recipe.yaml").read_text()
+    with pytest.raises(RunError, match="has no model.tflite"):
+        run.file("model.tflite")
+
+
+def test_the_terse_file_is_the_model(finished: Path) -> None:
+    x = task_for(tiny()).example
+    model = Run(finished).model
+    with torch.no_grad():
+        again = torch.export.load(finished / "model.pt2").module()(x)
+        assert torch.allclose(model(x), again, atol=1e-5)
+    assert not isinstance(model, Tiny)
+
+
+def test_called_again_it_does_nothing(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    job(finished)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+
+
+class Stop(Exception):
+    """Stands for a cut."""
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_it_goes_on_after_a_cut_to_the_same_bits(after: int, finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    real, done = Journal.record, []
+
+    def record(self: Journal, *args: Any) -> Any:
+        if len(done) == after:
+            raise Stop
+        done.append(args[0])
+        return real(self, *args)
+
+    monkeypatch.setattr(Journal, "record", record)
+    with pytest.raises(Stop):
+        job(tmp_path / "run")
+    monkeypatch.undo()
+    steps = []
+    monkeypatch.setattr(Journal, "record", lambda self, *args: steps.append(args[0]) or real(self, *args))
+    job(tmp_path / "run")
+    assert steps == list(range(after + 1, 5))
+    expected, got = numbers(finished), numbers(tmp_path / "run")
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    import shutil
+
+    shutil.copytree(folder, to)
+    return to
+
+
+def test_another_recipe_model_data_or_seed_is_refused(finished: Path) -> None:
+    with pytest.raises(RunError, match="another recipe"):
+        job(finished, recipe=RECIPE.replace("0.5", "0.25"))
+    with pytest.raises(RunError, match="another starting model"):
+        job(finished, tiny(5))
+    with pytest.raises(RunError, match="another seed"):
+        job(finished, seed=3)
+    with pytest.raises(RunError, match="another data"):
+        job(finished, example=torch.ones(2, 3, 12, 12))
+
+
+def test_damage_is_named(finished: Path, tmp_path: Path) -> None:
+    folder = copy_of(finished, tmp_path / "a")
+    data = bytearray((folder / "02-train.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "02-train.safetensors").write_bytes(bytes(data))
+    with pytest.raises(RunError, match=r"02-train\.safetensors is damaged"):
+        job(folder)
+    folder = copy_of(finished, tmp_path / "b")
+    (folder / "03-fold_batch_norm.json").write_text("{")
+    with pytest.raises(RunError, match=r"03-fold_batch_norm\.json is damaged"):
+        job(folder)
+    folder = copy_of(finished, tmp_path / "c")
+    (folder / "01-prune_channels.safetensors").unlink()
+    with pytest.raises(RunError, match="numbers are missing"):
+        job(folder)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "holiday.txt").write_text("photos")
+    with pytest.raises(RunError, match="holds no run of ours"):
+        job(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.txt"]
+
+
+def test_opening_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no run"):
+        Run(tmp_path)
+    with pytest.raises(RunError, match="there is no folder"):
+        Run(tmp_path / "nowhere")
+
+
+def test_a_full_disk_leaves_a_run_that_can_go_on(finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    real = os.fsync
+    count = 0
+
+    def full(descriptor: int) -> None:
+        nonlocal count
+        count += 1
+        if count > 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TersenetError, match="the disk is full") as caught:
+        job(tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert not list((tmp_path / "run").rglob("*.part*"))
+    job(tmp_path / "run")
+    assert all(torch.equal(value, numbers(tmp_path / "run")[key]) for key, value in numbers(finished).items())
+
+
+def test_users_without_labels_are_told_what_remains(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="these steps remain: prune_channels, fold_batch_norm, quantize"):
+        job(tmp_path / "a", train=None)
+    with pytest.raises(DataError, match="no data for train, quantize; .* remain: prune_channels, fold_batch_norm"):
+        job(tmp_path / "b", train=None, calibrate=None)
+
+
+def test_recovery_by_the_users_own_loop(tmp_path: Path) -> None:
+    seen = []
+
+    def recover(model: nn.Module, task: Task) -> None:
+        seen.append(task.original)
+        with torch.no_grad():
+            model.linear.bias.zero_()
+
+    model = tiny()
+    run = compress(
+        model,
+        task_for(model),
+        Recipe.parse("steps: [{prune_channels: {}}, {train: {epochs: 3}}]"),
+        out=tmp_path / "run",
+        recover=recover,
+    )
+    assert [row["step"] for row in run.rows][-1] == "2. recover"
+    assert len(seen) == 1
+    assert bool((numbers(tmp_path / "run")["linear.bias"] == 0).all())
+
+
+def test_a_target_that_is_missed_is_reported_as_missed(tmp_path: Path) -> None:
+    model = tiny()
+    recipe = Recipe.parse("steps: [{prune_channels: {sparsity: 0.25}}]")
+    run = compress(model, task_for(model), recipe, out=tmp_path / "run", max_macs=0.1, max_drop=90.0)
+    assert not run.met
+    assert [target["met"] for target in run.report["targets"]] == [False, True]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Breaks(Step):
+    def plan(self, model: nn.Module, task: Task) -> Plan:
+        raise ModelError("it cannot be done")
+
+
+def test_an_error_keeps_what_was_finished(tmp_path: Path) -> None:
+    model = tiny()
+    steps = Recipe.parse("steps: [{prune_channels: {}}]").steps
+    with pytest.raises(ModelError, match="breaks: it cannot be done"):
+        compress(model, task_for(model), (*steps, Breaks()), out=tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "01-prune_channels.json").read_text())["step"] == "prune_channels"
+    assert not (tmp_path / "run" / "report.json").exists()
