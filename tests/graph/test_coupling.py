@@ -253,6 +253,14 @@ def test_members_of_a_residual_net() -> None:
     assert (len(inner.classes), len(outer.classes)) == (6, 8)
 
 
+@pytest.mark.parametrize("name", ["shuffle_unit", "shuffle_open_size"])
+def test_a_shuffle_keeps_its_groups_and_cuts_within_them(name: str) -> None:
+    """8 channels in 2 groups: 4 places can go, not 2 groups."""
+    known = coupling(CASES[name]().eval(), torch.randn(2, 3, 8, 8))
+    shuffled = next(b for b in known.bundles if (("last" if name == "shuffle_unit" else "c2"), "in") in b.members)
+    assert len(shuffled.classes) == 4
+
+
 def test_norms_over_channels_are_those_of_what_is_left() -> None:
     """Layer and group norms see fewer channels, so zeros are no oracle: the norm is written out on the kept ones."""
     torch.manual_seed(0)
