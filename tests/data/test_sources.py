@@ -122,6 +122,9 @@ def test_parquet_class_names_and_words(tmp_path) -> None:
     table(tmp_path / "b" / "test.parquet", [png(2)], ["dog"], kind=datasets.Value("string"))
     data = open_data(f"parquet:{tmp_path / 'b'}", RGB, quiet=True)
     assert (data.labels, data.train.labels.tolist(), data.test.labels.tolist()) == (("cat", "dog"), [1, 0], [1])
+    table(tmp_path / "b" / "test.parquet", [png(2)], ["eel"], kind=datasets.Value("string"))
+    with pytest.raises(DataError, match="'eel', which the training set has not"):
+        open_data(f"parquet:{tmp_path / 'b'}", RGB, quiet=True)
 
 
 def test_validation_files_are_the_test_set_only_where_there_is_no_other(tmp_path) -> None:
@@ -265,7 +268,7 @@ def test_images_of_other_sizes_and_modes(tmp_path) -> None:
     Image.fromarray(wide).save(place / "a_wide.png")
     picture(90, (4, 4)).save(place / "b_small.png")
     picture(90, (8, 8)).convert("L").save(place / "c_grey.png")
-    picture(90, (8, 8)).quantize().save(place / "d_palette.png")
+    picture(90, (8, 8)).quantize(2).save(place / "d_palette.png", transparency=b"\xff\x80")
     picture(90, (8, 8)).convert("RGBA").save(place / "e_alpha.png")
     Image.fromarray(np.full((8, 8), 90 * 256, np.uint16)).save(place / "f_sixteen.png")
     turned = Image.fromarray(np.repeat(np.array([[0, 200]], np.uint8), 8, 0).repeat(4, 1))

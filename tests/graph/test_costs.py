@@ -321,3 +321,18 @@ def test_the_model_is_left_as_it_was() -> None:
     totals(model, torch.randn(4, 3))
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table.exp()
+
+
+def test_work_on_parameters_alone_does_not_grow_with_the_batch() -> None:
+    rows = {row.kind: row for row in costs(Table(), torch.randn(2, 8))}
+    assert (rows["exp"].multiplications, rows["exp"].params, rows["exp"].bytes_moved) == (8, 8, 4 * 16)
+    assert (rows["add"].additions, rows["add"].bytes_moved) == (8, 4 * 24)
