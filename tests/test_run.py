@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Tiny, task_for, tiny
 from safetensors.torch import load_file
 from torch import nn
 
+from cases import Tiny, task_for, tiny
 from tersenet.errors import DataError, ModelError, RunError, TersenetError
 from tersenet.job import compress
 from tersenet.recipe import Recipe
@@ -69,7 +69,7 @@ def test_a_finished_run_says_what_it_is(finished: Path) -> None:
     assert run.verdict in repr(run)
     assert "<table>" in run._repr_html_()
     assert Recipe.read(finished / "recipe.yaml").dump() == (finished / "recipe.yaml").read_text()
-    with pytest.raises(RunError, match="has no model.tflite"):
+    with pytest.raises(RunError, match=r"has no model\.tflite"):
         run.file("model.tflite")
 
 
@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_a_run_that_can_go_on(finished: Path, tmp_path: Path,
 def test_users_without_labels_are_told_what_remains(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="these steps remain: prune_channels, fold_batch_norm, quantize"):
         job(tmp_path / "a", train=None)
-    with pytest.raises(DataError, match="no data for train, quantize; .* remain: prune_channels, fold_batch_norm"):
+    with pytest.raises(DataError, match=r"no data for train, quantize; .* remain: prune_channels, fold_batch_norm"):
         job(tmp_path / "b", train=None, calibrate=None)
 
 

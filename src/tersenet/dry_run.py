@@ -65,17 +65,17 @@ def dry_run(
             )
             for runtime in runtimes
         }  # fmt: skip
-        rows = []
+        rows: list[dict[str, Any]] = []
         for index, (name, each) in enumerate(zip(names, models, strict=True)):
             cost = totals(each, task.example)
             row: dict[str, Any] = {
                 "step": name, "params": cost.params, "macs": cost.macs, "file_bytes": shipped[index].file_bytes,
-                "latency_ms": {runtime: dataclasses.asdict(found.latency(name)) for runtime, found in timed.items()}, "notes": [],
+                "latency_ms": {runtime: found.latency(name) for runtime, found in timed.items()}, "notes": [],
             }  # fmt: skip
             if index:
                 for runtime, found in timed.items():
                     ratio = found.ratio(name, names[index - 1])
-                    row["latency_ms"][runtime]["left_of_previous"] = [ratio.median, ratio.low, ratio.high]
+                    row["latency_ms"][runtime]["left_of_previous"] = [ratio.ratio, ratio.low, ratio.high]
                     row["notes"] += _verdict(row, rows[-1], runtime, ratio)
             rows.append(row)
     return {"machine": machine(), "rows": rows, "left_out": left_out}
@@ -86,7 +86,7 @@ def _verdict(row: dict[str, Any], before: dict[str, Any], runtime: str, ratio: A
     if ratio.high < 1:
         return []
     if ratio.low > 1.02:
-        return [f"{ratio.median:.2f}x slower in {runtime}: does not pay here"]
+        return [f"{ratio.ratio:.2f}x slower in {runtime}: does not pay here"]
     if row["macs"] < before["macs"]:
         return [f"fewer multiply-adds but no faster in {runtime}"]
     return []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,14 +28,10 @@ if TYPE_CHECKING:
 
 def preparation_of(runner: Runner) -> Preparation:
     """How a file's inputs are prepared, as the file itself says; raises SettingsError where it does not."""
-    found = {
-        key.removeprefix("tersenet."): json.loads(value)
-        for key, value in runner.metadata.items()
-        if key.startswith("tersenet.") and key.removeprefix("tersenet.") in ("mean", "std", "size", "labels")
-    }
-    if not {"mean", "std", "size"} <= set(found):
+    found = Preparation.of_metadata(runner.metadata)
+    if found is None:
         raise SettingsError(f"{runner.name} does not say how its inputs are prepared; it was not written by tersenet")
-    return Preparation(**{key: tuple(value) for key, value in found.items()})
+    return found
 
 
 def measure_files(
@@ -133,7 +128,7 @@ def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> 
     found = {}
     for name in targets:
         if name == "torch":
-            path = export_pt2(model, example, folder / f"{stem}.pt2")
+            path = export_pt2(model, example, folder / f"{stem}.pt2", preparation.metadata())
         else:
             path = export_onnx(model, example, folder / f"{stem}.onnx", preparation)
         if name == "openvino":

@@ -15,7 +15,10 @@ from rich.console import Console
 from torch import nn
 
 from tersenet import __version__
+from tersenet.deploy.artifact import load_terse
 from tersenet.deploy.machine import machine
+from tersenet.deploy.runtimes import open_file, open_module
+from tersenet.deploy.verify import verify
 from tersenet.errors import DataError, RecipeError, SettingsError
 from tersenet.graph.costs import costs, totals
 from tersenet.recipe import Recipe
@@ -23,7 +26,7 @@ from tersenet.report.card import write_card
 from tersenet.report.page import write_html
 from tersenet.report.report import new_report, row, target, write_json
 from tersenet.run import Journal, Run, identity_of
-from tersenet.ship import Shipped, check_runtimes, describe_file, preparation_dict, ship, time_files
+from tersenet.ship import Shipped, check_runtimes, describe_file, inputs, preparation_dict, ship, time_files, write_pt2
 from tersenet.step import Chain, Step
 from tersenet.task import Score, Task, score_model
 
@@ -140,9 +143,9 @@ def _check_data(steps: Sequence[Step], task: Task) -> None:
     have_inputs = task.train is not None or task.calibrate is not None
     have = {"nothing"} | ({"inputs"} if have_inputs else set()) | ({"labels"} if task.train is not None else set())
     flat = [inner for step in steps for inner in (step.steps if isinstance(step, Chain) else (step,))]
-    lacking = [step.name for step in flat if step.needs not in have]
+    lacking = [step.name for step in flat if step.data_needed() not in have]
     if lacking:
-        remain = ", ".join(step.name for step in flat if step.needs in have) or "none"
+        remain = ", ".join(step.name for step in flat if step.data_needed() in have) or "none"
         what = "labelled training data" if have_inputs else "data"
         raise DataError(f"there is no {what} for {', '.join(lacking)}; of this recipe these steps remain: {remain}")
 
@@ -245,10 +248,10 @@ def _row(
     cost = totals(model, task.example)
     latency: dict[str, dict[str, Any]] = {}
     for runtime, found in latencies.items():
-        latency[runtime] = {**dataclasses.asdict(found.latency(name)), "threads": found.threads, "batch": found.batch}
+        latency[runtime] = found.latency(name)
         if index:
             ratio = found.ratio(name, names[0])
-            latency[runtime] |= {"left": ratio.median, "left_interval": [ratio.low, ratio.high]}
+            latency[runtime] |= {"left": ratio.ratio, "left_interval": [ratio.low, ratio.high]}
     return row(
         name,
         score=None if first is None else first.value,
@@ -279,11 +282,6 @@ def _final_files(
     folder: Path, model: nn.Module, shipped: Shipped, task: Task, runtimes: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """Puts what ships into the run folder, and describes it for the report."""
-    from tersenet.deploy.artifact import load_terse
-    from tersenet.deploy.pt2 import export_pt2
-    from tersenet.deploy.runtimes import open_file, open_module
-    from tersenet.deploy.verify import verify
-    from tersenet.ship import inputs
 
     found = {}
     for kind, source in shipped.files.items():
@@ -298,7 +296,7 @@ def _final_files(
                 path, shipped.scores.get(runtime or ""), shipped.agreements.get(runtime or ""), runtime
             )
     if "pt2" not in shipped.files:
-        path = export_pt2(model, task.example, folder / "model.pt2")
+        path = write_pt2(model, task, folder / "model.pt2")
         found[path.name] = describe_file(path, None, verify(open_file(path), model, inputs(task)), "pytorch")
     return found
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from tersenet.atomic import writing
@@ -97,10 +97,10 @@ class Journal:
     def record(self, index: int, step: Step, plan: Plan, row: dict[str, Any], model: nn.Module) -> Entry:
         """Writes a finished step: numbers first, then the JSON that makes it count."""
         numbers = self._path(index, step.name, ".safetensors")
+        values = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
         with writing(numbers) as temporary:
-            save_file(
-                {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}, temporary
-            )
+            # Written by us, not by the library: a full disk is then an OSError that `writing` can put into words.
+            temporary.write_bytes(save(values))
         settings = json.loads(json.dumps(step.settings(), default=repr))
         data = {
             "schema": SCHEMA,
@@ -185,11 +185,12 @@ class Run:
             values = [
                 row["step"],
                 f"{row['score']:.4f}" if row.get("score") is not None else "-",
-                row["params"],
-                row["macs"],
+                row.get("params", "-"),
+                row.get("macs", "-"),
             ]
             body += "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in (*values, latency)) + "</tr>"
-        return f"<p>{html.escape(self.verdict)}</p><table><tr>{head}</tr>{body}</table><p>{html.escape(str(self.folder))}</p>"
+        verdict, folder = html.escape(self.verdict), html.escape(str(self.folder))
+        return f"<p>{verdict}</p><table><tr>{head}</tr>{body}</table><p>{folder}</p>"
 
 
 def identity_of(model: nn.Module) -> str:

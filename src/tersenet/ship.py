@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from tersenet.bricks.settle import settle
 from tersenet.deploy.artifact import save_terse
 from tersenet.deploy.measure import Contender, Measurement, measure
 from tersenet.deploy.onnx import export_onnx
@@ -61,13 +63,12 @@ def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequen
     """
     formats = dict.fromkeys(READS[runtime] for runtime in runtimes)
     shipped = Shipped({"terse": save_terse(model, task.example, folder / f"{stem}.terse", task.preparation)})
-    writers = {"onnx": export_onnx, "pt2": export_pt2}
     for kind in formats:
         path = folder / f"{stem}.{kind}"
         if kind == "onnx":
             export_onnx(model, task.example, path, task.preparation)
         else:
-            writers[kind](model, task.example, path)
+            write_pt2(model, task, path)
         shipped.files[kind] = path
     for runtime in runtimes:
         runner = open_file(shipped.files[READS[runtime]], runtime, threads=2)
@@ -75,6 +76,11 @@ def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequen
         if task.test is not None:
             shipped.scores[runtime] = score_file(runner, task, task.test)
     return shipped
+
+
+def write_pt2(model: nn.Module, task: Task, path: Path) -> Path:
+    """A .pt2 with masks and rounding made permanent, so that an int8 model is stored as int8."""
+    return export_pt2(settle(copy.deepcopy(model)), task.example, path, task.preparation.metadata())
 
 
 def inputs(task: Task) -> Iterable[Any]:
@@ -89,8 +95,8 @@ def time_files(
 ) -> Measurement:
     """Times files against each other in one runtime, on one real input."""
     x = batch_input(next(iter(inputs(task))))
-    x = x[:1].repeat(batch, *[1] * (x.dim() - 1)).float().numpy()
-    contenders = [Contender(name, open_file(path, runtime, threads), x) for name, path in files.items()]
+    array = x[:1].repeat(batch, *[1] * (x.dim() - 1)).float().numpy()
+    contenders = [Contender(name, open_file(path, runtime, threads), array) for name, path in files.items()]
     return measure(contenders, turns=turns, batch=batch, threads=threads, progress=not quiet)
 
 

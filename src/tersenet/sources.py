@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,9 +54,8 @@ def _open_program(path: Path, weights: str | Path | None) -> tuple[nn.Module, Pr
             f"{path} takes inputs of shape {shape}; models of images (N, C, H, W) of one size are supported"
         )
     channels, height, width = (int(size) for size in shape[1:] if size is not None)
-    said = {key: tuple(json.loads(metadata.get(f"tersenet.{key}", "[]"))) for key in ("mean", "std", "labels")}
-    preparation = Preparation(
-        (height, width), said["mean"] or (0.5,) * channels, said["std"] or (0.5,) * channels, said["labels"]
+    preparation = Preparation.of_metadata(metadata) or Preparation(
+        (height, width), (0.5,) * channels, (0.5,) * channels
     )
     if weights is not None:
         load_weights(program, weights)
@@ -84,8 +82,12 @@ def prepared(
     Raises:
         SettingsError: when mean and std have different lengths, or a std is not positive.
     """
-    changes = {key: tuple(value) for key, value in (("mean", mean), ("std", std), ("size", size)) if value is not None}
-    preparation = dataclasses.replace(preparation, **changes)
+    preparation = Preparation(
+        (size[0], size[1]) if size is not None else preparation.size,
+        tuple(mean) if mean is not None else preparation.mean,
+        tuple(std) if std is not None else preparation.std,
+        preparation.labels,
+    )
     if len(preparation.mean) != len(preparation.std):
         raise SettingsError(
             f"mean has {len(preparation.mean)} values and std has {len(preparation.std)}; give one per channel"

@@ -64,6 +64,10 @@ class Step:
         """The fields as they stand, in order of definition."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def data_needed(self) -> str:
+        """What this step needs of the data with these settings; most need what `needs` says."""
+        return self.needs
+
     def matches(self, path: str, module: nn.Module) -> bool:
         """Whether `only` and `skip` leave this layer to the step."""
         kinds = {cls.__name__.lower() for cls in type(module).__mro__ if issubclass(cls, nn.Module)}
@@ -121,10 +125,9 @@ class Chain(Step):
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Replays the steps' plans in order. Raises SettingsError when the plan is another chain's."""
         plans = plan.get("steps", [])
-        if plan and [entry["step"] for entry in plans] != [step.name for step in self.steps]:
-            raise SettingsError(
-                f"the plan is of {[entry['step'] for entry in plans]}, the chain has {[step.name for step in self.steps]}"
-            )
+        was, now = [entry["step"] for entry in plans], [step.name for step in self.steps]
+        if plan and was != now:
+            raise SettingsError(f"the plan is of {was}, the chain has {now}")
         for step, entry in zip(self.steps, plans, strict=False):
             model = step.apply(model, entry["plan"])
         return model

@@ -8,8 +8,9 @@ also has `at(epoch, start)` can be resumed in the middle of an epoch without rea
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -34,6 +35,19 @@ class Preparation:
     @property
     def channels(self) -> int:
         return len(self.mean)
+
+    def metadata(self) -> dict[str, str]:
+        """What a file says about its inputs: tersenet.size, .mean, .std and .labels, each as JSON."""
+        return {f"tersenet.{key}": json.dumps(list(value)) for key, value in asdict(self).items()}
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[str, str]) -> Preparation | None:
+        """The inverse of `metadata`; None where a file does not say it (whole and sound)."""
+        try:
+            found = {key: tuple(json.loads(metadata[f"tersenet.{key}"])) for key in ("size", "mean", "std", "labels")}
+            return cls(**found)
+        except (KeyError, TypeError, ValueError):
+            return None
 
 
 @runtime_checkable

@@ -227,10 +227,14 @@ class Int8Linear(Brick):
 class LowRank(Brick):
     """Says in_features and out_features too, but is no dense layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bias = 6, 4, None
-        self.right, self.left = nn.Parameter(torch.ones(2, 6)), nn.Parameter(torch.ones(4, 2))
+        self.rank = rank
+        self.right, self.left = nn.Parameter(torch.ones(rank, 6)), nn.Parameter(torch.ones(4, rank))
+
+    def config(self) -> dict[str, int]:
+        return {"rank": self.rank}
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.right), self.left)
@@ -240,8 +244,11 @@ def test_bricks_count_what_they_stand_for() -> None:
     quantized = totals(Holder(Int8Linear()), torch.randn(2, 6))
     assert (quantized.params, quantized.param_bytes) == (28, 24 + 16 + 16)
     assert (quantized.macs, quantized.multiplications) == (24, 24)
-    thin = totals(Holder(LowRank()), torch.randn(2, 6))
-    assert (thin.params, thin.macs, thin.additions) == (20, 20, 10 + 4)
+    for rank in (1, 2):
+        thin = totals(Holder(LowRank(rank)), torch.randn(2, 6))
+        assert (thin.params, thin.macs, thin.additions) == (10 * rank, 10 * rank, 5 * rank + 4 * (rank - 1))
+    pair = nn.Sequential(LowRank(2), nn.Linear(4, 6), LowRank(2), nn.Linear(4, 6), LowRank(1))
+    assert totals(pair, torch.randn(2, 6)).macs == 20 + 24 + 20 + 24 + 10
 
 
 class Holder(nn.Module):

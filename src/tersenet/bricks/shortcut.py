@@ -1,4 +1,6 @@
-"""The parameter-free shortcut of the CIFAR ResNets ("option A" of He et al., arXiv:1512.03385): subsample, pad with zeros.
+"""The parameter-free shortcut of the CIFAR ResNets: subsample, pad with zeros.
+
+"Option A" of He et al., arXiv:1512.03385.
 
 A module of its own, so that channel surgery can change how much is padded.
 """

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 import tempfile
 import warnings
@@ -88,8 +87,7 @@ def export_onnx(
 def _prepared(preparation: Preparation | None) -> dict[str, str]:
     if preparation is None:
         return {}
-    names = ("mean", "std", "size", "labels")
-    return {f"tersenet.{name}": json.dumps(list(getattr(preparation, name))) for name in names}
+    return preparation.metadata()
 
 
 def _simplify(graph: fx.GraphModule) -> None:

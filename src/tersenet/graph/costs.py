@@ -20,6 +20,7 @@ Everything is for one sample (batch 1). The conventions, because tools differ:
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tersenet.bricks.brick import Brick
 from tersenet.graph.arithmetic import Counts, Shape, counts_of_layer, counts_of_operator, geometry, stands_for
 from tersenet.graph.trace import trace
 
@@ -151,6 +153,7 @@ class _Ledger:
         self.graph = graph
         self.samples = samples
         self.batched = _batched(graph)
+        self.known: dict[Any, Counts] = {}  # arithmetic of bricks, by what they are
         self.seen: set[int] = set()  # ids of the stored tensors that a row has already
 
     def rows(self) -> list[LayerCost]:
@@ -209,9 +212,19 @@ class _Ledger:
             known = counts_of_layer(layer, source.meta["shape"], outputs)
             if known is not None:
                 return known // self._share(node)
-        # A brick without a formula is counted by what its own forward does.
-        example = torch.zeros(source.meta["shape"], dtype=source.meta["dtype"])
-        return _Ledger(trace(layer, example), self._share(node)).counts()
+        return self._inner(layer, source.meta["shape"], source.meta["dtype"], self._share(node))
+
+    def _inner(self, layer: nn.Module, shape: Shape, dtype: torch.dtype, samples: int) -> Counts:
+        """A layer without a formula is counted by what its own forward does; bricks of one configuration do the same."""
+        key = None
+        if isinstance(layer, Brick):
+            key = (type(layer), json.dumps(layer.config(), sort_keys=True), shape, dtype, samples)
+        if key not in self.known:
+            counts = _Ledger(trace(layer, torch.zeros(shape, dtype=dtype)), samples).counts()
+            if key is None:
+                return counts
+            self.known[key] = counts
+        return self.known[key]
 
     def _share(self, node: fx.Node) -> int:
         return self.samples if node in self.batched else 1

@@ -42,7 +42,7 @@ def export(model: nn.Module, example: Tensor, dynamic_batch: bool = True) -> Exp
     try:
         with torch.no_grad():
             return torch.export.export(model, (example,), dynamic_shapes=shapes)
-    except Exception as error:  # noqa: BLE001 - torch.export raises many kinds; each becomes one sentence
+    except Exception as error:  # torch.export raises many kinds; each becomes one sentence
         raise TraceError(_why(model, error)) from error
     finally:
         for module, training in modes:
@@ -164,7 +164,9 @@ class _Folder:
             return None
         layer = _layer_of(node, self._parameter)
         if layer is None or any(
-            not self.parameters[arg.name].startswith(path + ".") for arg in node.all_input_nodes if arg.name in self.parameters
+            not self.parameters[arg.name].startswith(path + ".")
+            for arg in node.all_input_nodes
+            if arg.name in self.parameters
         ):
             return None
         self.root.setdefault(path, layer)
@@ -190,7 +192,7 @@ class _Folder:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether the graph shows this module as one node: torch.nn layers without children, bricks, parametrized layers."""
+    """Whether the graph shows this module as one node: childless torch.nn layers, bricks, parametrized layers."""
     if isinstance(module, Brick) or parametrize.is_parametrized(module):
         return True
     if type(module) is nn.Module:  # a bare holder of parameters, as in an exported program
@@ -200,7 +202,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 def _layer_of(node: fx.Node, value: Any) -> nn.Module | None:
     """The torch.nn layer with the same parameters as an aten operator."""
-    args = [value(arg) if i else None for i, arg in enumerate(node.args)]
+    args: list[Any] = [value(arg) if i else None for i, arg in enumerate(node.args)]
     layer: nn.Module
     if node.target is aten.conv2d.default:
         weight, bias, stride, padding, dilation, groups = (args + [None] * 7)[1:7]

@@ -27,7 +27,9 @@ def wilson(hits: int, samples: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def bootstrap_median(values: np.ndarray, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> tuple[float, float, float]:
+def bootstrap_median(
+    values: np.ndarray, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
     """Median of a sample with its percentile-bootstrap interval: (median, low, high)."""
     values = np.asarray(values, dtype=np.float64)
     if values.size == 0:

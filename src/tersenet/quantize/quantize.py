@@ -45,6 +45,7 @@ class Quantize(Step):
     family: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "quantizes weights and activations to int8, statically"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
+    needs: ClassVar[str] = "inputs"
 
     weights: str = "int8"
     activations: str | None = "int8"
@@ -64,6 +65,9 @@ class Quantize(Step):
             raise SettingsError(f"percentile must lie in (50, 100], got {self.percentile}; 100 is min-max")
         if self.samples < 1:
             raise SettingsError(f"samples must be at least 1, got {self.samples}")
+
+    def data_needed(self) -> str:
+        return "nothing" if self.activations is None else "inputs"
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"layers": {path: scheme}}, and with activations the input, the points and what stays float."""

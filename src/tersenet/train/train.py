@@ -61,6 +61,7 @@ class Train(Step):
     family: ClassVar[str] = "train"
     summary: ClassVar[str] = "trains or fine-tunes, alone or with companions such as soft targets"
     serves: ClassVar[tuple[str, ...]] = ("any layer with parameters",)
+    needs: ClassVar[str] = "labels"
     needs_trained: ClassVar[bool] = False
     changes_structure: ClassVar[bool] = False
 
@@ -107,6 +108,9 @@ class Train(Step):
             raise SettingsError(
                 "label_weight is 0 and there are no companions, so there is no loss; add soft_targets to with"
             )
+
+    def data_needed(self) -> str:
+        return "labels" if self.label_weight > 0 else "inputs"
 
     def fit(self, model: nn.Module, task: Task) -> None:
         """Trains the parameters that require a gradient, and leaves the model in evaluation mode.
