@@ -215,7 +215,7 @@ class _Ledger:
         return self._inner(layer, source.meta["shape"], source.meta["dtype"], self._share(node))
 
     def _inner(self, layer: nn.Module, shape: Shape, dtype: torch.dtype, samples: int) -> Counts:
-        """A layer without a formula is counted by what its own forward does; bricks of one configuration do the same."""
+        """A layer without a formula is counted by what its forward does; bricks of one configuration do the same."""
         key = None
         if isinstance(layer, Brick):
             key = (type(layer), json.dumps(layer.config(), sort_keys=True), shape, dtype, samples)
