@@ -37,4 +37,5 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise TersenetError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

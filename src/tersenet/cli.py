@@ -102,7 +102,7 @@ def demo(
     """The main job on built-in data: trains a small net on scikit-learn's digits, compresses, verifies, reports."""
     from tersenet.demo import run_demo
 
-    _finish(run_demo(out, _names(runtime), seed=seed, quiet=quiet or json_), json_)
+    _finish(run_demo(out, _names(runtime), seed=seed, quiet=quiet), json_)
 
 
 @app.command()
@@ -120,7 +120,7 @@ def profile(
     from tersenet.deploy.profile import profile_model, profile_table
     from tersenet.sources import example_of
 
-    network, task = _open(model, weights, data, image_size=image_size, quiet=json_)
+    network, task = _open(model, weights, data, image_size=image_size, quiet=True)
     example = task.example if data else example_of(task.preparation)
     found = profile_model(network, example, runtime=runtime, threads=threads, batch=batch)
     _print(found, json_, lambda: profile_table(found))
@@ -156,7 +156,7 @@ def compress(
     if resume and not (out / "run.json").exists():
         raise SettingsError(f"--resume found no run in {out}; leave it out to start one")
     network, task = _open(
-        model, weights, data, validate, seed, mean, std, image_size, columns, on_bad_image, quiet or json_
+        model, weights, data, validate, seed, mean, std, image_size, columns, on_bad_image, quiet
     )
     run = job.compress(
         network,
@@ -169,6 +169,7 @@ def compress(
         max_drop=max_drop,
         max_macs=job.share(macs),
         command=_command(),
+        names={"model": model, "data": data},
     )
     _finish(run, json_)
 
@@ -197,7 +198,7 @@ def plan(
     from tersenet.job import recipe_of
 
     network, task = _open(
-        model, weights, data, None, seed, mean, std, image_size, columns, on_bad_image, quiet or json_
+        model, weights, data, None, seed, mean, std, image_size, columns, on_bad_image, quiet
     )
     found = dry_run(network, task, recipe_of(recipe, macs), runtimes=_names(runtime), threads=threads, batch=batch)
     _print(found, json_, lambda: dry_run_table(found))
@@ -224,7 +225,7 @@ def measure(
 
     found = measure_files(
         files, _names(runtime), data, threads=threads, batch=batch, turns=turns, cold=cold,
-        columns=_pair(columns), on_bad_image=on_bad_image, quiet=quiet or json_,
+        columns=_pair(columns), on_bad_image=on_bad_image, quiet=quiet,
     )  # fmt: skip
     _print(found, json_, lambda: measure_table(found))
 

@@ -54,5 +54,6 @@ def run_demo(out: Path, runtimes: Sequence[str], seed: int = 0, quiet: bool = Fa
         out=out,
         runtimes=runtimes,
         max_drop=1.0,
+        names={"model": "digits", "data": "digits"},
         command=f"tersenet demo --out {out} --seed {seed}",
     )

@@ -8,7 +8,11 @@ keeps their paths, runs, trains and can be exported again; what lies between the
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +44,7 @@ def export(model: nn.Module, example: Tensor, dynamic_batch: bool = True) -> Exp
         example = torch.cat([example, example])
     shapes = ({0: Dim.AUTO},) if dynamic_batch else None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _silence():
             return torch.export.export(model, (example,), dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises many kinds; each becomes one sentence
         raise TraceError(_why(model, error)) from error
@@ -226,6 +230,18 @@ def _layer_of(node: fx.Node, value: Any) -> nn.Module | None:
         return None
     layer.weight, layer.bias = weight, bias
     return layer.eval()  # an exported program was captured in evaluation mode
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Where a forward cannot be captured, torch prints the whole graph; what it says is in the error too."""
+    was = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(was)
 
 
 def _is_assertion(node: fx.Node) -> bool:

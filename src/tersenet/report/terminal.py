@@ -1,4 +1,4 @@
-"""The rows of a report as a table for the terminal, made to fit 100 columns."""
+"""The rows of a report as a table for the terminal, made to fit 80 columns."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from tersenet.report.words import (
 def table(report: dict[str, Any]) -> Table:
     """Steps down, quantities across; under each value its 95 % interval, or the gain both ways ("2.8x; 0.36")."""
     rows, runtime = report["rows"], first_runtime(report)
-    kinds = [kind for kind in ("terse", "onnx") if any(kind in row.get("file_bytes", {}) for row in rows)]
+    # One size, that of the file that is smallest to ship; report.html and report.json have them all.
+    kinds = [kind for kind in ("terse", "onnx") if any(kind in row.get("file_bytes", {}) for row in rows)][:1]
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption(report, runtime), caption_justify="left")
-    grid.add_column("step", overflow="fold", max_width=20)
-    heads = ["score", "drop", "params", "MACs", *(f".{kind}" for kind in kinds)]
+    grid.add_column("step", overflow="fold", min_width=12, max_width=20)
+    heads = ["score", "drop", "MACs", *(f".{kind}" for kind in kinds)]
     for head in [*heads, *([runtime_name(runtime)] if runtime else [])]:
         grid.add_column(head, justify="right", no_wrap=True)
     for index, row in enumerate(rows):
-        cells = [score_cell(row), drop_cell(report, row), *count_cells(report, row)]
+        cells = [score_cell(row), drop_cell(report, row), macs_cell(report, row)]
         cells += [bytes_cell(report, row, kind) for kind in kinds]
         if runtime:
             cells.append(latency_cell(report, row, runtime))
@@ -82,13 +83,10 @@ def drop_cell(report: dict[str, Any], row: dict[str, Any]) -> Text:
     return cell(points_text(lost), style="red" if sure else "green" if lost < -0.005 else "")
 
 
-def count_cells(report: dict[str, Any], row: dict[str, Any]) -> list[Text]:
-    cells = []
-    for key in ("params", "macs"):
-        before, after = report["rows"][0].get(key), row.get(key)
-        below = both_ways(before, after) if before and after and before != after else ""
-        cells.append(cell("-" if after is None else count_text(after), below))
-    return cells
+def macs_cell(report: dict[str, Any], row: dict[str, Any]) -> Text:
+    before, after = report["rows"][0].get("macs"), row.get("macs")
+    below = both_ways(before, after) if before and after and before != after else ""
+    return cell("-" if after is None else count_text(after), below)
 
 
 def bytes_cell(report: dict[str, Any], row: dict[str, Any], kind: str) -> Text:
