@@ -55,6 +55,7 @@ def test_a_finished_run_has_every_file(finished: Path) -> None:
     assert {"report.json", "report.html", "recipe.yaml", "model.terse", "model.onnx", "model.pt2", "README.md"} <= names
     assert {"01-prune_channels.json", "01-prune_channels.safetensors", "04-quantize.json"} <= names
     assert not [name for name in names if ".part" in name or name.endswith(".state")]
+    assert list((finished / "logs" / "02-train").rglob("*.csv"))
 
 
 def test_a_finished_run_says_what_it_is(finished: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,20 +14,13 @@ from rich.console import Console
 from torch import nn
 
 from tersenet import __version__
-from tersenet.deploy.artifact import load_terse
-from tersenet.deploy.machine import machine
-from tersenet.deploy.runtimes import open_file, open_module
-from tersenet.deploy.verify import verify
 from tersenet.errors import DataError, RecipeError, SettingsError
-from tersenet.graph.costs import costs, totals
+from tersenet.prove import prove
 from tersenet.recipe import Recipe
-from tersenet.report.card import write_card
-from tersenet.report.page import write_html
-from tersenet.report.report import new_report, row, target, write_json
 from tersenet.run import Journal, Run, identity_of
-from tersenet.ship import Shipped, check_runtimes, describe_file, inputs, preparation_dict, ship, time_files, write_pt2
+from tersenet.ship import check_runtimes
 from tersenet.step import Chain, Step
-from tersenet.task import Score, Task, score_model
+from tersenet.task import Task, score_model
 
 
 def share(text: str | float | None) -> float | None:
@@ -120,7 +112,7 @@ def compress(
         say(f"{out} is finished already")
         return Run(out)
     settings["seconds"] = round(time.monotonic() - started, 1)
-    _finish(journal, original, task, settings, command, say)
+    prove(journal, original, task, settings, command, say)
     return Run(out)
 
 
@@ -184,138 +176,3 @@ def _run_steps(journal: Journal, original: nn.Module, task: Task, say: Callable[
             found["score"] = score_model(model, task, task.test).value
             say(f"    score in PyTorch {100 * found['score']:.2f} %")
         journal.record(index, step, plan, found, model)
-
-
-def _finish(
-    journal: Journal,
-    original: nn.Module,
-    task: Task,
-    settings: dict[str, Any],
-    command: str | None,
-    say: Callable[..., None],
-) -> None:
-    """Exports every row's model, scores and times the files in one run, and writes the report last."""
-    folder, runtimes = journal.folder, settings["runtimes"]
-    names = ["original", *(f"{entry.index}. {entry.name}" for entry in journal.entries)]
-    shipped, models = {}, {}
-    for count, name in enumerate(names):
-        say(f"files of {name}")
-        models[name] = journal.replay(original, count)
-        stem = f"{count:02d}-{'original' if count == 0 else journal.entries[count - 1].name}"
-        shipped[name] = ship(models[name], task, folder / "files", stem, runtimes)
-    latencies = {}
-    for runtime in runtimes:
-        say(f"timing {len(names)} files in {runtime}")
-        files = {name: shipped[name].files["onnx" if runtime != "pytorch" else "pt2"] for name in names}
-        latencies[runtime] = time_files(
-            files, runtime, task, threads=settings["threads"], batch=settings["batch"], quiet=task.quiet
-        )
-    rows = [
-        _row(name, models[name], shipped[name], journal, index, latencies, task, names)
-        for index, name in enumerate(names)
-    ]
-    final = models[names[-1]]
-    report = new_report(
-        machine=machine(),
-        settings=settings,
-        rows=rows,
-        files=_final_files(folder, final, shipped[names[-1]], task, runtimes),
-        recipe=journal.identity["recipe"],
-        commands=[command] if command else [],
-        targets=_targets(rows, settings),
-        preparation=preparation_dict(task),
-        warnings=[note for name in names for note in shipped[name].notes],
-    )
-    (folder / "recipe.yaml").write_text(journal.identity["recipe"], encoding="utf-8")
-    write_card(report, folder / "README.md")
-    write_html([report], folder / "report.html")
-    write_json(report, folder / "report.json")
-
-
-def _row(
-    name: str,
-    model: nn.Module,
-    shipped: Shipped,
-    journal: Journal,
-    index: int,
-    latencies: dict[str, Any],
-    task: Task,
-    names: list[str],
-) -> dict[str, Any]:
-    """The report row of one model."""
-    scores = dict(shipped.scores)
-    if task.test is not None:
-        if index:
-            pytorch = journal.entries[index - 1].row["score"]
-        else:
-            pytorch = score_model(model, task, task.test).value
-    first: Score | None = next(iter(scores.values()), None)
-    cost = totals(model, task.example)
-    latency: dict[str, dict[str, Any]] = {}
-    for runtime, found in latencies.items():
-        latency[runtime] = found.latency(name)
-        if index:
-            ratio = found.ratio(name, names[0])
-            latency[runtime]["left_interval"] = [ratio.low, ratio.high]
-    return row(
-        name,
-        score=None if first is None else first.value,
-        score_interval=None if first is None else (first.low, first.high),
-        scores=None if first is None else {"pytorch": pytorch, **{key: value.value for key, value in scores.items()}},
-        top5=None if first is None else first.top5,
-        samples=None if first is None else first.samples,
-        params=cost.params,
-        macs=cost.macs,
-        param_bytes=cost.param_bytes,
-        file_bytes=shipped.file_bytes,
-        latency_ms=latency,
-        layers=[
-            {
-                "path": layer.path,
-                "kind": layer.kind,
-                "params": layer.params,
-                "macs": layer.macs,
-                "bytes": layer.param_bytes,
-            }
-            for layer in costs(model, task.example)
-        ],
-        seconds=None if index == 0 else journal.entries[index - 1].row["seconds"],
-    )
-
-
-def _final_files(
-    folder: Path, model: nn.Module, shipped: Shipped, task: Task, runtimes: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """Puts what ships into the run folder, and describes it for the report."""
-
-    found = {}
-    for kind, source in shipped.files.items():
-        path = folder / f"model.{kind}"
-        shutil.copyfile(source, path)
-        runtime = next((name for name in runtimes if kind == ("pt2" if name == "pytorch" else "onnx")), None)
-        if kind == "terse":
-            agreement = verify(open_module(load_terse(path)), model, inputs(task))
-            found[path.name] = describe_file(path, None, agreement, "pytorch")
-        else:
-            found[path.name] = describe_file(
-                path, shipped.scores.get(runtime or ""), shipped.agreements.get(runtime or ""), runtime
-            )
-    if "pt2" not in shipped.files:
-        path = write_pt2(model, task, folder / "model.pt2")
-        found[path.name] = describe_file(path, None, verify(open_file(path), model, inputs(task)), "pytorch")
-    return found
-
-
-def _targets(rows: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was asked for, and what became of it."""
-    first, last = rows[0], rows[-1]
-    found = []
-    if settings["max_macs"] is not None:
-        got = last["macs"] / first["macs"]
-        found.append(target("macs", f"{settings['max_macs']:g}x", f"{got:.3f}x", got <= settings["max_macs"]))
-    if settings["max_drop"] is not None:
-        drop = 100 * (first["score"] - last["score"])
-        found.append(
-            target("drop", f"{settings['max_drop']:g} points", f"{drop:.2f} points", drop <= settings["max_drop"])
-        )
-    return found

@@ -112,10 +112,19 @@ class Journal:
         }
         with writing(self._path(index, step.name, ".json")) as temporary:
             temporary.write_text(json.dumps(data), encoding="utf-8")
+        self._keep_logs(index, step.name)
         shutil.rmtree(self.training_folder(index, step.name), ignore_errors=True)
         entry = Entry(index, step.name, plan, row, numbers)
         self.entries.append(entry)
         return entry
+
+    def _keep_logs(self, index: int, name: str) -> None:
+        """The training's log outlives its state: NN-name.state/logs becomes logs/NN-name."""
+        logs = self.training_folder(index, name) / "logs"
+        kept = self.folder / "logs" / f"{index:02d}-{name}"
+        if logs.is_dir() and not kept.exists():
+            kept.parent.mkdir(exist_ok=True)
+            logs.rename(kept)
 
     def replay(self, original: nn.Module, count: int) -> nn.Module:
         """The model after `count` steps: their plans applied to a copy of the original, then the numbers loaded."""

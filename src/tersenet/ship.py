@@ -30,12 +30,14 @@ class Shipped:
     """One model as files.
 
     Args:
+        model: what is in the files: masks and rounding made permanent, so that an int8 model holds int8.
         files: by format ("onnx", "terse", "pt2").
         scores: of the file in each runtime.
         agreements: with PyTorch, per runtime.
         notes: what a reader of the report should know.
     """
 
+    model: nn.Module
     files: dict[str, Path]
     scores: dict[str, Score] = field(default_factory=dict)
     agreements: dict[str, Agreement] = field(default_factory=dict)
@@ -62,13 +64,14 @@ def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequen
         ExportError: when a file cannot be written or disagrees in shape.
     """
     formats = dict.fromkeys(READS[runtime] for runtime in runtimes)
-    shipped = Shipped({"terse": save_terse(model, task.example, folder / f"{stem}.terse", task.preparation)})
+    model = settle(copy.deepcopy(model))
+    shipped = Shipped(model, {"terse": save_terse(model, task.example, folder / f"{stem}.terse", task.preparation)})
     for kind in formats:
         path = folder / f"{stem}.{kind}"
         if kind == "onnx":
             export_onnx(model, task.example, path, task.preparation)
         else:
-            write_pt2(model, task, path)
+            export_pt2(model, task.example, path, task.preparation.metadata())
         shipped.files[kind] = path
     for runtime in runtimes:
         runner = open_file(shipped.files[READS[runtime]], runtime, threads=2)
@@ -76,11 +79,6 @@ def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequen
         if task.test is not None:
             shipped.scores[runtime] = score_file(runner, task, task.test)
     return shipped
-
-
-def write_pt2(model: nn.Module, task: Task, path: Path) -> Path:
-    """A .pt2 with masks and rounding made permanent, so that an int8 model is stored as int8."""
-    return export_pt2(settle(copy.deepcopy(model)), task.example, path, task.preparation.metadata())
 
 
 def inputs(task: Task) -> Iterable[Any]:

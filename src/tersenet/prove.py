@@ -1,0 +1,162 @@
+"""The proof of a run: every row's files written, checked, scored and timed in one run; then the report.
+
+Costs are those of what ships, with masks and rounding made permanent.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tersenet.deploy.artifact import load_terse
+from tersenet.deploy.machine import machine
+from tersenet.deploy.pt2 import export_pt2
+from tersenet.deploy.runtimes import open_file, open_module
+from tersenet.deploy.timings import Measurement
+from tersenet.deploy.verify import verify
+from tersenet.graph.costs import costs, totals
+from tersenet.report.card import write_card
+from tersenet.report.page import write_html
+from tersenet.report.report import new_report, row, target, write_json
+from tersenet.run import Journal
+from tersenet.ship import READS, Shipped, describe_file, inputs, preparation_dict, ship, time_files
+from tersenet.task import Score, Task, score_model
+
+
+def prove(
+    journal: Journal,
+    original: nn.Module,
+    task: Task,
+    settings: dict[str, Any],
+    command: str | None,
+    say: Callable[..., None],
+) -> None:
+    """Exports every row's model, scores and times the files in one run, and writes the report last.
+
+    Args:
+        journal: a run whose steps are all done.
+        settings: as asked for; "runtimes", "threads" and "batch" say what is measured.
+        command: what was typed, for the report.
+        say: prints progress.
+    """
+    folder, runtimes = journal.folder, settings["runtimes"]
+    names = ["original", *(f"{entry.index}. {entry.name}" for entry in journal.entries)]
+    shipped = {}
+    for count, name in enumerate(names):
+        say(f"files of {name}")
+        stem = f"{count:02d}-{'original' if count == 0 else journal.entries[count - 1].name}"
+        shipped[name] = ship(journal.replay(original, count), task, folder / "files", stem, runtimes)
+    latencies = {}
+    for runtime in runtimes:
+        say(f"timing {len(names)} files in {runtime}")
+        files = {name: shipped[name].files[READS[runtime]] for name in names}
+        latencies[runtime] = time_files(
+            files, runtime, task, threads=settings["threads"], batch=settings["batch"], quiet=task.quiet
+        )
+    rows = [
+        _row(name, shipped[name], journal.entries[index - 1].row if index else {}, latencies, task, names[0])
+        for index, name in enumerate(names)
+    ]
+    report = new_report(
+        machine=machine(),
+        settings=settings,
+        rows=rows,
+        files=_final_files(folder, shipped[names[-1]], task, runtimes),
+        recipe=journal.identity["recipe"],
+        commands=[command] if command else [],
+        targets=_targets(rows, settings),
+        preparation=preparation_dict(task),
+        warnings=[note for name in names for note in shipped[name].notes],
+    )
+    (folder / "recipe.yaml").write_text(journal.identity["recipe"], encoding="utf-8")
+    write_card(report, folder / "README.md")
+    write_html([report], folder / "report.html")
+    write_json(report, folder / "report.json")
+
+
+def _row(
+    name: str, shipped: Shipped, recorded: dict[str, Any], latencies: dict[str, Measurement], task: Task, original: str
+) -> dict[str, Any]:
+    """The report row of one model.
+
+    Args:
+        recorded: what the journal holds of the step; empty for the original.
+        original: the name of the first row, which the others are timed against.
+    """
+    model, scores = shipped.model, shipped.scores
+    first: Score | None = next(iter(scores.values()), None)
+    by_runtime = {key: value.value for key, value in scores.items()}
+    if task.test is not None:
+        pytorch = recorded["score"] if recorded else score_model(model, task, task.test).value
+        by_runtime = {"pytorch": pytorch, **by_runtime}
+    cost = totals(model, task.example)
+    latency: dict[str, dict[str, Any]] = {}
+    for runtime, found in latencies.items():
+        latency[runtime] = found.latency(name)
+        if name != original:
+            ratio = found.ratio(name, original)
+            latency[runtime]["left_interval"] = [ratio.low, ratio.high]
+    return row(
+        name,
+        score=None if first is None else first.value,
+        score_interval=None if first is None else (first.low, first.high),
+        scores=None if first is None else by_runtime,
+        top5=None if first is None else first.top5,
+        samples=None if first is None else first.samples,
+        params=cost.params,
+        macs=cost.macs,
+        param_bytes=cost.param_bytes,
+        file_bytes=shipped.file_bytes,
+        latency_ms=latency,
+        layers=[
+            {
+                "path": layer.path,
+                "kind": layer.kind,
+                "params": layer.params,
+                "macs": layer.macs,
+                "bytes": layer.param_bytes,
+            }
+            for layer in costs(model, task.example)
+        ],
+        seconds=recorded.get("seconds"),
+    )
+
+
+def _final_files(folder: Path, shipped: Shipped, task: Task, runtimes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Puts what ships into the run folder, and describes it for the report."""
+
+    found = {}
+    for kind, source in shipped.files.items():
+        path = folder / f"model.{kind}"
+        shutil.copyfile(source, path)
+        runtime = next((name for name in runtimes if READS[name] == kind), None)
+        if kind == "terse":
+            agreement = verify(open_module(load_terse(path)), shipped.model, inputs(task))
+            found[path.name] = describe_file(path, None, agreement, "pytorch")
+        else:
+            found[path.name] = describe_file(
+                path, shipped.scores.get(runtime or ""), shipped.agreements.get(runtime or ""), runtime
+            )
+    if "pt2" not in shipped.files:
+        path = export_pt2(shipped.model, task.example, folder / "model.pt2", task.preparation.metadata())
+        found[path.name] = describe_file(path, None, verify(open_file(path), shipped.model, inputs(task)), "pytorch")
+    return found
+
+
+def _targets(rows: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was asked for, and what became of it."""
+    first, last = rows[0], rows[-1]
+    found = []
+    if settings["max_macs"] is not None:
+        got = last["macs"] / first["macs"]
+        found.append(target("macs", f"{settings['max_macs']:g}x", f"{got:.3f}x", got <= settings["max_macs"]))
+    if settings["max_drop"] is not None:
+        drop = 100 * (first["score"] - last["score"])
+        found.append(
+            target("drop", f"{settings['max_drop']:g} points", f"{drop:.2f} points", drop <= settings["max_drop"])
+        )
+    return found
