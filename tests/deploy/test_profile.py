@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 from pathlib import Path
@@ -35,8 +34,9 @@ TASK = Task(example=X[:2], calibrate=[(X, torch.zeros(4))], quiet=True)
 class Uneven(nn.Module):
     """A residual net whose middle convolution has far more multiply-adds than all the rest."""
 
-    def __init__(self) -> None:
+    def __init__(self, turned: bool = False) -> None:
         super().__init__()
+        self.turned = turned
         self.first, self.norm = nn.Conv2d(3, 32, 1, bias=False), nn.BatchNorm2d(32)
         self.heavy, self.down = nn.Conv2d(32, 32, 7, padding=3), nn.Conv2d(32, 32, 1)
         self.shortcut, self.act = PadShortcut(0, 0, 1), nn.ReLU()
@@ -44,7 +44,7 @@ class Uneven(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(self.first(x)))
-        x = self.act(self.heavy(x) + self.down(x))
+        x = self.act(self.down(x) + self.heavy(x) if self.turned else self.heavy(x) + self.down(x))
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
@@ -103,10 +103,11 @@ def test_rows_and_shares(found: dict[str, Any], uneven: nn.Module) -> None:
     assert heavy["ms"] > 0  # the profiler counts whole microseconds, so that a tiny layer may take none
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_who_is_who_in_the_optimised_graph(uneven: nn.Module, quantized: bool, tmp_path: Path) -> None:
-    """Only one convolution is 7 by 7, in the model and in what ONNX Runtime makes of it."""
-    model = copy.deepcopy(uneven).eval()
+@pytest.mark.parametrize(("turned", "quantized"), [(False, False), (True, False), (False, True)])
+def test_who_is_who_in_the_optimised_graph(turned: bool, quantized: bool, tmp_path: Path) -> None:
+    """Only one convolution is 7 by 7, in the model and in what ONNX Runtime makes of it; one swallows the addition."""
+    torch.manual_seed(0)
+    model = Uneven(turned).eval()
     if quantized:
         model, _ = Quantize().run(model, TASK)
     model = told_apart(model)
@@ -140,6 +141,14 @@ def test_what_is_folded_takes_no_time() -> None:
     assert rows["norm", "BatchNorm2d"]["ms"] > 0
     assert rows["", "relu"]["ms"] > 0
     assert not rows["", "flatten"]["layer"]  # a view costs nothing, but PyTorch takes time to make it
+
+
+def test_a_model_in_training_mode_is_profiled_in_evaluation_mode() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(768), nn.Linear(768, 2)).train()
+    found = profile_model(model, X[:1], runtime="pytorch")  # one sample has no statistics to train with
+    check_whole(found, model, X[:1])
+    assert model[1].training
+    assert model[1].num_batches_tracked == 0
 
 
 def test_quantized() -> None:

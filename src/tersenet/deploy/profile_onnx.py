@@ -152,8 +152,7 @@ def _number(graph: Any) -> None:
 def _origins(graph: Any, executed: Iterable[Any]) -> dict[str, int]:
     """Name of an executed operator -> number of the operator of our file whose work it mostly is.
 
-    A convolution that swallowed the ReLU behind it may be named after the ReLU, or after an addition of two
-    convolutions; then it is the nearest one above that nobody else is.
+    A convolution that swallowed the ReLU behind it is named after the ReLU; then it is the nearest one above.
     """
     makers = {name: index for index, node in enumerate(graph.node) for name in node.output}
     numbers: dict[str, tuple[int, str]] = {}
@@ -163,25 +162,20 @@ def _origins(graph: Any, executed: Iterable[Any]) -> dict[str, int]:
             found = next((match for name in node.output if (match := _NUMBER.search(name))), None)
         if found:
             numbers[node.name] = int(found[1]), node.op_type
-    direct = {name: index for name, (index, kind) in numbers.items() if graph.node[index].op_type in kind}
-    taken = set(direct.values())
-    origins = dict(direct)
-    for name, (index, kind) in sorted(numbers.items(), key=lambda item: item[1]):
-        if name in direct:
-            continue
-        front, reached = deque([index]), {index}
-        while front:
-            at = front.popleft()
-            if graph.node[at].op_type in kind and at not in taken:
-                origins[name] = at
-                taken.add(at)
-                break
-            above = [makers[value] for value in graph.node[at].input if value in makers]
-            front.extend(each for each in above if each not in reached)
-            reached.update(above)
-        else:
-            origins.setdefault(name, index)
-    return origins
+    return {name: _nearest(graph, makers, index, kind) for name, (index, kind) in numbers.items()}
+
+
+def _nearest(graph: Any, makers: Mapping[str, int], index: int, kind: str) -> int:
+    """The operator of this kind at a number or next above it; the number itself where there is none."""
+    front, reached = deque([index]), {index}
+    while front:
+        at = front.popleft()
+        if graph.node[at].op_type in kind:  # "Conv" in "QLinearConv"
+            return at
+        above = [makers[value] for value in graph.node[at].input if value in makers]
+        front.extend(each for each in above if each not in reached)
+        reached.update(above)
+    return index
 
 
 def _owners(
