@@ -80,7 +80,8 @@ class Histogram:
 def affine(low: float, high: float, bits: int = 8) -> tuple[float, int]:
     """Scale and zero point of the unsigned grid that covers [low, high] and 0, with 0 exactly on the grid.
 
-    >>> affine(0.0, 2.55)
+    >>> scale, zero_point = affine(0.0, 2.55)
+    >>> round(scale, 6), zero_point
     (0.01, 0)
     >>> affine(0.0, 0.0)
     (1.0, 0)
