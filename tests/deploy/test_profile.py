@@ -174,6 +174,16 @@ def test_layers_on_sequences() -> None:
     assert "MatMul" not in {row["kind"] for row in found["rows"]}
 
 
+def test_equal_parameters_are_told_apart() -> None:
+    model = nn.ModuleList([nn.LayerNorm(2), nn.LayerNorm(2)])
+    with torch.no_grad():
+        for module in model:
+            module.bias.fill_(float("inf"))  # nothing added to it makes it another
+    values = [tuple(parameter.tolist()) for parameter in told_apart(model).parameters()]
+    assert len(set(values)) == 4
+    assert torch.equal(model[0].weight, model[1].weight)
+
+
 def test_table_fits_the_terminal(found: dict[str, Any]) -> None:
     console = Console(width=100, record=True, force_terminal=False, file=io.StringIO())
     console.print(profile_table(found))

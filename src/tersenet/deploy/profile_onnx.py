@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx, nn
 
 from tersenet.errors import require
@@ -67,13 +68,14 @@ def told_apart(model: nn.Module) -> nn.Module:
     """
     model = copy.deepcopy(model)
     seen: set[bytes] = set()
+    chance = torch.Generator().manual_seed(0)
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is None or not parameter.is_floating_point() or parameter.numel() > _SMALL:
                 continue
             value = parameter.detach().clone()
             while (mark := _digest(value.cpu().numpy())) in seen:
-                value += 1e-3
+                value.copy_(torch.rand(value.shape, generator=chance))
             seen.add(mark)
             module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     return model
