@@ -6,15 +6,42 @@ said in one sentence. With --json, standard output holds one JSON object and not
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tersenet.errors import SettingsError, TersenetError
+from tersenet.errors import SettingsError
+from tersenet.options import (
+    Batch,
+    Columns,
+    Data,
+    Epochs,
+    ImageSize,
+    Json,
+    Macs,
+    MaxDrop,
+    Mean,
+    Model,
+    OnBadImage,
+    Out,
+    Quiet,
+    RecipeFile,
+    Resume,
+    Runtime,
+    Seed,
+    Std,
+    Threads,
+    Validate,
+    Weights,
+    names_in,
+    numbers_in,
+    pair_of,
+    size_of,
+)
+from tersenet.outcome import WRONG_USE, failed, file_line, finish, say, show, wrong_use
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,68 +53,52 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # boxes leave 20 columns for the words
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Makes trained neural networks smaller and faster, and proves it on the file that ships.",
 )
 _debug = False
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="a name (resnet56), timm:NAME, torchvision:NAME, package.module:factory, FILE.pt2 or FILE.terse",
-        show_default=False,
-    ),
-]
-Weights = Annotated[Path | None, typer.Option(help="weights: .safetensors, or .pt/.pth read without running code")]
-Data = Annotated[
-    str | None, typer.Option(help="digits, parquet:DIR, folder:DIR, hf:NAME (downloads) or random:3x224x224")
-]
-Validate = Annotated[str | None, typer.Option(help="a held-out set to choose by, in the form of --data")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="a YAML file with the steps")]
-Macs = Annotated[str | None, typer.Option(help="target: this share of the multiply-adds, such as 0.5x")]
-MaxDrop = Annotated[float | None, typer.Option(help="target: at most this many points of score lost")]
-Runtime = Annotated[
-    str, typer.Option(help="onnxruntime, openvino or pytorch; several with commas, the first one counts")
-]
-Threads = Annotated[int, typer.Option(min=1, help="threads of the runtime")]
-Batch = Annotated[int, typer.Option(min=1, help="batch for latency")]
-Out = Annotated[Path, typer.Option(help="the run folder")]
-Seed = Annotated[int, typer.Option(help="of everything that draws at random")]
-Epochs = Annotated[int, typer.Option(min=0, help="training epochs that a target may use")]
-Mean = Annotated[str | None, typer.Option(help="per channel, such as 0.485,0.456,0.406 (default: the model's)")]
-Std = Annotated[str | None, typer.Option(help="per channel (default: the model's)")]
-ImageSize = Annotated[str | None, typer.Option(help="such as 224 or 180x240 (default: the model's)")]
-Columns = Annotated[str | None, typer.Option(help="image and label column, such as img,label (default: found)")]
-OnBadImage = Annotated[str, typer.Option(help="skip or stop at an image that cannot be read")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on standard error")]
-
 
 def main() -> None:
-    """The entry point: runs a command and turns our errors into one sentence and exit code 2."""
+    """The entry point: runs a command and turns what goes wrong into one sentence and an exit code."""
     try:
-        app()
-    except TersenetError as error:
+        code = app(standalone_mode=False)
+    except WRONG_USE as error:
+        code = wrong_use(error)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Exception as error:  # exit code 1 says that a target was missed, so that no error may end with it
         if _debug:
             raise
-        print(f"tersenet: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("tersenet: stopped; call again with the same --out to go on", file=sys.stderr)
-        sys.exit(130)
+        code = failed(error)
+    if code == 130:
+        say("stopped; compress and demo go on when they are called again with the same --out")
+    sys.exit(code or 0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from tersenet import __version__
+
+        print(f"tersenet {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False) -> None:
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    version: Annotated[bool, typer.Option("--version", help="show the version", callback=_version)] = False,
+) -> None:
     global _debug
     _debug = debug
     if not debug:
-        # Third-party chatter; our own warning is shown as a sentence.
+        # Third-party chatter; our own warnings are shown as a sentence.
         warnings.simplefilter("ignore")
         from tersenet.errors import NoEffect
 
         warnings.simplefilter("always", NoEffect)
+        warnings.filterwarnings("always", module=r"tersenet\.data\b")  # images that were left out
         warnings.showwarning = lambda message, category, *_, **__: print(f"warning: {message}", file=sys.stderr)
 
 
@@ -99,10 +110,10 @@ def demo(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The main job on built-in data: trains a small net on scikit-learn's digits, compresses, verifies, reports."""
+    """The main job on built-in data, scikit-learn's digits. Trains a small net, compresses it, verifies and reports."""
     from tersenet.demo import run_demo
 
-    _finish(run_demo(out, _names(runtime), seed=seed, quiet=quiet), json_)
+    finish(run_demo(out, names_in(runtime), seed=seed, quiet=quiet), json_)
 
 
 @app.command()
@@ -114,16 +125,20 @@ def profile(
     threads: Threads = 1,
     batch: Batch = 1,
     image_size: ImageSize = None,
+    columns: Columns = None,
+    on_bad_image: OnBadImage = "stop",
     json_: Json = False,
 ) -> None:
     """Where time, bytes and multiply-adds go, per layer."""
     from tersenet.deploy.profile import profile_model, profile_table
     from tersenet.sources import example_of
 
-    network, task = _open(model, weights, data, image_size=image_size, quiet=True)
+    network, task = _open(
+        model, weights, data, image_size=image_size, columns=columns, on_bad_image=on_bad_image, quiet=True
+    )
     example = task.example if data else example_of(task.preparation)
     found = profile_model(network, example, runtime=runtime, threads=threads, batch=batch)
-    _print(found, json_, lambda: profile_table(found))
+    show(found, json_, lambda: profile_table(found))
 
 
 @app.command()
@@ -138,7 +153,7 @@ def compress(
     threads: Threads = 1,
     batch: Batch = 1,
     out: Out = Path("runs/compress"),
-    resume: Annotated[bool, typer.Option(help="refuse to start anew: there must be a run to go on with")] = False,
+    resume: Resume = False,
     seed: Seed = 0,
     epochs: Epochs = 6,
     validate: Validate = None,
@@ -150,28 +165,33 @@ def compress(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Runs a recipe, or meets a target; writes files for real runtimes, checked, scored and measured, and a report."""
-    from tersenet import job
+    """Runs a recipe or meets a target, and proves it. Writes files for real runtimes, checked, scored and measured
+    there, and a report; called again with the same --out, it goes on where it stopped."""
+    from tersenet import job, sources
+    from tersenet.ship import check_runtimes
 
+    # What is cheap to check comes before the data is read.
+    steps, kept = job.recipe_of(recipe, macs, epochs), job.share(macs)
+    check_runtimes(names_in(runtime))
     if resume and not (out / "run.json").exists():
         raise SettingsError(f"--resume found no run in {out}; leave it out to start one")
-    network, task = _open(
-        model, weights, data, validate, seed, mean, std, image_size, columns, on_bad_image, quiet
-    )
+    network, task = _open(model, weights, data, validate, seed, mean, std, image_size, columns, on_bad_image, quiet)
+    if not quiet and sources.is_untrained(model, weights):
+        print(f"warning: {model} starts from random numbers; --weights gives it trained ones", file=sys.stderr)
     run = job.compress(
         network,
         task,
-        job.recipe_of(recipe, macs, epochs),
+        steps,
         out=out,
-        runtimes=_names(runtime),
+        runtimes=names_in(runtime),
         threads=threads,
         batch=batch,
         max_drop=max_drop,
-        max_macs=job.share(macs),
+        max_macs=kept,
         command=_command(),
         names={"model": model, "data": data},
     )
-    _finish(run, json_)
+    finish(run, json_)
 
 
 @app.command()
@@ -181,10 +201,15 @@ def plan(
     weights: Weights = None,
     recipe: RecipeFile = None,
     macs: Macs = None,
+    max_drop: Annotated[float | None, typer.Option(hidden=True)] = None,
     runtime: Runtime = "onnxruntime",
     threads: Threads = 1,
     batch: Batch = 1,
+    out: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    resume: Annotated[bool, typer.Option("--resume", hidden=True)] = False,
     seed: Seed = 0,
+    epochs: Epochs = 6,
+    validate: Validate = None,
     mean: Mean = None,
     std: Std = None,
     image_size: ImageSize = None,
@@ -193,15 +218,18 @@ def plan(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The dry run: builds the shapes, exports and times them on the real runtime, without any training."""
+    """The dry run of compress: shapes, sizes and times, no training. Exports each step's model and times it in the real
+    runtime; takes the options of compress."""
     from tersenet.dry_run import dry_run, dry_run_table
     from tersenet.job import recipe_of
+    from tersenet.ship import check_runtimes
 
-    network, task = _open(
-        model, weights, data, None, seed, mean, std, image_size, columns, on_bad_image, quiet
-    )
-    found = dry_run(network, task, recipe_of(recipe, macs), runtimes=_names(runtime), threads=threads, batch=batch)
-    _print(found, json_, lambda: dry_run_table(found))
+    # The hidden options do nothing here; they let a compress command be planned as it stands.
+    steps, runtimes = recipe_of(recipe, macs, epochs), names_in(runtime)
+    check_runtimes(runtimes)
+    network, task = _open(model, weights, data, validate, seed, mean, std, image_size, columns, on_bad_image, quiet)
+    found = dry_run(network, task, steps, runtimes=runtimes, threads=threads, batch=batch)
+    show(found, json_, lambda: dry_run_table(found))
 
 
 @app.command()
@@ -210,7 +238,9 @@ def measure(
         list[Path], typer.Argument(metavar="FILE...", help=".onnx, .xml, .pt2 or .terse", show_default=False)
     ],
     data: Data = None,
-    runtime: Runtime = "onnxruntime",
+    runtime: Annotated[
+        str | None, typer.Option(help="onnxruntime, openvino or pytorch; several with commas (default: each file's)")
+    ] = None,
     threads: Threads = 1,
     batch: Batch = 1,
     turns: Annotated[int, typer.Option(min=20, help="turns that the files take, in shuffled order")] = 20,
@@ -220,14 +250,15 @@ def measure(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Times files against each other in their runtimes, interleaved, with intervals; with --data, scores them there."""
+    """Times files against each other in their runtimes. They take turns, and each figure has an interval; with --data
+    the files are scored there too."""
     from tersenet.files import measure_files, measure_table
 
     found = measure_files(
-        files, _names(runtime), data, threads=threads, batch=batch, turns=turns, cold=cold,
-        columns=_pair(columns), on_bad_image=on_bad_image, quiet=quiet,
+        files, None if runtime is None else names_in(runtime), data, threads=threads, batch=batch, turns=turns,
+        cold=cold, columns=pair_of(columns), on_bad_image=on_bad_image, quiet=quiet,
     )  # fmt: skip
-    _print(found, json_, lambda: measure_table(found))
+    show(found, json_, lambda: measure_table(found))
 
 
 @app.command()
@@ -237,15 +268,11 @@ def export(
     out: Annotated[Path | None, typer.Option(help="the folder to write to (default: beside the source)")] = None,
     json_: Json = False,
 ) -> None:
-    """Writes a compressed model for other runtimes, each file checked against PyTorch."""
+    """Writes a compressed model for other runtimes. Each file is checked against PyTorch."""
     from tersenet.files import export_to
 
-    found = export_to(source, _names(to), out)
-    _print(
-        found,
-        json_,
-        lambda: "\n".join(f"{name}  largest error {value['max_abs_error']:.2g}" for name, value in found.items()),
-    )
+    found = export_to(source, names_in(to), out)
+    show(found, json_, lambda: "\n".join(file_line(name, value) for name, value in found.items()))
 
 
 @app.command()
@@ -257,12 +284,16 @@ def pack(
 ) -> None:
     """Writes one compressed file that loads without the model's class."""
     from tersenet.files import pack as pack_source
+    from tersenet.report.words import both_ways
 
     found = pack_source(source, output, weights)
-    _print(
+    show(
         found,
         json_,
-        lambda: f"{output}: {found['bytes']:,} bytes, {found['ratio']:.2f}x smaller than its float32 weights",
+        lambda: (
+            f"{output}: {found['bytes']:,} bytes; its float32 weights have {found['float32_bytes']:,} "
+            f"({both_ways(found['float32_bytes'], found['bytes'])})"
+        ),
     )
 
 
@@ -275,8 +306,8 @@ def unpack(
     """Turns a .terse file into one that plain PyTorch reads."""
     from tersenet.deploy.artifact import unpack as unpack_file
 
-    path = Path(unpack_file(source, output) or output)
-    _print({"file": str(path), "bytes": path.stat().st_size}, json_, lambda: f"{path}: {path.stat().st_size:,} bytes")
+    found = {"file": str(output), "bytes": unpack_file(source, output).stat().st_size}
+    show(found, json_, lambda: file_line(str(output), found))
 
 
 @app.command()
@@ -291,7 +322,7 @@ def predict(
     from tersenet.predict import predict_images
 
     found = predict_images(file, images, runtime, top)
-    _print(
+    show(
         found,
         json_,
         lambda: "\n".join(
@@ -303,25 +334,19 @@ def predict(
 
 @app.command()
 def check(
-    run: Annotated[Path, typer.Argument(metavar="RUN", show_default=False)],
+    source: Annotated[Path, typer.Argument(metavar="RUN|FILE", show_default=False)],
     max_drop: MaxDrop = None,
     max_latency: Annotated[str | None, typer.Option(help="such as 3ms, or 0.5x of the original's")] = None,
     max_bytes: Annotated[str | None, typer.Option(help="such as 300000, or 0.1x of the original's")] = None,
-    runtime: Annotated[str | None, typer.Option(help="default: the run's first")] = None,
+    runtime: Annotated[str | None, typer.Option(help="default: the run's first, or the file's own")] = None,
     json_: Json = False,
 ) -> None:
-    """A gate for continuous integration: exit code 1 when a run misses one of these."""
-    from tersenet.files import gate
+    """A gate for continuous integration. Exit code 1 when a run, as reported, or a file, measured now, misses one of
+    these limits."""
+    from tersenet.gate import gate, gate_text
 
-    found = gate(run, max_drop, max_latency, max_bytes, runtime)
-    _print(
-        found,
-        json_,
-        lambda: "\n".join(
-            f"{'met ' if t['met'] else 'MISSED'} {t['what']}: {t['got']} (wanted {t['wanted']})"
-            for t in found["targets"]
-        ),
-    )
+    found = gate(source, max_drop=max_drop, max_latency=max_latency, max_bytes=max_bytes, runtime=runtime)
+    show(found, json_, lambda: gate_text(found))
     if not found["met"]:
         raise typer.Exit(1)
 
@@ -337,26 +362,26 @@ def report(
     from tersenet.run import Run
 
     write_html([Run(folder).report for folder in runs], output)
-    _print({"file": str(output), "runs": [str(folder) for folder in runs]}, json_, lambda: f"wrote {output}")
+    show({"file": str(output), "runs": [str(folder) for folder in runs]}, json_, lambda: f"wrote {output}")
 
 
 @app.command()
 def methods(json_: Json = False) -> None:
-    """Every step: what it does, the layers it serves, the data it needs, its settings."""
-    from tersenet.methods import known_methods, methods_table
+    """Every step, with what it serves and needs, and its settings."""
+    from tersenet.methods import known_methods, methods_list
 
     found = known_methods()
-    _print({"methods": found}, json_, lambda: methods_table(found))
+    show({"methods": found}, json_, lambda: methods_list(found))
 
 
 @app.command()
 def doctor(json_: Json = False) -> None:
-    """What is installed, what this processor can do, what is missing and how to get it."""
+    """What is installed, what this processor can do, what is missing."""
     from tersenet.deploy.machine import doctor as examine
     from tersenet.deploy.machine import doctor_table
 
     found = examine()
-    _print(found, json_, lambda: doctor_table(found))
+    show(found, json_, lambda: doctor_table(found))
 
 
 def _open(
@@ -376,8 +401,10 @@ def _open(
     from tersenet import sources
     from tersenet.task import Task
 
-    network, preparation = sources.open_model(model, weights)
-    preparation = sources.prepared(preparation, _floats("--mean", mean), _floats("--std", std), _size(image_size))
+    network, preparation = sources.open_model(model, weights, seed)
+    preparation = sources.prepared(
+        preparation, numbers_in("--mean", mean), numbers_in("--std", std), size_of(image_size)
+    )
     if data is None:
         return network, Task(
             example=sources.example_of(preparation), original=network, preparation=preparation, quiet=quiet
@@ -390,73 +417,13 @@ def _open(
         data,
         validate=validate,
         seed=seed,
-        columns=_pair(columns),
+        columns=pair_of(columns),
         on_bad_image=on_bad_image,
         quiet=quiet,
     )
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _pair(columns: str | None) -> tuple[str, str] | None:
-    if columns is None:
-        return None
-    names = _names(columns)
-    if len(names) != 2:
-        raise SettingsError(f"--columns is {columns!r}; give the image and the label column, such as img,label")
-    return names[0], names[1]
-
-
-def _floats(option: str, text: str | None) -> tuple[float, ...] | None:
-    try:
-        return None if text is None else tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise SettingsError(f"{option} is {text!r}; give numbers with commas, one per channel") from None
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) not in (1, 2) or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise SettingsError(f"--image-size is {text!r}; give a size such as 224, or height x width such as 180x240")
-    return int(parts[0]), int(parts[-1])
 
 
 def _command() -> str:
     import shlex
 
     return shlex.join(["tersenet", *sys.argv[1:]])
-
-
-def _print(value: Any, as_json: bool, show: Any) -> None:
-    if as_json:
-        print(json.dumps(value))
-    else:
-        from rich.console import Console
-
-        Console(highlight=False, soft_wrap=True).print(show())
-
-
-def _finish(run: Any, as_json: bool) -> None:
-    """Prints a finished run; exit code 1 when a target was missed."""
-    from tersenet.report.terminal import table
-
-    if as_json:
-        print(json.dumps({"run": str(run.folder), **run.report}))
-    else:
-        from rich.console import Console
-
-        console = Console(highlight=False)
-        console.print(table(run.report))
-        for name, value in run.report["files"].items():
-            error = value.get("max_abs_error")
-            console.print(
-                f"{name}: {value['bytes']:,} bytes"
-                + ("" if error is None else f", largest error against PyTorch {error:.2g}")
-            )
-        console.print(f"\n{run.verdict}\nopen {run.folder / 'report.html'}")
-    if not run.met:
-        raise typer.Exit(1)

@@ -101,7 +101,7 @@ def dry_run_table(found: dict[str, Any]) -> Table:
     caption = f"not run: {', '.join(found['left_out'])}" if found["left_out"] else None
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption=caption, caption_justify="left")
     for title in ("step", "params", "MACs", "bytes", *(f"ms in {runtime}" for runtime in runtimes), ""):
-        table.add_column(title, justify="left" if title in ("step", "") else "right")
+        table.add_column(title, justify="left" if title in ("step", "") else "right", no_wrap=title == "step")
     for row in rows:
         times = [f"{row['latency_ms'][name]['median']:.3f}" for name in runtimes]
         size = bytes_text(row["file_bytes"].get("onnx", row["file_bytes"]["terse"]))

@@ -1,12 +1,13 @@
-"""What can be done with files and finished runs: measure, export, pack, and hold them to targets."""
+"""What can be done with files and finished runs: measure, export and pack them."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tersenet.data import open_data
 from tersenet.deploy.artifact import load_terse, save_terse, terse_preparation
@@ -18,9 +19,22 @@ from tersenet.deploy.runtimes import Runner, open_file
 from tersenet.deploy.verify import score_file, verify
 from tersenet.errors import SettingsError, require
 from tersenet.graph.costs import totals
+from tersenet.report.words import (
+    both_ways,
+    bytes_text,
+    left_text,
+    milliseconds_span,
+    milliseconds_text,
+    percent,
+    percent_span,
+    runtime_name,
+)
 from tersenet.run import Run
 from tersenet.sources import example_of, open_model
 from tersenet.task import Preparation, Task
+
+# What `export --to` can name: the ending, and the runtime that checks it.
+_WRITTEN = {"onnx": (".onnx", "onnxruntime"), "openvino": (".xml", "openvino"), "torch": (".pt2", "pytorch")}
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,7 +50,7 @@ def preparation_of(runner: Runner) -> Preparation:
 
 def measure_files(
     files: Sequence[Path],
-    runtimes: Sequence[str],
+    runtimes: Sequence[str] | None = None,
     data: str | None = None,
     *,
     threads: int = 1,
@@ -49,6 +63,9 @@ def measure_files(
 ) -> dict[str, Any]:
     """Times files against each other, each in every named runtime that reads it; with data, scores them there too.
 
+    Args:
+        files: named once each.
+        runtimes: None takes for each file the first that reads it.
     Returns:
         {"machine", "files": {PATH: {"latency_ms": {runtime: ...}, "score", ...}}, "ratios": [...]}.
     """
@@ -78,27 +95,39 @@ def measure_files(
 
 
 def measure_table(found: dict[str, Any]) -> Table:
-    """The same for a terminal: a row per file and runtime, then the ratios."""
+    """The same for a terminal of 80 columns: a row per file and runtime, under each value its 95 % interval."""
+    from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption=found["verdict"], caption_justify="left")
-    for title in ("file", "runtime", "ms", "95 % interval", "of the first", "score", "peak MiB", "load ms"):
-        table.add_column(title, justify="left" if title in ("file", "runtime") else "right")
-    left = {(each["a"], each["runtime"]): each for each in reversed(found["ratios"])}
-    for path, entry in found["files"].items():
+    from tersenet.report.terminal import cell
+
+    entries = found["files"]
+    heads = ["latency", "of the first"]
+    heads += ["score"] if any("score" in entry for entry in entries.values()) else []
+    heads += ["loading"] if any("footprint" in entry for entry in entries.values()) else []
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=found["verdict"], caption_justify="left")
+    table.add_column("file", overflow="fold")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    against = {(each["a"], each["runtime"]): each for each in reversed(found["ratios"])}
+    for path, entry in entries.items():
         for runtime, latency in entry["latency_ms"].items():
-            ratio = left.get((path, runtime))
+            ratio = against.get((path, runtime))
             score = entry.get("scores", {}).get(runtime)
-            peak, load = entry.get("peak_bytes"), entry.get("load_ms")
+            foot = entry.get("footprint", {}).get(runtime, {})
+            cells = {
+                "latency": cell(
+                    milliseconds_text(latency["median"]), milliseconds_span(latency["low"], latency["high"])
+                ),
+                "of the first": cell("")
+                if ratio is None
+                else cell(both_ways(1, ratio["ratio"]), f"{left_text(ratio['low'])}-{left_text(ratio['high'])}"),
+                "score": cell("") if score is None else cell(percent(score), percent_span(entry["score_interval"])),
+                "loading": cell(f"{foot['load_ms']:.0f} ms", bytes_text(foot["peak_bytes"])) if foot else cell(""),
+            }
             table.add_row(
-                path,
-                runtime,
-                f"{latency['median']:.3f}",
-                f"{latency['low']:.3f}-{latency['high']:.3f}",
-                "" if ratio is None else f"{ratio['ratio']:.3f} ({1 / ratio['ratio']:.2f}x)",
-                "" if score is None else f"{100 * score:.2f} %",
-                "" if peak is None else f"{peak / 2**20:.1f}",
-                "" if load is None else f"{load:.0f}",
+                Text(path).append(f"\n{runtime_name(runtime)}", style="dim"), *(cells[head] for head in heads)
             )
     return table
 
@@ -117,33 +146,43 @@ def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> 
     Args:
         source: a run folder or a .terse file.
         targets: of "onnx", "openvino", "torch".
-        out: the folder to write to; beside the source when None.
+        out: the folder to write to; beside the source when None. What a run folder has already is kept and checked:
+            its report tells the checksums of its files.
+    Raises:
+        SettingsError: on another target.
+        ExportError: when a file cannot be written.
     """
-    unknown = set(targets) - {"onnx", "openvino", "torch"}
+    unknown = sorted(set(targets) - set(_WRITTEN))
     if unknown or not targets:
-        raise SettingsError(f"--to is {', '.join(sorted(unknown)) or 'empty'}; allowed: onnx, openvino, torch")
+        raise SettingsError(f"--to is {', '.join(unknown) or 'empty'}; allowed: {', '.join(_WRITTEN)}")
     model, preparation, stem = _source(source)
+    own = set(Run(source).report["files"]) if out is None and source.is_dir() else set()
     folder = out if out is not None else (source if source.is_dir() else source.parent)
     example = example_of(preparation)
     found = {}
-    for name in targets:
-        if name == "torch":
-            path = export_pt2(model, example, folder / f"{stem}.pt2", preparation.metadata())
-        else:
-            path = export_onnx(model, example, folder / f"{stem}.onnx", preparation)
-        if name == "openvino":
-            path = _openvino(path, folder / f"{stem}.xml")
-        runtime = {"torch": "pytorch", "onnx": "onnxruntime", "openvino": "openvino"}[name]
+    for name in dict.fromkeys(targets):
+        suffix, runtime = _WRITTEN[name]
+        path = folder / f"{stem}{suffix}"
+        if path.name not in own or not path.is_file():
+            _write(model, example, preparation, path)
         agreement = verify(open_file(path, runtime), model, [example])
-        found[str(path)] = {"bytes": path.stat().st_size, "max_abs_error": agreement.max_abs_error}
+        weights = path.with_suffix(".bin")
+        size = path.stat().st_size + (weights.stat().st_size if suffix == ".xml" else 0)
+        found[str(path)] = {"bytes": size, "max_abs_error": agreement.max_abs_error}
     return found
 
 
-def _openvino(onnx: Path, path: Path) -> Path:
-    """An ONNX file as OpenVINO's own .xml and .bin."""
-    openvino = require("openvino", "openvino", "write OpenVINO files")
-    openvino.save_model(openvino.convert_model(str(onnx)), str(path), compress_to_fp16=False)
-    return path
+def _write(model: nn.Module, example: Tensor, preparation: Preparation, path: Path) -> None:
+    if path.suffix == ".pt2":
+        export_pt2(model, example, path, preparation.metadata())
+    elif path.suffix == ".onnx":
+        export_onnx(model, example, path, preparation)
+    else:  # OpenVINO's own .xml and .bin
+        openvino = require("openvino", "openvino", "write OpenVINO files")
+        with tempfile.TemporaryDirectory() as scratch:
+            onnx = export_onnx(model, example, Path(scratch) / "model.onnx", preparation)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            openvino.save_model(openvino.convert_model(str(onnx)), str(path), compress_to_fp16=False)
 
 
 def pack(source: str, output: Path, weights: Path | None = None) -> dict[str, Any]:
@@ -158,54 +197,3 @@ def pack(source: str, output: Path, weights: Path | None = None) -> dict[str, An
     cost = totals(model, example_of(preparation))
     size = output.stat().st_size
     return {"file": str(output), "bytes": size, "float32_bytes": 4 * cost.params, "ratio": 4 * cost.params / size}
-
-
-def gate(
-    folder: Path,
-    max_drop: float | None = None,
-    max_latency: str | None = None,
-    max_bytes: str | None = None,
-    runtime: str | None = None,
-) -> dict[str, Any]:
-    """Holds a finished run to limits: {"met": bool, "targets": [{"what", "wanted", "got", "met"}]}.
-
-    Args:
-        max_drop: points of score.
-        max_latency: "3ms", or "0.5x" of the original's, in the run's first runtime or in `runtime`.
-        max_bytes: "300000", or "0.1x" of the original's; of the .terse file against the original's .onnx, else .terse.
-    """
-    report = Run(folder).report
-    first, last = report["rows"][0], report["rows"][-1]
-    if max_drop is None and max_latency is None and max_bytes is None:
-        raise SettingsError("nothing to check: give --max-drop, --max-latency or --max-bytes")
-    targets = []
-    if max_drop is not None:
-        if last.get("score") is None:
-            raise SettingsError(f"{folder} has no score, so its drop cannot be checked; run compress on labelled data")
-        drop = 100 * (first["score"] - last["score"])
-        targets.append({"what": "drop in points", "wanted": max_drop, "got": round(drop, 4), "met": drop <= max_drop})
-    if max_latency is not None:
-        name = runtime or next(iter(last["latency_ms"]))
-        if name not in last["latency_ms"]:
-            raise SettingsError(f"{folder} has no latency in {name!r} (it has {', '.join(last['latency_ms'])})")
-        limit = _limit("--max-latency", max_latency, "ms", first["latency_ms"][name]["median"])
-        got = last["latency_ms"][name]["median"]
-        targets.append({"what": f"ms in {name}", "wanted": limit, "got": got, "met": got <= limit})
-    if max_bytes is not None:
-        was = first["file_bytes"].get("onnx", first["file_bytes"]["terse"])
-        limit, got = _limit("--max-bytes", max_bytes, "", was), last["file_bytes"]["terse"]
-        targets.append({"what": "bytes of model.terse", "wanted": limit, "got": got, "met": got <= limit})
-    return {"met": all(each["met"] for each in targets), "targets": targets}
-
-
-def _limit(option: str, text: str, unit: str, original: float) -> float:
-    """ "3ms" as 3, "0.5x" as half of the original's."""
-    share = text.endswith("x")
-    try:
-        value = float(text.removesuffix("x") if share else text.removesuffix(unit))
-    except ValueError:
-        value = -1.0
-    if value <= 0:
-        example = f"3{unit}" if unit else "300000"
-        raise SettingsError(f"{option} is {text!r}; give a limit such as {example}, or 0.5x of the original's")
-    return value * original if share else value

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tersenet.recipe import COMPANIONS, STEPS, step_class
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
 
 def known_methods() -> list[dict[str, Any]]:
@@ -49,23 +49,25 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return None
 
 
-def methods_table(found: list[dict[str, Any]]) -> Table:
+def methods_list(found: list[dict[str, Any]]) -> RenderableType:
     """The same for a terminal."""
-    from rich.table import Table
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
-    for title in ("name", "family", "what it does", "layers", "data needed", "settings"):
-        table.add_column(title, overflow="fold")
+    shown: list[RenderableType] = []
     for entry in found:
         settings = ", ".join(
             f"{key}={value}" for key, value in entry["settings"].items() if key not in ("only", "skip")
         )
-        table.add_row(
-            entry["name"],
-            entry.get("family", "companion"),
-            entry["summary"],
-            ", ".join(entry.get("serves", ())) or "any",
-            entry.get("needs", "-"),
-            settings,
-        )
-    return table
+        if entry["kind"] == "companion":
+            what = "companion of train"
+        else:
+            served = ", ".join(entry["serves"]) or "any layer"
+            what = f"{entry['family']}; serves {served}; data needed: {entry['needs']}"
+        shown.append(Text(entry["name"], style="bold").append(f"  ({what})", style="not bold dim"))
+        shown.append(Padding(Text(entry["summary"]), (0, 0, 0, 4)))
+        if settings:
+            shown.append(Padding(Text(settings, style="dim"), (0, 0, 0, 4)))
+    shown.append(Text("\nEvery step also takes only and skip: layer paths with * or layer types."))
+    return Group(*shown)

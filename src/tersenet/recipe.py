@@ -73,6 +73,8 @@ class Recipe:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise RecipeError(f"the recipe {path} cannot be read: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"the recipe {path} is no text in UTF-8; give a YAML file") from error
         try:
             return cls.parse(text, steps)
         except TersenetError as error:

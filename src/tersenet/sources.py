@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tersenet import models
 from tersenet.data import open_data
 from tersenet.errors import ModelError, SettingsError
 from tersenet.graph.trace import trace
@@ -17,13 +18,14 @@ from tersenet.models.weights import load_weights
 from tersenet.task import Preparation, Task
 
 
-def open_model(spec: str, weights: str | Path | None = None) -> tuple[nn.Module, Preparation]:
+def open_model(spec: str, weights: str | Path | None = None, seed: int = 0) -> tuple[nn.Module, Preparation]:
     """A model by name or file, in evaluation mode, and how its inputs are prepared.
 
     Args:
         spec: a name in tersenet.models ("resnet56"), "timm:NAME", "torchvision:NAME", "package.module:factory",
             FILE.pt2 or FILE.terse.
         weights: .safetensors, or .pt/.pth read without running code from it.
+        seed: of the numbers that a model is born with, so that a run that starts from them can be continued.
     Raises:
         ModelError: when there is no such model, or the weights do not fit it.
     """
@@ -40,8 +42,16 @@ def open_model(spec: str, weights: str | Path | None = None) -> tuple[nn.Module,
         return load_terse(Path(spec)).eval(), terse_preparation(Path(spec))
     if spec.endswith(".pt2"):
         return _open_program(Path(spec), weights)
-    model, preparation = open_other(spec, weights)
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)
+        model, preparation = open_other(spec, weights)
     return model.eval(), preparation
+
+
+def is_untrained(spec: str, weights: str | Path | None = None) -> bool:
+    """Whether this names an architecture with random numbers; of the user's own code it cannot be known."""
+    named = spec in models.REFERENCES or (spec.startswith(("timm:", "torchvision:")) and "." not in spec)
+    return named and weights is None
 
 
 def _open_program(path: Path, weights: str | Path | None) -> tuple[nn.Module, Preparation]:

@@ -132,7 +132,9 @@ def unpack(path: str | Path, out: str | Path) -> Path:
         model = load_terse(path)
         shape = [2, *model.input_shape[1:]]  # type: ignore[index]
         dtype = graph_json.DTYPES[container.inspect(path).manifest["input"]["dtype"]]
-        return export_pt2(model, torch.zeros(shape, dtype=dtype), out)
+        said = container.inspect(path).manifest.get("preparation") is not None
+        metadata = terse_preparation(path).metadata() if said else None
+        return export_pt2(model, torch.zeros(shape, dtype=dtype), out, metadata)
     raise SettingsError(f"a .terse file unpacks to .pt2 or .safetensors, got {out.name!r}; choose one of these endings")
 
 
