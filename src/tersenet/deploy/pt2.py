@@ -54,9 +54,15 @@ def export_pt2(model: nn.Module, example: Tensor, path: str | Path, metadata: di
     """
     program = export(model, example)
     program.example_inputs = None  # else the example, perhaps somebody's photograph, would ship inside the file
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths and lines of the author's machine, most of a small file's bytes
+    # Through memory, because the archive takes the name of the file that it is written to.
+    buffer = io.BytesIO()
+    with _quiet():
+        torch.export.save(program, buffer, extra_files={_METADATA: json.dumps(metadata or {})})
     path = Path(path)
-    with writing(path) as temporary, _quiet():
-        torch.export.save(program, temporary, extra_files={_METADATA: json.dumps(metadata or {})})
+    with writing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
     return path
 
 
