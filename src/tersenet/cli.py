@@ -63,7 +63,7 @@ _debug = False
 def main() -> None:
     """The entry point: runs a command and turns what goes wrong into one sentence and an exit code."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="tersenet", standalone_mode=False)
     except WRONG_USE as error:
         code = wrong_use(error)
     except (KeyboardInterrupt, typer.Abort):

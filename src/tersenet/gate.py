@@ -101,7 +101,9 @@ def _of_file(path: Path, limits: Limits) -> list[dict[str, Any]]:
                 f"{path} does not lie in its run folder, so its score is not known; check the run folder"
             )
         # A .terse file computes what PyTorch does, bit for bit.
-        score = report["rows"][-1]["scores"].get("pytorch") if path.suffix == ".terse" else entry.get("score")
+        score = (
+            (report["rows"][-1].get("scores") or {}).get("pytorch") if path.suffix == ".terse" else entry.get("score")
+        )
         targets.append(_drop(str(path), first, score, limits.drop))
     if limits.latency is not None:
         was = None if first is None else first["latency_ms"].get(runtime, {}).get("median")

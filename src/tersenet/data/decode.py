@@ -132,7 +132,9 @@ def _decode(encoded: Encoded, preparation: Preparation, what: str, on_bad_image:
     count = len(encoded.names)
     images = np.empty((count, preparation.channels, *preparation.size), np.uint8)
     good, bad = [], []
-    numbers = track(range(count), f"decoding {what}", console=Console(stderr=True), transient=True, disable=quiet)
+    console = Console(stderr=True)
+    hidden = quiet or not console.is_terminal  # a log would get an empty line of it
+    numbers = track(range(count), f"decoding {what}", console=console, transient=True, disable=hidden)
     for index in numbers:
         try:
             source = encoded.read(index)
@@ -140,7 +142,9 @@ def _decode(encoded: Encoded, preparation: Preparation, what: str, on_bad_image:
             images[index] = pixels(pillow.open(io.BytesIO(data)), preparation)
         except Exception as error:  # PIL's decoders raise many kinds on damaged files
             if on_bad_image == "stop":
-                raise DataError(_unreadable(what, encoded.names[index], f" ({error})")) from error
+                # PIL would tell the address of the bytes in memory.
+                why = "" if isinstance(error, pillow.UnidentifiedImageError) else f" ({error})"
+                raise DataError(_unreadable(what, encoded.names[index], why)) from error
             bad.append(encoded.names[index])
             continue
         good.append(index)
@@ -148,7 +152,7 @@ def _decode(encoded: Encoded, preparation: Preparation, what: str, on_bad_image:
 
 
 def _unreadable(what: str, name: str, why: str) -> str:
-    return f"{name} of {what} is not an image that can be read{why}; mend or remove it, or set on_bad_image to skip"
+    return f"{name} of {what} is not an image that can be read{why}; mend or remove it, or skip such images (--on-bad-image skip)"
 
 
 def _cached(encoded: Encoded, preparation: Preparation) -> Path | None:
