@@ -222,8 +222,10 @@ def _read_parquet(paths: Sequence[Path]) -> Any:
                 keep_in_memory=True,
             )
     except Exception as error:  # pyarrow and the builders raise many kinds on damaged files
-        files = ", ".join(map(str, paths))
-        raise DataError(f"{files} cannot be read as parquet: {_first_line(error.__cause__ or error)}") from error
+        files, said = ", ".join(map(str, paths)), _first_line(error.__cause__ or error)
+        if "corresponds to no data" in said:  # how `datasets` says that a table has no rows
+            raise DataError(f"{files} is empty (0 samples); give at least one image") from error
+        raise DataError(f"{files} cannot be read as parquet: {said}") from error
 
 
 def _tables(tables: Mapping[str, Any], keys: Mapping[str, Any], columns: Sequence[str] | None, what: str) -> Found:
