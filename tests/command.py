@@ -8,6 +8,7 @@ import json
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -55,15 +56,28 @@ def tersenet(*arguments: object) -> Ended:
     """`tersenet ARGUMENTS`, in this process and folder."""
     out, err = io.StringIO(), io.StringIO()
     typed = ["tersenet", *map(str, arguments)]
-    # The command sets the process's warnings; the tests' own come back afterwards.
-    with mock.patch.object(sys, "argv", typed), warnings.catch_warnings():
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as ended:
-                return Ended(int(ended.code or 0), out.getvalue(), err.getvalue())
+    with (
+        mock.patch.object(sys, "argv", typed),
+        warnings.catch_warnings(),  # the command sets the process's warnings
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as ended:
+            return Ended(int(ended.code or 0), out.getvalue(), err.getvalue())
     raise AssertionError("main() returned without an exit code")
 
 
 def _refused(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
+
+
+@dataclass(frozen=True)
+class DigitsRun:
+    """A finished run of `tersenet compress --json` on digits."""
+
+    folder: Path
+    weights: Path
+    recipe: Path
+    ended: Ended

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
-from command import Ended, tersenet
 
+from command import DigitsRun, tersenet
 from tersenet import models
 from tersenet.models.weights import save_weights
 from tersenet.sources import open_task
@@ -22,16 +21,6 @@ steps:
 - fold_batch_norm: {}
 - quantize: {}
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class DigitsRun:
-    """A finished run of `tersenet compress --json` on digits."""
-
-    folder: Path
-    weights: Path
-    recipe: Path
-    ended: Ended
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from command import Ended, tersenet
 from safetensors.torch import load_file, save_file
 
+from command import Ended, tersenet
 from tersenet import models
 
 FOLD = "steps: [fold_batch_norm]"
@@ -74,7 +74,8 @@ def test_missing_weights(here: Path) -> None:
 def test_weights_with_other_names(here: Path, state: dict[str, torch.Tensor]) -> None:
     save_file({key.replace("conv2", "second"): value for key, value in state.items()}, "other.safetensors")
     sentence = compressed("--weights", "other.safetensors").sentence
-    assert "missing conv2." in sentence and "unexpected second." in sentence
+    assert "missing conv2." in sentence
+    assert "unexpected second." in sentence
     many = {f"wrong{index}": torch.zeros(1) for index in range(9)}
     save_file(many, "many.safetensors")
     sentence = compressed("--weights", "many.safetensors").sentence
@@ -95,7 +96,8 @@ def test_a_pickle_with_code_is_refused_and_not_executed(here: Path, form: str) -
     else:
         Path("evil.pt").write_bytes(pickle.dumps({"state_dict": Evil()}))
     sentence = compressed("--weights", "evil.pt").sentence
-    assert "refused" in sentence and "nothing in it was executed" in sentence
+    assert "refused" in sentence
+    assert "nothing in it was executed" in sentence
     assert not Path("executed").exists()
     # It would have worked: the same bytes, read without care.
     if form == "bare":
@@ -109,7 +111,8 @@ def test_weights_that_are_not_finite(here: Path, state: dict[str, torch.Tensor],
     state[key][0, 0, 0, 0] = value
     save_file(state, "bad.safetensors")
     sentence = compressed("--weights", "bad.safetensors").sentence
-    assert key in sentence and ("NaN" in sentence or "infinite" in sentence)
+    assert key in sentence
+    assert "NaN" in sentence or "infinite" in sentence
 
 
 def test_damaged_weights(here: Path, state: dict[str, torch.Tensor]) -> None:
@@ -156,7 +159,8 @@ def test_control_flow_that_depends_on_the_data(here: Path, command: str, monkeyp
     # torch would print the graph that it had captured so far.
     assert not any(word in ended.err + ended.out for word in ("class GraphModule", "aten.", "torch.fx", "def forward"))
     assert len(ended.err.splitlines()) <= 3
-    assert not (here / "model.terse").exists() and not list(here.glob("run/0*"))
+    assert not (here / "model.terse").exists()
+    assert not list(here.glob("run/0*"))
 
 
 # Recipes and options
@@ -255,7 +259,8 @@ def photos(here: Path, digit_images: list[Path]) -> Path:
 
 def test_a_corrupt_image_is_named(photos: Path) -> None:
     ended = compressed(data="folder:photos")
-    assert "b/torn.png" in ended.sentence and "--on-bad-image skip" in ended.sentence
+    assert "b/torn.png" in ended.sentence
+    assert "--on-bad-image skip" in ended.sentence
     assert "0x" not in ended.sentence  # no address in memory
     assert len(ended.err.strip().splitlines()) <= 2
 
@@ -266,7 +271,8 @@ def test_a_corrupt_image_is_skipped_on_request(photos: Path) -> None:
         "plan", "digits", "--data", "folder:photos", "--recipe", "fold.yaml", "--on-bad-image", "skip", "--json", "-q"
     )
     assert ended.code == 0, ended.err
-    assert "b/torn.png" in ended.err and ended.err.startswith("warning: 1 ")
+    assert "b/torn.png" in ended.err
+    assert ended.err.startswith("warning: 1 ")
     assert len(ended.json["rows"]) == 2
 
 
@@ -298,7 +304,7 @@ def test_labels_out_of_range(table: Any, labels: list[int], words: tuple[str, ..
     table(labels)
     table([0, 1], "test")
     sentence = compressed(data="parquet:data").sentence
-    assert "label column" in sentence and all(word in sentence for word in words), sentence
+    assert all(word in sentence for word in ("label column", *words)), sentence
 
 
 @closing
@@ -306,17 +312,20 @@ def test_no_samples_to_calibrate_on(table: Any, here: Path) -> None:
     table([])
     table([0, 1], "test")
     sentence = compressed(data="parquet:data", recipe="int8.yaml").sentence
-    assert "train" in sentence and "0 samples" in sentence
+    assert "train" in sentence
+    assert "0 samples" in sentence
     (here / "none.yaml").write_text("steps: [quantize: {samples: 0}]")
     assert "samples" in compressed(recipe="none.yaml").sentence
 
 
 def test_a_target_on_data_without_labels(here: Path) -> None:
     sentence = compressed("--max-drop", "1", data="random:1x8x8").sentence
-    assert "max_drop" in sentence and "labelled" in sentence
+    assert "max_drop" in sentence
+    assert "labelled" in sentence
     (here / "train.yaml").write_text("steps: [fold_batch_norm, train: {epochs: 1}]")
     sentence = compressed(data="random:1x8x8", recipe="train.yaml").sentence
-    assert "no labelled training data for train" in sentence and "remain: fold_batch_norm" in sentence
+    assert "no labelled training data for train" in sentence
+    assert "remain: fold_batch_norm" in sentence
 
 
 # Files and runs
