@@ -24,7 +24,8 @@ from tersenet.prune.prune_channels import PruneChannels
 from tersenet.sources import example_of
 from tersenet.task import Task
 
-NAMES = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet18", "resnet34", "resnet50", "mobilenet_v2")
+CIFAR = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+NAMES = (*CIFAR, "resnet18", "resnet34", "resnet50", "mobilenet_v2")
 
 
 def seconds(work: object, *args: object) -> float:

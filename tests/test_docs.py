@@ -57,3 +57,9 @@ def test_the_files_that_the_readme_links_to_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if "://" not in target:
             assert (ROOT / target).exists(), target
+
+
+def test_the_figures_of_the_readme_are_those_of_the_reports() -> None:
+    done = subprocess.run([sys.executable, "docs/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall("<!-- from ", README)) == 3

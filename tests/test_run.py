@@ -235,3 +235,12 @@ def test_an_error_keeps_what_was_finished(tmp_path: Path) -> None:
         compress(model, task_for(model), (*steps, Breaks()), out=tmp_path / "run")
     assert json.loads((tmp_path / "run" / "01-prune_channels.json").read_text())["step"] == "prune_channels"
     assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_a_run_that_failed_at_once_can_be_started_anew(tmp_path: Path) -> None:
+    model = tiny()
+    with pytest.raises(ModelError):
+        compress(model, task_for(model), (Breaks(),), out=tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+    steps = Recipe.parse("steps: [{prune_channels: {}}]").steps
+    assert compress(model, task_for(model), steps, out=tmp_path / "run").met

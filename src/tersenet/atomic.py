@@ -10,6 +10,10 @@ from pathlib import Path
 
 from tersenet.errors import TersenetError
 
+_NOT_WRITABLE = (
+    errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT,
+)  # fmt: skip
+
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -33,7 +37,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise TersenetError(
                 f"the disk is full: {path} could not be written; free some space and call again to go on"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        if error.errno in _NOT_WRITABLE:
             raise TersenetError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
         raise
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -104,7 +105,7 @@ def compress(
         **(names or {}),
     }  # fmt: skip
     journal = Journal(Path(out), steps, _identity(original, task, steps))
-    say = Console(stderr=True, quiet=task.quiet, highlight=False).print
+    say = functools.partial(Console(stderr=True, quiet=task.quiet, highlight=False).print, soft_wrap=True)
     started = time.monotonic()
     _run_steps(journal, original, task, say)
     report_path = Path(out) / "report.json"

@@ -53,11 +53,15 @@ class Journal:
         self.folder, self.steps, self.identity = folder, steps, identity
         self.entries: list[Entry] = []
         manifest = folder / "run.json"
-        if manifest.exists():
+        begun = manifest.exists() and any(
+            path.suffix == ".state" or path.name[:2].isdigit() for path in folder.iterdir()
+        )
+        if begun:
             self._check(manifest)
             self._read()
         else:
-            if folder.exists() and any(folder.iterdir()):
+            # A run that failed before its first step was done holds nothing that could be lost.
+            if folder.exists() and any(path != manifest for path in folder.iterdir()):
                 raise RunError(
                     f"{folder} is not empty and holds no run of ours; choose another folder with --out, or empty it"
                 )

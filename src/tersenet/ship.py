@@ -16,9 +16,9 @@ from tersenet.deploy.artifact import save_terse
 from tersenet.deploy.measure import Contender, Measurement, measure
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.pt2 import export_pt2
-from tersenet.deploy.runtimes import open_file
+from tersenet.deploy.runtimes import RUNTIMES, open_file
 from tersenet.deploy.verify import Agreement, score_file, verify
-from tersenet.errors import SettingsError
+from tersenet.errors import SettingsError, require
 from tersenet.task import Score, Task, batch_input
 
 # What each runtime reads.
@@ -55,6 +55,9 @@ def check_runtimes(runtimes: Sequence[str]) -> None:
     for runtime in runtimes:
         if runtime not in READS:
             raise SettingsError(f"unknown runtime {runtime!r} (known: {', '.join(READS)})")
+        used = RUNTIMES[runtime]
+        if used.extra is not None:
+            require(used.package, used.extra, f"run files in {runtime}")
 
 
 def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequence[str]) -> Shipped:

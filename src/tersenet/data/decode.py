@@ -152,7 +152,10 @@ def _decode(encoded: Encoded, preparation: Preparation, what: str, on_bad_image:
 
 
 def _unreadable(what: str, name: str, why: str) -> str:
-    return f"{name} of {what} is not an image that can be read{why}; mend or remove it, or skip such images (--on-bad-image skip)"
+    return (
+        f"{name} of {what} is not an image that can be read{why}; mend or remove it, "
+        "or skip such images (--on-bad-image skip)"
+    )
 
 
 def _cached(encoded: Encoded, preparation: Preparation) -> Path | None:

@@ -40,7 +40,7 @@ class SoftTargets(Companion):
         teacher: another teacher than the task's original model (Python only).
     """
 
-    summary: ClassVar[str] = "follow the original model's softened probabilities (Hinton et al., 2015)"
+    summary: ClassVar[str] = "follows the original model's softened probabilities (Hinton et al., 2015)"
 
     temperature: float = 4.0
     weight: float = 0.9
