@@ -42,7 +42,8 @@ compress(model, task, recipe, out=Path(sys.argv[1]))
 def start(folder: Path) -> subprocess.Popen:
     process = subprocess.Popen([sys.executable, "-c", CODE, str(folder)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == "started\n"
+    with process.stdout as said:
+        assert said.readline() == "started\n"
     return process
 
 

@@ -194,7 +194,8 @@ def identity_convolution(channels: int, before: int, after: int, stride: int) ->
 
     Runtimes have int8 kernels for it and none for a strided slice, so the network stays in integers.
     """
-    layer = nn.Conv2d(channels, before + channels + after, 1, stride, bias=False)
+    # Not initialised, because that would draw from the user's random numbers.
+    layer = nn.utils.skip_init(nn.Conv2d, channels, before + channels + after, 1, stride=stride, bias=False)
     with torch.no_grad():
         layer.weight.zero_()
         layer.weight[before : before + channels, :, 0, 0] = torch.eye(channels)
