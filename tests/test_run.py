@@ -22,6 +22,8 @@ from tersenet.run import Journal, Run
 from tersenet.step import Plan, Step
 from tersenet.task import Task
 
+pytestmark = pytest.mark.minutes
+
 RECIPE = """
 schema: 1
 steps:

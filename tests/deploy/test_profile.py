@@ -151,6 +151,7 @@ def test_a_model_in_training_mode_is_profiled_in_evaluation_mode() -> None:
     assert model[1].num_batches_tracked == 0
 
 
+@pytest.mark.minutes
 def test_quantized() -> None:
     torch.manual_seed(0)
     model, _ = Quantize().run(Uneven().eval(), TASK)

@@ -69,6 +69,7 @@ def nets() -> tuple[nn.Module, nn.Module]:
     return teacher, nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
+@pytest.mark.minutes
 def test_a_student_learns_from_the_original_without_labels() -> None:
     teacher, student = nets()
     inputs = [torch.randn(32, 6) for _ in range(8)]

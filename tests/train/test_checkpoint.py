@@ -177,6 +177,7 @@ def test_data_that_can_start_anywhere_is_not_read_from_its_beginning(tmp_path: P
     assert equal(numbers(model), numbers(whole))
 
 
+@pytest.mark.minutes
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     script = tmp_path / "subject.py"
