@@ -229,3 +229,20 @@ def test_a_plan_of_another_model_is_refused() -> None:
     plan = Quantize().plan(residual(), task_of())
     with pytest.raises(SettingsError, match="plan"):
         Quantize().apply(nn.Sequential(nn.Conv2d(3, 4, 3)), plan)
+
+
+def test_weights_first_and_activations_later_is_both_at_once() -> None:
+    model, task = residual(), task_of()
+    at_once, _ = Quantize().run(copy.deepcopy(model), task)
+    weights, _ = Quantize(activations=None).run(copy.deepcopy(model), task)
+    later, plan = Quantize().run(weights, task)
+    assert plan["layers"]
+    assert torch.equal(at_once.eval()(X), later.eval()(X))
+
+
+def test_matching_nothing_after_weights_leaves_the_weights() -> None:
+    weights, _ = Quantize(activations=None).run(residual(), task_of())
+    before = weights(X)
+    with pytest.warns(NoEffect):
+        after, _ = Quantize(only=("no such layer",)).run(weights, task_of())
+    assert torch.equal(before, after(X))

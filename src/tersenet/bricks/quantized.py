@@ -83,6 +83,18 @@ class QuantizedLayer(ScaledLayer):
             brick.weight, brick.bias = layer.weight, layer.bias
         return brick.train(layer.training)
 
+    def unquantized(self) -> nn.Module:
+        """The inverse of `of`: the torch.nn layer with the float weights, which the brick still has."""
+        kind: Any = nn.Conv2d if isinstance(self, nn.Conv2d) else nn.Linear
+        with torch.device("meta"):
+            layer = kind(**_config(self))
+        if parametrize.is_parametrized(self):
+            layer.weight, layer.bias = nn.Parameter(torch.empty_like(self.weight)), self.bias
+            parametrize.transfer_parametrizations_and_params(self, layer)
+        else:
+            layer.weight, layer.bias = self.weight, self.bias
+        return layer.train(self.training)
+
     def rounded_weight(self) -> Tensor:
         """(O, ...): the weight as the runtime sees it."""
         return fake_quantize(self.weight, _channels(self.weight_scale, self.weight), 0, LOW, HIGH)

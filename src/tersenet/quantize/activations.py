@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tersenet.bricks.brick import Brick
-from tersenet.bricks.quantized import identity_convolution, quantized_kind
+from tersenet.bricks.quantized import QuantizedLayer, identity_convolution, quantized_kind
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.shortcut import PadShortcut
 from tersenet.errors import SettingsError
@@ -30,6 +30,7 @@ def plan_activations(model: nn.Module, example: Tensor, step: Step) -> Plan:
         "points": {grid: [node, ...]}, "float": {layer or node: why}}, or {} when no layer can be quantized.
     """
     graph = trace(copy.deepcopy(model), example)
+    _unquantize_weights(graph)
     shortcuts = _shortcuts(graph, step)
     _prepare(graph, shortcuts)
     layers, floats = {}, {}
@@ -68,6 +69,7 @@ def apply_activations(model: nn.Module, plan: Plan) -> fx.GraphModule:
     device = next((p.device for p in model.parameters()), None)
     dtype = getattr(torch, plan["input"]["dtype"])
     graph = trace(model, torch.zeros(plan["input"]["shape"], dtype=dtype, device=device))
+    _unquantize_weights(graph)
     _prepare(graph, plan["shortcuts"])
     try:
         for path in plan["layers"]:
@@ -84,6 +86,13 @@ def apply_activations(model: nn.Module, plan: Plan) -> fx.GraphModule:
             f"the plan does not fit: this model has no {error}; apply it to the model it was made for"
         ) from error
     return graph.to(device) if device is not None else graph
+
+
+def _unquantize_weights(graph: fx.GraphModule) -> None:
+    """Layers whose weights alone were quantized start again from their float weights, with activations this time."""
+    for path, module in list(graph.named_modules()):
+        if isinstance(module, QuantizedLayer) and module.input_scale is None:
+            graph.add_submodule(path, module.unquantized())
 
 
 def _shortcuts(graph: fx.GraphModule, step: Step) -> dict[str, list[int]]:

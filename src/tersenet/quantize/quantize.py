@@ -109,7 +109,7 @@ class Quantize(Step):
             if not bool(torch.isfinite(brick.weight).all()):
                 raise ModelError(f"the weights of {path or 'the layer'} hold NaN or infinity; load finite weights")
             brick.weight_scale.copy_(weight_scales(brick.weight, method=self.ranges))
-        if self.activations is not None and bricks:
+        if self.activations is not None and any(brick.input_quantized for brick in bricks.values()):
             from tersenet.quantize.calibrate import calibrate
 
             calibrate(model, task, self.ranges, self.percentile, self.samples)
