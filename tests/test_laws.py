@@ -69,6 +69,7 @@ def test_zero_strength_is_harmless(case: Any) -> None:
         laws.zero_strength_is_harmless(found.zero, model, task, found.tolerance)
 
 
+@pytest.mark.minutes
 def test_file_is_the_model(case: Any, tmp_path: Path) -> None:
     laws.file_is_the_model(case[0].step, *case[1:], tmp_path)
 

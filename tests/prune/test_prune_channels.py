@@ -217,6 +217,7 @@ def test_fit_needs_data_and_changes_no_structure(model: nn.Module) -> None:
     [("digits", True), ("resnet20", True), ("resnet18", True), ("resnet50", False), ("mobilenet_v2", False),
      ("vgg16_bn_cifar", False)],
 )  # fmt: skip
+@pytest.mark.minutes
 def test_reference_models(name: str, residual: bool) -> None:
     torch.manual_seed(0)
     model = build(name).eval()
@@ -234,6 +235,7 @@ def test_reference_models(name: str, residual: bool) -> None:
     torch.testing.assert_close(exported(example), cut(example), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.minutes
 def test_resnet20_on_cifar() -> None:
     """Half of each block's inner channels, no training: far above the 10 % of chance and of the cut without repair."""
     weights, data = SHARED / "weights" / "cifar10_resnet20.safetensors", SHARED / "cifar10"

@@ -13,6 +13,9 @@ import pytest
 from tersenet.errors import FileError, MissingExtra
 from tersenet.report.page import write_html
 
+pytestmark = pytest.mark.minutes
+
+
 ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 ARGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 NASTY = "<script>window.broken=1</script><img src=x onerror='window.broken=2'><i>tilt</i>"

@@ -45,8 +45,14 @@ DESIGN = {
     "verdict": "...",
 }
 
+
 # (where, value): each puts one wrong thing into the example; DELETE takes the key away.
-DELETE = object()
+class _Gone:
+    def __repr__(self) -> str:
+        return "gone"
+
+
+DELETE = _Gone()
 BROKEN = [
     (("schema",), 2),
     (("schema",), True),

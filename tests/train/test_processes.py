@@ -51,6 +51,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.minutes
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch with gloo")
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("the script itself", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(launcher: str, tmp_path: Path) -> None:
