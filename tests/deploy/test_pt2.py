@@ -185,7 +185,8 @@ def test_code_in_the_guards_is_never_run(saved, tmp_path, monkeypatch):
 
 def test_an_untouched_rewrite_still_loads(saved, tmp_path):
     """The attacks above are refused for what they change, not for having been rewritten."""
-    read_pt2(rewrite(saved[1], tmp_path / "same.pt2", lambda records: records))
+    module, shape, _ = read_pt2(rewrite(saved[1], tmp_path / "same.pt2", lambda records: records))
+    assert module(torch.zeros(1, *shape[1:])).shape[0] == 1
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])

@@ -76,24 +76,14 @@ class QuantizedLayer(ScaledLayer):
         brick.weight_scale = torch.ones(len(layer.weight), device=device, dtype=dtype)
         if input_quantized:
             brick.input_scale = torch.full((), UNSET, device=device, dtype=dtype)
-        if parametrize.is_parametrized(layer):
-            brick.weight, brick.bias = nn.Parameter(torch.empty_like(layer.weight)), layer.bias
-            parametrize.transfer_parametrizations_and_params(layer, brick)
-        else:
-            brick.weight, brick.bias = layer.weight, layer.bias
-        return brick.train(layer.training)
+        return _hand_over(layer, brick)
 
     def unquantized(self) -> nn.Module:
         """The inverse of `of`: the torch.nn layer with the float weights, which the brick still has."""
         kind: Any = nn.Conv2d if isinstance(self, nn.Conv2d) else nn.Linear
         with torch.device("meta"):
             layer = kind(**_config(self))
-        if parametrize.is_parametrized(self):
-            layer.weight, layer.bias = nn.Parameter(torch.empty_like(self.weight)), self.bias
-            parametrize.transfer_parametrizations_and_params(self, layer)
-        else:
-            layer.weight, layer.bias = self.weight, self.bias
-        return layer.train(self.training)
+        return _hand_over(self, layer)
 
     def rounded_weight(self) -> Tensor:
         """(O, ...): the weight as the runtime sees it."""
@@ -180,6 +170,16 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.rounded_weight(), self.rounded_bias())
+
+
+def _hand_over(source: Any, target: Any) -> Any:
+    """Gives a twin the parameters of a layer, with their parametrizations, and its mode."""
+    if parametrize.is_parametrized(source):
+        target.weight, target.bias = nn.Parameter(torch.empty_like(source.weight)), source.bias
+        parametrize.transfer_parametrizations_and_params(source, target)
+    else:
+        target.weight, target.bias = source.weight, source.bias
+    return target.train(source.training)
 
 
 def _config(layer: Any) -> dict[str, Any]:
