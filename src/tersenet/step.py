@@ -88,6 +88,19 @@ class Step:
     def fit(self, model: nn.Module, task: Task) -> None:
         """Changes numbers and never structure."""
 
+    def choices(self, model: nn.Module, task: Task) -> dict[str, list[Any]]:
+        """place -> the settings that can be picked there, JSON only; the first leaves the place as it is.
+
+        A place is a path in the model: of a layer, or of a module that holds the places below it. {} means that this
+        step cannot be tuned place by place. Touches nothing.
+        """
+        return {}
+
+    def chosen(self, picked: Mapping[str, Any]) -> Step | None:
+        """This step with settings of `choices` picked at some places and nothing done at the others; None when nothing
+        is left to do."""
+        return self
+
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
         """plan, apply and fit. Warns `NoEffect` when the step changes structure and found nothing to change."""
         try:
