@@ -96,6 +96,15 @@ class Step:
         """
         return {}
 
+    def sensitivities(self, model: nn.Module, task: Task, images: Tensor) -> dict[str, dict[Any, float]]:
+        """place -> setting -> how much picking it there alone hurts, without training: the KL divergence from the
+        model's outputs in nats per image, after repair. {} means that it is to be found by trying `chosen`.
+
+        Args:
+            images: (N, ...) unlabelled inputs.
+        """
+        return {}
+
     def chosen(self, picked: Mapping[str, Any]) -> Step | None:
         """This step with settings of `choices` picked at some places and nothing done at the others; None when nothing
         is left to do."""
