@@ -1,0 +1,200 @@
+"""Times and weighs shapes of one network in a runtime, without training and without exporting each of them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tersenet.deploy.machine import machine
+from tersenet.deploy.measure import Contender, measure
+from tersenet.deploy.onnx import export_onnx
+from tersenet.deploy.runtimes import RUNTIMES, open_file
+from tersenet.deploy.variants import Variants
+from tersenet.errors import SettingsError
+from tersenet.search.sites import Picks, Site
+from tersenet.step import Step
+from tersenet.task import Task, batch_input
+
+# Files that take turns at once, the unchanged network among them; more would push each other out of the caches.
+_GROUP = 10
+_CALLS, _DISCARD = 30, 6
+
+
+def device_of(runtime: str, threads: int, batch: int) -> dict[str, Any]:
+    """What a latency depends on beside the network."""
+    here = machine()
+    version = metadata.version(RUNTIMES[runtime].package)
+    return {
+        "cpu": here["cpu"], "cores": here["cores"], "runtime": runtime, "version": version, "threads": threads,
+        "batch": batch,
+    }  # fmt: skip
+
+
+class Bench:
+    """One network before its search, as files whose shape can be changed.
+
+    Args:
+        steps: those of the search; what trains is left out here, what has no choices is part of every file.
+        sites: where the steps can pick.
+        runtime: one that reads ONNX files.
+    Raises:
+        SettingsError: for a runtime that reads none.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        sites: Sequence[Site],
+        model: nn.Module,
+        task: Task,
+        *,
+        runtime: str,
+        threads: int,
+        batch: int,
+        folder: Path,
+        progress: bool = False,
+    ) -> None:
+        if ".onnx" not in RUNTIMES[runtime].suffixes:
+            able = ", ".join(name for name, entry in RUNTIMES.items() if ".onnx" in entry.suffixes)
+            raise SettingsError(
+                f"a search times its candidates as ONNX files, which {runtime} does not read; use {able}"
+            )
+        self.steps, self.sites, self.model, self.task = steps, {site.key: site for site in sites}, model, task
+        self.runtime, self.threads, self.batch, self.folder = runtime, threads, batch, folder
+        self.progress = progress
+        self.float_path = export_onnx(model, task.example, folder / "float.onnx")
+        self.base_path = export_onnx(self._unchanged(), task.example, folder / "base.onnx")
+        self.variants = Variants(self.base_path)
+        self._plans: dict[tuple[int, str, int], dict[str, Any]] = {}
+        x = batch_input(next(iter(task.calibration(1)))) if task.calibrate is not None or task.train else task.example
+        self.x = x[:1].repeat(batch, *[1] * (x.dim() - 1)).float().numpy()
+
+    def _unchanged(self) -> nn.Module:
+        """The model after the steps that have no choices; a few calibration samples do, for the numbers play no part."""
+        few = [batch_input(batch)[:16] for batch in self.task.calibration(16)][:1] if _has_data(self.task) else None
+        task = dataclasses.replace(self.task, calibrate=few, train=None, test=None, quiet=True)
+        made = copy.deepcopy(self.model)
+        for step in (each.chosen({}) for each in self.steps if each.family != "train"):
+            if step is not None:
+                made, _ = step.run(made, task)
+        return made.eval()
+
+    def plan(self, site: Site, index: int) -> dict[str, Any]:
+        """What the site's step does to the structure at one of its settings, nothing else picked."""
+        key = (site.step, site.place, index)
+        if key not in self._plans:
+            step = self.steps[site.step].chosen({site.place: site.settings[index]})
+            self._plans[key] = {} if step is None else step.plan(self.model, self.task)
+        return self._plans[key]
+
+    def file(self, picks: Picks) -> bytes:
+        """The network with these picks, as an ONNX file for timing."""
+        kept: dict[str, dict[str, list[int]]] = {}
+        dropped: list[str] = []
+        for index, places in picks.items():
+            for place, setting in places.items():
+                site = self.sites[index, place]
+                plan = self.plan(site, site.settings.index(setting))
+                dropped += plan.get("dropped", [])
+                for path, roles in plan.get("kept", {}).items():
+                    into = kept.setdefault(path, {})
+                    for role, indices in roles.items():
+                        both = set(into[role]) & set(indices) if role in into else indices
+                        into[role] = sorted(both)
+        return self.variants.make(kept, dropped)
+
+    def times(self, candidates: Sequence[Picks], said: str) -> list[tuple[float, float]]:
+        """(milliseconds, share of the unchanged network's) of each candidate, in groups that take turns with it."""
+        found = []
+        for start in range(0, len(candidates), _GROUP):
+            group = candidates[start : start + _GROUP]
+            paths = {"base": self.base_path}
+            for number, picks in enumerate(group):
+                paths[str(number)] = self.folder / f"variant{number}.onnx"
+                paths[str(number)].write_bytes(self.file(picks))
+            with self._bar(said, start, len(candidates)):
+                result = self._measure(paths)
+            for number in range(len(group)):
+                share = result.ratio(str(number), "base").ratio
+                found.append((result.latency(str(number))["median"], share))
+        return found
+
+    def base_times(self) -> tuple[float, float]:
+        """Milliseconds of the unchanged network and of the float file."""
+        result = self._measure({"base": self.base_path, "float": self.float_path})
+        return result.latency("base")["median"], result.latency("float")["median"]
+
+    def _measure(self, paths: dict[str, Path]) -> Any:
+        contenders = [
+            Contender(name, open_file(path, self.runtime, self.threads), self.x) for name, path in paths.items()
+        ]
+        return measure(contenders, batch=self.batch, threads=self.threads, calls=_CALLS, discard=_DISCARD)
+
+    @contextlib.contextmanager
+    def _bar(self, said: str, done: int, total: int) -> Iterator[None]:
+        """A line on standard error between groups: nothing may draw while they are timed."""
+        if self.progress:
+            from rich.console import Console
+
+            Console(stderr=True, highlight=False).print(f"    {said}: {done} of {total}", end="\r")
+        yield
+
+    def weight(self, picks: Picks, kind: str) -> float:
+        """Bytes or multiply-adds of a candidate's file; both are exact, up to what training does not change."""
+        file = self.file(picks)
+        return float(len(file)) if kind == "bytes" else float(count_macs(file, self.x.shape))
+
+
+def count_macs(file: bytes, shape: Sequence[int]) -> int:
+    """Multiply-adds of the convolutions and linear layers of an ONNX file for one sample."""
+    import onnx
+
+    model = onnx.load_from_string(file)
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    for dim, size in zip(dims, (1, *shape[1:]), strict=True):
+        dim.ClearField("dim_param")
+        dim.dim_value = size
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    model = onnx.shape_inference.infer_shapes(model)
+    sizes = {each.name: [dim.dim_value for dim in each.type.tensor_type.shape.dim] for each in model.graph.value_info}
+    sizes |= {each.name: [dim.dim_value for dim in each.type.tensor_type.shape.dim] for each in model.graph.output}
+    sizes |= {each.name: list(each.dims) for each in model.graph.initializer}
+    total = 0
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            weight = sizes[node.input[1]]
+            total += int(np.prod(sizes[node.output[0]][2:])) * int(np.prod(weight))
+        elif node.op_type in ("Gemm", "MatMul") and node.input[1] in sizes:
+            weight = sizes[node.input[1]]
+            rows = sizes[node.output[0]][1:-1] if node.op_type == "MatMul" else []
+            total += int(np.prod(weight)) * int(np.prod(rows))
+    return total
+
+
+def _has_data(task: Task) -> bool:
+    return task.calibrate is not None or task.train is not None
+
+
+@contextlib.contextmanager
+def working_folder() -> Iterator[Path]:
+    """A folder for files that are only timed; gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="tersenet-") as name:
+        yield Path(name)
+
+
+def images_of(task: Task, count: int) -> torch.Tensor | None:
+    """Calibration inputs (N, ...), at most `count`; None without data."""
+    if not _has_data(task):
+        return None
+    found = [batch_input(batch) for batch in task.calibration(count)]
+    return torch.cat(found)[:count]

@@ -1,0 +1,153 @@
+"""From a budget to the picks that are best when measured: proposals of the solver, timed for real, the table corrected
+where it was wrong, and what is left compared with the original on images."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tersenet.search.costs import Costs, gone
+from tersenet.search.sensitivity import Losses, divergence, outputs_of
+from tersenet.search.sites import Picks, Site, configured
+from tersenet.search.solver import solve, uniform
+from tersenet.step import Chain, Step
+from tersenet.task import Task
+
+_ROUNDS = 3
+# A proposal this far under the budget leaves something unspent.
+_SLACK = 0.03
+
+
+@dataclass
+class Proposal:
+    """One answer.
+
+    Args:
+        name: how it was found.
+        picks: what it picks.
+        predicted, cost: what it spends, predicted and measured, in the unit of the budget.
+        loss: KL divergence from the original after repair, nats; None where there are no images.
+    """
+
+    name: str
+    picks: Picks
+    predicted: float
+    cost: float
+    loss: float | None = None
+
+    def to_json(self, sites: Sequence[Site]) -> dict[str, Any]:
+        changed = sum(len(places) for places in self.picks.values())
+        dropped = sum(1 for site in sites if len(site.settings) == 2 and site.place in self.picks.get(site.step, {}))
+        return {
+            "name": self.name, "predicted": self.predicted, "measured": self.cost, "divergence": self.loss,
+            "changed": changed, "blocks_dropped": dropped,
+        }  # fmt: skip
+
+
+def propose(
+    sites: Sequence[Site], costs: Costs, losses: Losses, budget: float, measured: Callable[[list[Picks]], list[float]]
+) -> list[Proposal]:
+    """Answers of several kinds, each solved again where measuring shows that its prediction missed the budget.
+
+    Args:
+        measured: the real costs of some picks.
+    Returns:
+        Distinct proposals; those that need not fit are in it too, for the report.
+    """
+    found: list[Proposal] = []
+    aims = {name: budget for name, _ in _kinds(sites, losses)}
+    for _ in range(_ROUNDS):
+        asked: list[tuple[str, Picks]] = []
+        for name, weights in _kinds(sites, losses):
+            if name not in aims:
+                continue
+            picks = uniform(sites, costs, aims[name]) if weights is None else solve(sites, costs, weights, aims[name])
+            if picks and all(picks != each.picks for each in found) and all(picks != each for _, each in asked):
+                asked.append((name, picks))
+        if not asked:
+            break
+        for (name, picks), cost in zip(asked, measured([picks for _, picks in asked]), strict=True):
+            found.append(Proposal(name, picks, costs.predict(picks, sites), cost))
+            if budget * (1 - _SLACK) <= cost <= budget:
+                aims.pop(name)
+            else:  # the next answer lies near this one, and so does its error
+                aims[name] *= budget * (1 - _SLACK / 3) / cost
+    return found
+
+
+def _kinds(sites: Sequence[Site], losses: Losses) -> list[tuple[str, Losses | None]]:
+    """Ways to weigh the losses. Roots of them count many small wounds higher than few deep ones, which training heals
+    better; blocks alone and widths alone are what one would do by hand. None is the uniform policy."""
+    forbidden = 1e6
+
+    def only(wide: bool) -> Losses:
+        return {
+            site.key: [
+                value if i == 0 or (gone(site, len(site.settings) - 1) > 0) == wide else forbidden
+                for i, value in enumerate(losses[site.key])
+            ]
+            for site in sites
+        }
+
+    roots = {key: [float(np.sqrt(value)) for value in row] for key, row in losses.items()}
+    kinds: list[tuple[str, Losses | None]] = [("searched", losses), ("searched, roots", roots)]
+    wide = [gone(site, len(site.settings) - 1) > 0 for site in sites]
+    if any(wide) and not all(wide):
+        kinds += [("blocks only", only(False)), ("widths only", only(True))]
+    if any(wide):
+        kinds.append(("uniform", None))
+    return kinds
+
+
+def compare(
+    proposals: list[Proposal],
+    steps: Sequence[Step],
+    model: nn.Module,
+    task: Task,
+    images: torch.Tensor | None,
+    sites: Sequence[Site],
+    losses: Losses,
+) -> None:
+    """Fills in each proposal's loss: built, repaired, and compared with the original; without images, the summed one."""
+    if images is None:
+        for each in proposals:
+            each.loss = sum(
+                losses[site.key][site.settings.index(each.picks.get(site.step, {}).get(site.place, site.settings[0]))]
+                for site in sites
+            )
+        return
+    wanted = outputs_of(model, images)
+    for each in proposals:
+        changed = structure(steps, each.picks, sites, model, task)
+        each.loss = divergence(wanted, outputs_of(changed, images))
+
+
+def structure(steps: Sequence[Step], picks: Picks, sites: Sequence[Site], model: nn.Module, task: Task) -> nn.Module:
+    """The model with some picks, repaired and not trained; only the steps that pick are run."""
+    searched = {site.step for site in sites}
+    made = [step for index, step in enumerate(steps) if index in searched]
+    own = {number: picks.get(index, {}) for number, index in enumerate(sorted(searched))}
+    quiet = dataclasses.replace(task, test=None, quiet=True, original=model)
+    return Chain(steps=tuple(configured(made, own))).run(copy.deepcopy(model), quiet)[0].eval()
+
+
+def cheapest(sites: Sequence[Site], costs: Costs) -> Picks:
+    """The picks with the least predicted cost, whatever they hurt."""
+    free = {site.key: [0.0] * len(site.settings) for site in sites}
+    low, high = 0.0, costs.predict({}, sites)
+    best: Picks = {}
+    for _ in range(12):
+        middle = (low + high) / 2
+        picks = solve(sites, costs, free, middle)
+        if picks is None:
+            low = middle
+        else:
+            best, high = picks, min(middle, costs.predict(picks, sites))
+    return best

@@ -1,0 +1,242 @@
+"""`Search`: one budget of latency, bytes or multiply-adds, spent over the choices of several steps.
+
+What a pick saves is measured in the runtime (table.py, costs.py), what it hurts is the divergence that it causes alone
+(sensitivity.py), the picks come from an integer program (solver.py), and the best few are timed and compared for real
+(proposals.py). The steps themselves are known only by their contract.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from tersenet.errors import SettingsError
+from tersenet.search.bench import Bench, device_of, images_of, working_folder
+from tersenet.search.costs import Costs, exact_costs, latency_costs
+from tersenet.search.proposals import Proposal, cheapest, compare, propose
+from tersenet.search.sensitivity import find_losses
+from tersenet.search.sites import Picks, Site, configured, describe, find_sites, fingerprint
+from tersenet.search.table import Table, cache_folder
+from tersenet.step import Chain, Plan, Step
+from tersenet.task import Task
+
+_UNITS = {"latency": "ms", "bytes": "bytes", "macs": "multiply-adds"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Args:
+        steps: the steps with their settings picked; a recipe.
+        picks: what was picked.
+        met: whether the budget is met by what was measured.
+        said: everything that a reader would ask, as JSON.
+    """
+
+    steps: tuple[Step, ...]
+    picks: Picks
+    met: bool
+    said: dict[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search(Step):
+    """Picks the settings of its steps, place by place, so that the file that ships meets a budget at the least loss.
+
+    Exactly one budget is given, as a share of the original's float file ("0.25x") or as an amount. Steps that train are
+    run after the search as they stand; steps without choices are part of every candidate.
+
+    Args:
+        steps: in the order in which they are to run.
+        latency: "0.25x" or "3ms".
+        bytes: of the ONNX file, "0.1x" or "200000".
+        macs: "0.5x" or "40000000".
+        runtime: where latency is measured; one that reads ONNX files.
+        threads, batch: for latency.
+        table: a latency table that was filled on another device, in place of this machine's own.
+        images: how many calibration inputs judge a candidate.
+    """
+
+    family: ClassVar[str] = "search"
+    summary: ClassVar[str] = "spends a budget of latency, bytes or multiply-adds over the choices of its steps"
+    serves: ClassVar[tuple[str, ...]] = ("what its steps serve",)
+
+    steps: tuple[Step, ...] = ()
+    latency: str | None = None
+    bytes: str | None = None
+    macs: str | None = None
+    runtime: str = "onnxruntime"
+    threads: int = 1
+    batch: int = 1
+    table: str | None = None
+    images: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "steps", tuple(self.steps))
+        given = [name for name in _UNITS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise SettingsError(f"give one budget of latency, bytes and macs, got {', '.join(given) or 'none'}")
+        if not any(tunable(step) for step in self.steps):
+            raise SettingsError("a search needs a step with choices, such as drop_blocks or prune_channels")
+        amount(given[0], str(getattr(self, given[0])))
+        for name in ("threads", "batch", "images"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def budget(self) -> tuple[str, float, bool]:
+        """(what is spent, how much, whether that is a share of the original's)."""
+        kind = next(name for name in _UNITS if getattr(self, name) is not None)
+        return (kind, *amount(kind, str(getattr(self, kind))))
+
+    def data_needed(self) -> str:
+        needs = {step.data_needed() for step in self.steps}
+        return "labels" if "labels" in needs else "inputs" if "inputs" in needs else "nothing"
+
+    def solve(self, model: nn.Module, task: Task) -> Found:
+        """Finds the picks; leaves the model as it was.
+
+        Raises:
+            SettingsError: when no step can pick anything in this model, or the table serves another device or model.
+        """
+        started = time.monotonic()
+        say = _sayer(task.quiet)
+        steps = tuple(dataclasses.replace(step, **_inside(self, step)) for step in self.steps)
+        sites = find_sites(steps, model, task)
+        if not sites:
+            raise SettingsError("no step of the search has a choice in this model; use a recipe instead of a target")
+        say(f"{len(sites)} places with {sum(len(site.settings) for site in sites)} settings")
+        images = images_of(task, self.images)
+        with working_folder() as folder:
+            bench = Bench(
+                steps, sites, model, task, runtime=self.runtime, threads=self.threads, batch=self.batch,
+                folder=folder, progress=not task.quiet,
+            )  # fmt: skip
+            costs, budget, original, table = self._costs(bench, sites, model, task)
+            losses = find_losses(steps, sites, model, task, images, cache_folder() / "sensitivities", say)
+            kind, _, _ = self.budget
+
+            def measured(candidates: list[Picks]) -> list[float]:
+                if kind != "latency":
+                    return [bench.weight(picks, kind) for picks in candidates]
+                if table is not None and table.frozen:
+                    return [costs.predict(picks, sites) for picks in candidates]
+                return [costs.base * share for _, share in bench.times(candidates, "timing the best")]
+
+            proposals = propose(sites, costs, losses, budget, measured)
+            fitting = [each for each in proposals if each.cost <= budget]
+            if not fitting:
+                picks = cheapest(sites, costs)
+                fitting = [Proposal("cheapest", picks, costs.predict(picks, sites), measured([picks])[0])]
+                proposals += fitting
+            compare(proposals, steps, model, task, images, sites, losses)
+            best = min(fitting, key=lambda each: each.loss if each.loss is not None else 0.0)
+        said = {
+            "target": {"kind": kind, "asked": getattr(self, kind), "budget": budget, "unit": _UNITS[kind]},
+            "original": original, "unchanged": costs.base, "picked": best.to_json(sites),
+            "proposals": [each.to_json(sites) for each in proposals],
+            "checks": {"candidates": len(costs.checks), "error": costs.error, "fitted_error": costs.fitted_error},
+            "met": best.cost <= budget, "note": "" if best.cost <= budget else _binding(sites, best, costs, budget, kind),
+            "places": len(sites), "seconds": round(time.monotonic() - started, 1),
+        }  # fmt: skip
+        return Found(tuple(_finished(steps, best.picks)), best.picks, best.cost <= budget, said)
+
+    def _costs(
+        self, bench: Bench, sites: list[Site], model: nn.Module, task: Task
+    ) -> tuple[Costs, float, float, Table | None]:
+        """(costs, budget, the original's cost, the latency table)."""
+        kind, value, is_share = self.budget
+        if kind != "latency":
+            costs = exact_costs(bench, sites, kind)
+            original = float(bench.float_path.stat().st_size) if kind == "bytes" else costs.base
+            return costs, value * original if is_share else value, original, None
+        if self.table is None:
+            table = Table.open(device_of(self.runtime, self.threads, self.batch))
+        else:
+            table = Table.read(self.table)
+            table.frozen = True
+            wanted = (self.runtime, self.threads, self.batch)
+            was = tuple(table.device.get(key) for key in ("runtime", "threads", "batch"))
+            if was != wanted:
+                raise SettingsError(
+                    f"the table {self.table} is of {was[0]} with {was[1]} threads and batch {was[2]}, and the search of "
+                    f"{wanted[0]}, {wanted[1]} and {wanted[2]}; give the same"
+                )
+        names = ",".join(step.name for step in self.steps if step.family != "train")
+        network = fingerprint(describe(model, task.example), names)
+        costs = latency_costs(bench, sites, table, network)
+        original = float(table.networks[network]["float_ms"])
+        return costs, value * original if is_share else value, original, table
+
+    def plan(self, model: nn.Module, task: Task) -> Plan:
+        """{"picks": what was picked, "plan": the steps' plans}; runs the search, and the steps on a copy."""
+        found = self.solve(model, task)
+        return self._plan(found, Chain(steps=found.steps).plan(model, task))
+
+    def _plan(self, found: Found, inner: Plan) -> Plan:
+        picks = {str(index): places for index, places in found.picks.items()}
+        return {"picks": picks, "plan": inner} if inner else {}
+
+    def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
+        if not plan:
+            return model
+        picks = {int(index): places for index, places in plan["picks"].items()}
+        return Chain(steps=tuple(_finished(self.steps, picks))).apply(model, plan["plan"])
+
+    def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
+        found = self.solve(model, task)
+        model, inner = Chain(steps=found.steps).run(model, task)
+        return model, self._plan(found, inner)
+
+
+def tunable(step: Step) -> bool:
+    """Whether a step has choices at all."""
+    return type(step).choices is not Step.choices
+
+
+def amount(kind: str, text: str) -> tuple[float, bool]:
+    """ "0.25x" -> (0.25, True); "3ms" -> (3.0, False). Raises SettingsError."""
+    unit = "ms" if kind == "latency" else ""
+    is_share = text.endswith("x")
+    try:
+        value = float(text.removesuffix("x") if is_share else text.removesuffix(unit) if unit else text)
+    except ValueError:
+        value = -1.0
+    if not value > 0 or (is_share and value > 1) or (unit and not is_share and not text.endswith(unit)):
+        plain = "3ms" if unit else "200000"
+        raise SettingsError(f"{kind} must be a share such as 0.5x, or an amount such as {plain}, got {text!r}")
+    return value, is_share
+
+
+def _finished(steps: tuple[Step, ...], picks: Picks) -> list[Step]:
+    return configured(steps, {index: picks.get(index, {}) for index, step in enumerate(steps) if tunable(step)})
+
+
+def _inside(search: Search, step: Step) -> dict[str, Any]:
+    """`only` and `skip` of the search hold for its steps with choices."""
+    if not tunable(step) or not (search.only or search.skip):
+        return {}
+    return {"only": step.only or search.only, "skip": (*step.skip, *search.skip)}
+
+
+def _sayer(quiet: bool) -> Any:
+    from rich.console import Console
+
+    console = Console(stderr=True, quiet=quiet, highlight=False)
+    return lambda text: console.print(f"    {text}", soft_wrap=True)
+
+
+def _binding(sites: list[Site], best: Proposal, costs: Costs, budget: float, kind: str) -> str:
+    """Which limit stands in the way, in words."""
+    left = [site for site in sites if best.picks.get(site.step, {}).get(site.place) != site.settings[-1]]
+    what = "every choice is used up" if not left else f"{len(left)} of {len(sites)} places could give no more"
+    return (
+        f"the least that was found is {best.cost:.4g} {_UNITS[kind]}, {100 * (best.cost / budget - 1):.0f} % above the "
+        f"budget of {budget:.4g}; {what}, and what no step can change costs the rest"
+    )

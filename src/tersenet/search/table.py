@@ -1,0 +1,107 @@
+"""The latency table of a device: what each kind of change saved when it was measured in place, kept on disk.
+
+One file per machine, runtime, version, threads and batch, under the user's cache folder. An entry is the time that a
+change adds to a network (negative: saves), in milliseconds: the difference of two whole networks that were timed in
+turns, divided by the number of places that differ, so that fusion and layout are in it. What a site is, is known by its
+layers' types, sizes and shapes, so that networks with the same layers share entries.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tersenet.atomic import writing
+from tersenet.errors import FileError
+
+SCHEMA = 1
+
+
+def cache_folder() -> Path:
+    """`$TERSENET_CACHE`, else the XDG cache folder."""
+    own = os.environ.get("TERSENET_CACHE")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tersenet"
+
+
+@dataclass
+class Table:
+    """What was measured on one device.
+
+    Args:
+        device: what must be the same: {"cpu", "cores", "runtime", "version", "threads", "batch"}.
+        changes: key of a change -> milliseconds added at one place.
+        networks: key of a network -> {"ms": unchanged, "float_ms": its float file, "checks": [[predicted, measured]]}.
+        path: where it is kept; None keeps it in memory.
+        frozen: filled elsewhere, so that nothing can be measured into it here.
+    """
+
+    device: dict[str, Any]
+    changes: dict[str, float] = field(default_factory=dict)
+    networks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    path: Path | None = None
+    frozen: bool = False
+
+    @classmethod
+    def open(cls, device: Mapping[str, Any], folder: Path | None = None) -> Table:
+        """The table of this device from the cache; empty when there is none. A damaged or foreign file is left aside,
+        and said so on standard error."""
+        folder = cache_folder() / "tables" if folder is None else folder
+        name = "-".join(str(device[key]) for key in ("runtime", "version", "threads", "batch"))
+        path = folder / f"{name}.json"
+        empty = cls(dict(device), path=path)
+        if not path.exists():
+            return empty
+        try:
+            found = cls.read(path)
+        except FileError as error:
+            print(f"tersenet: {error}; the table is filled anew", file=sys.stderr)
+            return empty
+        differs = [key for key, value in device.items() if found.device.get(key) != value]
+        if differs:
+            key = differs[0]
+            print(
+                f"tersenet: the latency table {path} is of another machine ({key} {found.device.get(key)!r}, here "
+                f"{device[key]!r}) and is left aside; it is filled anew",
+                file=sys.stderr,
+            )
+            return empty
+        return found
+
+    @classmethod
+    def read(cls, path: str | Path) -> Table:
+        """Reads a table. Raises FileError when it is missing or damaged."""
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise FileError(f"the latency table {path} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
+            raise FileError(f"the latency table {path} is damaged (it is no JSON)") from error
+        good = (
+            isinstance(data, dict)
+            and data.get("schema") == SCHEMA
+            and all(isinstance(data.get(key), dict) for key in ("device", "changes", "networks"))
+            and all(isinstance(value, int | float) for value in data["changes"].values())
+            and all(isinstance(value, dict) for value in data["networks"].values())
+        )
+        if not good:
+            raise FileError(f"the latency table {path} is damaged (its contents are not those of schema {SCHEMA})")
+        return cls(data["device"], data["changes"], data["networks"], path)
+
+    def write(self, path: str | Path | None = None) -> None:
+        """Puts it on disk in one move; a table in memory or of another device stays where it is."""
+        target = self.path if path is None else Path(path)
+        if target is None or (self.frozen and path is None):
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        data = {"schema": SCHEMA, "device": self.device, "changes": self.changes, "networks": self.networks}
+        with writing(target) as temporary:
+            temporary.write_text(json.dumps(data, indent=1, sort_keys=True), encoding="utf-8")
