@@ -116,7 +116,7 @@ class PruneChannels(Step):
         if kept == {}:
             return
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        images = torch.cat([batch_input(batch) for batch in task.calibration(512)])[:512].to(device)
+        images = torch.cat([batch_input(batch) for batch in task.calibration(1024)])[:1024].to(device)
         repair(model, images, None if kept is None else task.original, kept or {})
 
     def _kept(self, model: nn.Module, original: nn.Module, task: Task) -> dict[str, dict[str, list[int]]] | None:

@@ -1,144 +1,176 @@
-"""Repairs a network after a cut, without training: least squares where inputs were lost, fresh norm statistics.
+"""Repairs a network after a cut, without training: least squares, layer by layer, on what each layer reads now.
 
-One pass over the graph with all calibration images at once: each layer that lost inputs is refitted to what it gave
-before the cut, on the inputs it gets now (He et al., arXiv:1707.06168), then the norm behind it is measured anew, then
-the pass goes on. So every layer sees what the repaired layers before it give, and the result does not depend on order
-or chance. Departures: nothing is drawn to zero, the sampled positions are the same for every image, and where a norm
-follows, the mean is left to it.
+One pass over the graph with all calibration images at once. Each layer that lost inputs, or that reads what changed, is
+refitted to what it gave before the cut (He et al., arXiv:1707.06168), together with the batch norm behind it, and then
+the pass goes on, so every layer sees what the repaired layers before it give. Where the output goes into a residual
+addition, the target is the original sum without the shortcut as it is now: a block makes up for the errors of the
+blocks before it, dropped ones included. The result does not depend on chance. Departures: nothing is drawn to zero but
+to the weights that are there, and the sampled positions are the same for every image.
 """
 
 from __future__ import annotations
 
+import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from tersenet.graph.surgery import Cut
-from tersenet.graph.trace import trace
+from tersenet.graph.trace import aten, trace
 from tersenet.numerics.compensation import least_squares
+from tersenet.prune import rows
 
-# An activation of all images together, or the rows of one least-squares problem: 2^26 floats are 256 MiB.
-_FLOATS = 2**26
-_ROWS = 2**13  # and at least four times the unknowns
+_ADDITIONS = (operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor)
 
 
-def repair(model: nn.Module, images: Tensor, before: nn.Module | None, kept: Cut) -> None:
-    """Changes weights, biases and norm statistics of a cut model, in place.
+def repair(
+    model: nn.Module, images: Tensor, before: nn.Module | None, kept: Cut, sequential: bool = True, ridge: float = 1e-3
+) -> None:
+    """Changes weights, biases and norms of a cut model, in place.
 
     Args:
         images: (N, ...); as many of them are used as fit in memory.
         before: the model before the cut; None measures the norms only.
-        kept: the cut.
+        kept: the cut. Blocks that were dropped need not be in it.
+        sequential: also refit layers that lost no inputs but read what changed.
+        ridge: of the least squares; more stays closer to the weights that are there.
     """
     graph = trace(model, images[:2])
-    largest = max((_size(node) for node in graph.graph.nodes), default=1) // len(images[:2])
-    images = images[: max(8, _FLOATS // max(1, largest))]
+    largest = max((rows.size(node) for node in graph.graph.nodes), default=1) // len(images[:2])
+    images = images[: max(8, rows.FLOATS // max(1, largest))]
     modes = [(module, module.training) for root in (model, before) if root is not None for module in root.modules()]
     for module, _ in modes:
         module.training = False
     try:
         with torch.no_grad():
-            places = {} if before is None else _places(graph, kept, len(images))
-            targets = {} if before is None else _targets(before, images, kept, places)
-            _Pass(graph, targets, places, {path for path in kept if "in" in kept[path]}).run(images)
+            jobs = {} if before is None else _jobs(graph, before, images, kept, sequential)
+            poorer = {path for path in kept if "in" in kept[path]}
+            dropped = before is not None and _layers(before) != _layers(model)
+            _Pass(graph, jobs, poorer, ridge, dropped or not poorer).run(images)
     finally:
         for module, training in modes:
             module.training = training
 
 
-def _size(node: fx.Node) -> int:
-    size = 1
-    for length in node.meta.get("shape", ()):
-        size *= length
-    return size
+def _layers(model: nn.Module) -> set[str]:
+    return {path for path, module in model.named_modules() if rows.is_plain(module)}
 
 
-def _places(graph: fx.GraphModule, kept: Cut, images: int) -> dict[str, Tensor]:
-    """path -> positions of the output that take part, for the plain layers that lost inputs and are called once.
+@dataclass
+class _End:
+    """Where the output of a layer ends up.
 
-    Enough for four rows per unknown, or all there are. Images differ more than positions of one image, so all images
-    take part and share their positions.
+    Args:
+        norm: the batch norm that alone reads it, if there is one.
+        last: the node of the norm, else of the layer.
+        sum: the residual addition that alone reads that, if there is one.
+        shortcut: what is added there.
     """
-    nodes: dict[str, list[fx.Node]] = {}
-    for node in graph.graph.nodes:
-        if node.op == "call_module":
-            nodes.setdefault(str(node.target), []).append(node)
-    found = {}
-    for path, calls in nodes.items():
-        module: Any = graph.get_submodule(path)
-        if "in" not in kept.get(path, {}) or len(calls) > 1 or not _is_plain(module):
+
+    norm: fx.Node | None
+    last: fx.Node
+    sum: fx.Node | None = None
+    shortcut: fx.Node | None = None
+
+
+def _end(graph: fx.GraphModule, node: fx.Node) -> _End:
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    followed = user is not None and user.op == "call_module" and _has_statistics(graph.get_submodule(str(user.target)))
+    end = _End(user, user) if followed and user is not None else _End(None, node)
+    reader = next(iter(end.last.users)) if len(end.last.users) == 1 else None
+    if reader is None or reader.op != "call_function" or reader.target not in _ADDITIONS or reader.kwargs:
+        return end
+    others = [arg for arg in reader.args if arg is not end.last]
+    if len(others) == 1 and isinstance(others[0], fx.Node) and others[0].meta.get("shape") == end.last.meta["shape"]:
+        end.sum, end.shortcut = reader, others[0]
+    return end
+
+
+@dataclass
+class _Job:
+    """A layer to refit.
+
+    Args:
+        end: where its output goes, in the cut graph.
+        places: (P,) sampled positions.
+        own: (R, O) what the layer, with its norm, gave before the cut.
+        sum: (R, O) what the residual addition gave.
+    """
+
+    end: _End
+    places: Tensor
+    own: Tensor | None = None
+    sum: Tensor | None = None
+
+
+def _jobs(
+    graph: fx.GraphModule, before: nn.Module, images: Tensor, kept: Cut, sequential: bool
+) -> dict[str, _Job]:
+    """path -> job, with what the original gave at the places."""
+    whole = trace(before, images[:2])
+    original = rows.plain_calls(whole)
+    jobs: dict[str, _Job] = {}
+    wanted: dict[fx.Node, list[tuple[str, str]]] = {}
+    for path, node in rows.plain_calls(graph).items():
+        if path not in original or not (sequential or "in" in kept.get(path, {})):
             continue
-        shape = calls[0].meta["shape"]
-        unknowns = module.weight[0].numel()
-        rows = min(max(_ROWS, 4 * unknowns), _FLOATS // unknowns)
-        count = _size(calls[0]) // shape[0] // module.weight.shape[0]
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-        chosen = order[: max(1, -(-rows // images))].sort().values
-        found[path] = chosen.to(module.weight.device)
-    return found
+        end, then = _end(graph, node), _end(whole, original[path])
+        jobs[path] = _Job(end, rows.places(node, graph.get_submodule(path), len(images)))
+        wanted.setdefault(then.last, []).append((path, "own"))
+        if end.sum is not None and then.sum is not None:
+            wanted.setdefault(then.sum, []).append((path, "sum"))
 
+    class Record(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            value = super().run_node(node)
+            for path, name in wanted.get(node, ()):
+                module = whole.get_submodule(path)
+                found = rows.given(value, module, jobs[path].places)
+                outputs = kept.get(path, {}).get("out")
+                found = found.clone() if outputs is None else found[:, torch.tensor(outputs, device=found.device)]
+                setattr(jobs[path], name, found)
+            return value
 
-def _is_plain(module: nn.Module) -> bool:
-    """Bricks and parametrized layers compute something else than their weight says."""
-    if type(module) is nn.Conv2d:
-        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    return type(module) is nn.Linear
-
-
-def _rows(output: Tensor, linear: bool, places: Tensor) -> Tensor:
-    """(N, O, H, W) or (N, ..., O) -> (R, O), R = N times the number of places."""
-    if not linear:
-        output = output.movedim(1, -1)
-    return output.flatten(1, -2)[:, places].flatten(0, 1) if output.dim() > 2 else output
-
-
-def _targets(before: nn.Module, images: Tensor, kept: Cut, places: dict[str, Tensor]) -> dict[str, Tensor]:
-    """path -> (R, O) what the layer gave before the cut, for the outputs that it still has."""
-    targets: dict[str, Tensor] = {}
-    hooks = []
-    for path, chosen in places.items():
-
-        def keep(module: nn.Module, inputs: Any, output: Tensor, path: str = path, chosen: Tensor = chosen) -> None:
-            rows = _rows(output, isinstance(module, nn.Linear), chosen)
-            outputs = kept[path].get("out")
-            targets[path] = rows if outputs is None else rows[:, torch.tensor(outputs, device=rows.device)]
-
-        hooks.append(before.get_submodule(path).register_forward_hook(keep))
-    try:
-        before(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return targets
+    Record(whole).run(images)
+    return jobs
 
 
 class _Pass(fx.Interpreter):
     """Runs the cut model node by node and repairs each layer before it runs."""
 
     def __init__(
-        self, graph: fx.GraphModule, targets: dict[str, Tensor], places: dict[str, Tensor], poorer: set[str]
+        self, graph: fx.GraphModule, jobs: dict[str, _Job], poorer: set[str], ridge: float, changed: bool
     ) -> None:
         super().__init__(graph)
-        self.targets, self.places, self.poorer = targets, places, poorer
-        # Norms in front of the first layer that lost inputs see what they saw in training, which measured them better.
-        self.changed = not poorer
+        self.jobs, self.poorer, self.ridge = jobs, poorer, ridge
+        # What comes before the first layer that lost inputs gives what it gave, and stays as training left it.
+        self.changed = changed
+        self.done: set[str] = set()
 
     def run_node(self, node: fx.Node) -> Any:
         if node.op == "call_module":
-            module, value = self.module.get_submodule(str(node.target)), self.env[node.args[0]]  # type: ignore[index]
             path = str(node.target)
-            if path in self.targets:
-                followed = all(
-                    user.op == "call_module" and _has_statistics(self.module.get_submodule(str(user.target)))
-                    for user in node.users
-                )
-                _refit(module, value, self.targets.pop(path), self.places[path], followed)
-            elif self.changed and _has_statistics(module):
-                _measure(module, value)
+            module, value = self.module.get_submodule(path), self.env[node.args[0]]  # type: ignore[index]
             self.changed = self.changed or path in self.poorer
+            job = self.jobs.pop(path, None)
+            if job is not None and self.changed:
+                self._refit(module, value, job)
+            elif self.changed and _has_statistics(module) and path not in self.done:
+                _measure(module, value)
         return super().run_node(node)
+
+    def _refit(self, module: Any, value: Tensor, job: _Job) -> None:
+        target = job.own
+        if job.sum is not None and job.end.shortcut in self.env:
+            target = job.sum - rows.given(self.env[job.end.shortcut], module, job.places)
+        assert target is not None
+        norm = None
+        if job.end.norm is not None:
+            norm = self.module.get_submodule(str(job.end.norm.target))
+            self.done.add(str(job.end.norm.target))
+        refit(module, norm, rows.read(value, module, job.places), target, self.ridge)
 
 
 def _has_statistics(module: nn.Module) -> bool:
@@ -147,47 +179,71 @@ def _has_statistics(module: nn.Module) -> bool:
 
 def _measure(norm: Any, value: Tensor) -> None:
     """Mean and variance of (N, C, ...), over all images at once."""
-    rows = value.movedim(1, 0).flatten(1)
-    norm.running_mean.copy_(rows.mean(dim=1))
-    norm.running_var.copy_(rows.var(dim=1))
+    found = value.movedim(1, 0).flatten(1)
+    norm.running_mean.copy_(found.mean(dim=1))
+    norm.running_var.copy_(found.var(dim=1))
 
 
-def _refit(module: Any, value: Tensor, target: Tensor, places: Tensor, followed: bool) -> None:
-    """Puts the least-squares weight, and bias where there is one, into a layer.
+def refit(module: Any, norm: Any, inputs: Tensor, target: Tensor, ridge: float) -> None:
+    """Puts the least-squares weight, and bias where there is one, into a layer and the batch norm behind it.
+
+    The norm's statistics become those of what the layer gives now, and its scale and shift follow, so that it computes
+    the same whether it evaluates or trains.
 
     Args:
-        value: (N, I, H, W) or (N, ..., I), what the layer reads now.
-        target: (R, O).
-        followed: a norm comes next and takes care of the mean.
+        inputs: (R, G I K), G groups.
+        target: (R, O), behind the norm.
     """
-    if isinstance(module, nn.Linear):
-        rows, groups = _rows(value, True, places), 1
-    else:
-        rows, groups = _patches(module, value, places), module.groups
-    target = target.to(torch.float64)
-    centred = followed or module.bias is not None
-    mean = target.mean(dim=0)
-    weights, shifts = [], []
-    # (R, G I K) -> G times (R, I K), and (R, G O) -> G times (R, O)
-    for part, wanted, weight in zip(
-        rows.chunk(groups, dim=1), target.chunk(groups, dim=1), module.weight.chunk(groups), strict=True
-    ):
-        part = part.double()
-        average = part.mean(dim=0) * centred
-        offset = wanted.mean(dim=0) * centred
-        found = least_squares(part - average, wanted - offset, weight.flatten(1))
-        weights.append(found.view_as(weight))
-        shifts.append(found.double() @ average)
-    module.weight.copy_(torch.cat(weights))
-    if module.bias is not None:
-        module.bias.copy_(mean - torch.cat(shifts))
+    groups = getattr(module, "groups", 1)
+    factor = torch.ones(target.shape[1], dtype=torch.float64, device=target.device)
+    if norm is not None:
+        factor = torch.rsqrt(norm.running_var.double() + norm.eps)
+        if norm.weight is not None:
+            factor = factor * norm.weight.double()
+            # A scale of almost nothing could not be divided by.
+            factor = torch.where(factor.abs() > 1e-4 * factor.abs().max(), factor, 1.0)
+    centred = norm is not None or module.bias is not None
+    target = target.double()
+    offset = target.mean(dim=0) * centred
+    average = inputs.mean(dim=0, dtype=torch.float64) * centred
+    scale = factor.reshape(-1, *(1,) * (module.weight.dim() - 1))
+    prior = (module.weight.double() * scale).flatten(1)
+    weight = torch.cat(
+        [
+            least_squares(part.double() - mean, wanted, old, ridge)
+            for part, mean, wanted, old in zip(
+                inputs.chunk(groups, dim=1), average.chunk(groups), (target - offset).chunk(groups, dim=1),
+                prior.chunk(groups), strict=True,
+            )
+        ]
+    )  # fmt: skip
+    module.weight.copy_(weight.view_as(module.weight) / scale)
+    shift = torch.cat(
+        [new @ mean for new, mean in zip(weight.chunk(groups), average.chunk(groups), strict=True)]
+    )  # (O,) the mean of what the layer gives behind the norm's scale
+    if norm is None:
+        if module.bias is not None:
+            module.bias.copy_(offset - shift)
+        return
+    _follow(norm, module, inputs, factor, shift / factor, offset, groups)
 
 
-def _patches(module: Any, value: Tensor, places: Tensor) -> Tensor:
-    """(N, I, H, W) -> (R, I K K): what the kernel sees at the places, a few images at a time."""
-    step = max(1, _FLOATS // 4 // max(1, value[0].numel() * module.kernel_size[0] * module.kernel_size[1]))
-    found = [
-        F.unfold(part, module.kernel_size, module.dilation, module.padding, module.stride)[:, :, places]
-        for part in value.split(step)
-    ]
-    return torch.cat(found).transpose(1, 2).flatten(0, 1)
+def _follow(
+    norm: Any, module: Any, inputs: Tensor, factor: Tensor, mean: Tensor, offset: Tensor, groups: int
+) -> None:
+    """Sets a norm so that it gives factor * (z - mean) + offset of what the layer gives, z."""
+    bias = 0.0 if module.bias is None else module.bias.double()
+    if norm.weight is None or norm.bias is None:  # its scale and shift are fixed, which leaves the mean
+        norm.running_mean.copy_(mean + bias - offset * torch.sqrt(norm.running_var.double() + norm.eps))
+        return
+    flat = module.weight.flatten(1)
+    variance = torch.cat(
+        [
+            (part @ new.T).var(dim=0)
+            for part, new in zip(inputs.chunk(groups, dim=1), flat.chunk(groups), strict=True)
+        ]
+    )
+    norm.running_mean.copy_(mean + bias)
+    norm.running_var.copy_(variance)
+    norm.weight.copy_(factor * torch.sqrt(variance.double() + norm.eps))
+    norm.bias.copy_(offset)
