@@ -121,7 +121,9 @@ def profile(
     model: Model,
     weights: Weights = None,
     data: Data = None,
-    runtime: Annotated[str | None, typer.Option(help="time the layers in onnxruntime or pytorch")] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="onnxruntime, openvino or pytorch; several with commas (default: the first)")
+    ] = None,
     threads: Threads = 1,
     batch: Batch = 1,
     image_size: ImageSize = None,
@@ -129,16 +131,31 @@ def profile(
     on_bad_image: OnBadImage = "stop",
     json_: Json = False,
 ) -> None:
-    """Where time, bytes and multiply-adds go, per layer."""
-    from tersenet.deploy.profile import profile_model, profile_table
+    """Where time, bytes and multiply-adds go, per layer, what limits each, and what to try. MODEL may also be an .onnx
+    file, float or quantized."""
+    from tersenet.deploy.causes import explained
+    from tersenet.deploy.profile import profile_file, profile_model
+    from tersenet.deploy.profile_table import profile_table, profiles_table
+    from tersenet.deploy.roofline import roofline
     from tersenet.sources import example_of
 
-    network, task = _open(
-        model, weights, data, image_size=image_size, columns=columns, on_bad_image=on_bad_image, quiet=True
-    )
-    example = task.example if data else example_of(task.preparation)
-    found = profile_model(network, example, runtime=runtime, threads=threads, batch=batch)
-    show(found, json_, lambda: profile_table(found))
+    runtimes = (None,) if runtime is None else names_in(runtime)
+    if model.endswith(".onnx"):
+        if weights is not None or data is not None:
+            raise SettingsError(f"{model} holds its own weights and is timed on noise; leave --weights and --data out")
+        found = [profile_file(model, runtime=name, threads=threads, batch=batch) for name in runtimes]
+    else:
+        network, task = _open(
+            model, weights, data, image_size=image_size, columns=columns, on_bad_image=on_bad_image, quiet=True
+        )
+        example = task.example if data else example_of(task.preparation)
+        found = [profile_model(network, example, runtime=name, threads=threads, batch=batch) for name in runtimes]
+    roof = roofline(threads, say=say)
+    found = [explained(each, roof) for each in found]
+    if len(found) == 1:
+        show(found[0], json_, lambda: profile_table(found[0]))
+    else:
+        show({"profiles": found}, json_, lambda: profiles_table(found))
 
 
 @app.command()
@@ -375,12 +392,20 @@ def methods(json_: Json = False) -> None:
 
 
 @app.command()
-def doctor(json_: Json = False) -> None:
-    """What is installed, what this processor can do, what is missing."""
+def doctor(
+    threads: Threads = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="do not measure the peak and the bandwidth")] = False,
+    json_: Json = False,
+) -> None:
+    """What is installed, what this processor can do (its measured peak and bandwidth too), what is missing."""
+    from tersenet.deploy.causes import figures
     from tersenet.deploy.machine import doctor as examine
     from tersenet.deploy.machine import doctor_table
+    from tersenet.deploy.roofline import roofline
 
     found = examine()
+    if not quick:
+        found["roofline"] = figures(roofline(threads, again=True, say=say))
     show(found, json_, lambda: doctor_table(found))
 
 

@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tersenet.report.words import bytes_text
+
 if TYPE_CHECKING:
     from rich.console import Group
 
@@ -82,7 +84,7 @@ def doctor() -> dict[str, Any]:
 
 
 def doctor_table(found: dict[str, Any]) -> Group:
-    """The same for a terminal."""
+    """The same for a terminal; with the figures of `tersenet.deploy.causes.figures` where `roofline` has them."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -95,8 +97,20 @@ def doctor_table(found: dict[str, Any]) -> Group:
         packages = ", ".join(f"{package} {version or 'missing'}" for package, version in entry["packages"].items())
         table.add_row(name, packages, Text(entry["install"] or "installed"))  # Text: brackets are no markup here
     core = ", ".join(f"{name} {here['packages'][name]}" for name in ("tersenet", "torch", "numpy"))
-    lines = [f"{here['cpu']}, {here['os']}, Python {here['python']}", core, *found["verdicts"], ""]
-    return Group(*(Text(line) for line in lines), table)
+    lines = [f"{here['cpu']}, {here['os']}, Python {here['python']}", core, *found["verdicts"]]
+    if "roofline" in found:
+        lines.append(f"{roofline_line(found['roofline'])}.")
+    return Group(*(Text(line) for line in [*lines, ""]), table)
+
+
+def roofline_line(figures: dict[str, Any]) -> str:
+    """The measured roofline in a sentence."""
+    peaks = " and ".join(f"{value:,.0f} in {name}" for name, value in figures["peak_gflops"].items())
+    threads = f"{figures['threads']} thread{'s' if figures['threads'] > 1 else ''}"
+    return (
+        f"Measured roof with {threads}: {peaks} (GFLOP/s); {figures['memory_gb_s']:.0f} GB/s from memory, "
+        f"{figures['cache_gb_s']:.0f} from the {bytes_text(figures['cache_bytes'])} cache"
+    )
 
 
 def _verdicts(here: dict[str, Any]) -> list[str]:

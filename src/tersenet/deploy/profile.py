@@ -1,15 +1,18 @@
 """Where a model's time goes, layer by layer, beside its bytes and multiply-adds.
 
-The costs are those of `tersenet.graph.costs`, for one sample. The times are measured in one of two ways:
+The costs are those of `tersenet.deploy.work`, for one sample. The times are measured in one of three ways:
 
 - "onnxruntime": the ONNX file that would ship runs under ONNX Runtime's own profiler, which times each operator of the
   optimised graph to the microsecond (`tersenet.deploy.profile_onnx` says how these find back to layers).
+- "openvino": the same file in OpenVINO, whose counters time its operators (`tersenet.deploy.profile_openvino`).
 - "pytorch": the captured graph runs node by node with a clock around each.
+
+A model may also be an ONNX file itself (`tersenet.deploy.profile_file`), whose rows are then its operators.
 
 Every measured time is in exactly one row, so the shares sum to 1: what belongs to no layer, such as a change of memory
 layout that the runtime put in, is a row of its own under the operator's name. A layer that the runtime folded or fused
 into another takes no time of its own; its work is in the other's time. A profiler costs time itself, so the latency of
-the whole model, measured without it, stands beside the sum.
+the whole model, measured without it, stands beside the sum. `tersenet.deploy.causes` adds what limits each layer.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ import importlib.util
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,21 +33,24 @@ from torch import Tensor, fx, nn
 from tersenet.deploy.machine import machine
 from tersenet.deploy.measure import Contender, measure
 from tersenet.deploy.onnx import export_onnx
-from tersenet.deploy.profile_onnx import Key, OnnxProfiler, Times, told_apart
-from tersenet.deploy.runtimes import open_file, open_module
-from tersenet.errors import SettingsError
-from tersenet.graph.costs import LayerCost, costs
+from tersenet.deploy.profile_file import works_of_file
+from tersenet.deploy.profile_onnx import Numbered, OnnxProfiler, Times, numbered, owners, told_apart
+from tersenet.deploy.profile_openvino import OpenvinoProfiler
+from tersenet.deploy.runtimes import Runner, open_file, open_module
+from tersenet.deploy.work import Key, Work, works_of
+from tersenet.errors import SettingsError, require
+from tersenet.graph.costs import costs
 from tersenet.graph.trace import trace
-from tersenet.report.words import bytes_text, count_text, runtime_name
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-PROFILED = ("onnxruntime", "pytorch")
+PROFILED = ("onnxruntime", "openvino", "pytorch")
 _CALLS, _DISCARD = 10, 2  # of each turn; with 20 turns 240 runs are profiled
-_MARKED = 3  # so many of the slowest rows stand out in the table
-_BAR = 8
-_NO_COST = LayerCost("", "", 0, 0, 0, 0, 0, 0, ())
+
+
+class Profiler(Protocol):
+    """Runs a model and keeps the times of its parts."""
+
+    def __call__(self, x: np.ndarray) -> None: ...
+    def times(self) -> Times: ...
 
 
 def profile_model(
@@ -55,13 +61,14 @@ def profile_model(
     `rows` are in model order, then what belongs to no layer (`layer` is false there). `ms` is the median over all runs,
     summed over the operators of a row, or None where a layer has none of its own; `share` is of the sum of all `ms`.
     Parameters, multiply-adds and bytes are for one sample, times for one call with `batch` samples. `intensity` is
-    flops per byte moved. `totals` sums the rows. `latency_ms` is the whole model without the profiler and
-    `profiled_latency_ms` with it; they are measured in turns, and the times come from the latter.
+    flops per byte moved, `channels` the shape that decides how well a layer fills the machine, or None. `totals` sums
+    the rows. `latency_ms` is the whole model without the profiler and `profiled_latency_ms` with it; they are measured
+    in turns, and the times come from the latter.
 
     Args:
         model: any module of one input, quantized by us or not; it is left as it was.
         example: (N, ...) input; repeated or cut to `batch` samples.
-        runtime: "onnxruntime" or "pytorch"; None takes the first that is installed.
+        runtime: one of `PROFILED`; None takes ONNX Runtime where it is installed, else PyTorch.
         threads: how many one call may use.
     Raises:
         SettingsError: on another runtime, or threads or a batch below 1.
@@ -69,124 +76,94 @@ def profile_model(
         MissingExtra: when the runtime that was asked for is not installed.
     """
     runtime = _default() if runtime is None else runtime
-    if runtime not in PROFILED:
-        raise SettingsError(f"layers cannot be timed in {runtime!r}; allowed: {', '.join(PROFILED)}")
-    if threads < 1 or batch < 1:
-        raise SettingsError(f"threads and batch must be at least 1, got {threads} and {batch}")
+    _check(runtime, threads, batch, PROFILED)
     model = copy.deepcopy(model)
     for module in model.modules():
         module.training = False  # an exported module refuses eval(), and has nothing to switch
     x = example.detach()[torch.arange(batch) % len(example)]
     layers = costs(model, x)
+    known = {(layer.path, layer.kind) for layer in layers}
     model = model if runtime == "pytorch" else told_apart(model)
     graph = trace(model, x)
+    keys = {node: key for node in graph.graph.nodes if (key := _key(graph, node)) in known and key is not None}
+    works = works_of(graph, layers, keys, integers=runtime != "pytorch")
+    if runtime == "pytorch":
+        return _found(works, open_module(model, threads), _TorchProfiler(graph), x.numpy(), runtime, threads)
     with tempfile.TemporaryDirectory() as folder:
-        if runtime == "pytorch":
-            runner = open_module(model, threads)
-        else:
-            runner = open_file(export_onnx(model, x, Path(folder) / "model.onnx"), runtime, threads)
-            if runner.input_shape is not None and runner.input_shape[0] not in (None, batch):
-                raise SettingsError(
-                    f"the exported model has a fixed batch of {runner.input_shape[0]}, so it cannot be profiled with "
-                    f"{batch}; choose that batch, or --runtime pytorch"
-                )
-        known = {(layer.path, layer.kind) for layer in layers}
-        profiler: _TorchProfiler | OnnxProfiler
-        if runner.path is None:
-            profiler = _TorchProfiler(graph)
-        else:
-            keys = {node: key for node in graph.graph.nodes if (key := _key(graph, node)) in known}
-            profiler = OnnxProfiler(runner.path, graph, keys, Path(folder), threads)
-        inputs = x.numpy()
-        contenders = [Contender("plain", runner, inputs), Contender("profiled", profiler, inputs, runtime)]
-        measured = measure(contenders, calls=_CALLS, discard=_DISCARD, threads=threads, batch=batch)
-        times = profiler.times()
-    rows = _rows(layers, times)
+        runner = open_file(export_onnx(model, x, Path(folder) / "model.onnx"), runtime, threads)
+        _check_batch(runner, batch)
+        assert runner.path is not None
+        source = numbered(runner.path, Path(folder), lambda proto: owners(proto, graph, keys))
+        return _found(works, runner, _profiler(source, runtime, folder, threads), x.numpy(), runtime, threads)
+
+
+def profile_file(path: str | Path, *, runtime: str | None = None, threads: int = 1, batch: int = 1) -> dict[str, Any]:
+    """The same of an ONNX file as it is, float or quantized; its operators are the rows. The inputs are noise.
+
+    Args:
+        path: .onnx
+        runtime: "onnxruntime" (None) or "openvino".
+    Raises:
+        SettingsError: as `profile_model`; when the file takes inputs of any size.
+        FileError: when the file is missing or damaged.
+    """
+    runtime = "onnxruntime" if runtime is None else runtime
+    _check(runtime, threads, batch, PROFILED[:2])
+    runner = open_file(path, runtime, threads)
+    _check_batch(runner, batch)
+    sizes = (runner.input_shape or (None, None))[1:]
+    if any(size is None for size in sizes):
+        raise SettingsError(f"{path} takes inputs of any size, so it cannot be profiled; fix the size in the file")
+    x = np.random.default_rng(0).standard_normal((batch, *(size or 1 for size in sizes)), dtype=np.float32)
+    works, rows = works_of_file(require("onnx", "onnx", "read ONNX files").load(path))
+    with tempfile.TemporaryDirectory() as folder:
+        source = numbered(Path(path), Path(folder), lambda _: rows)
+        return _found(works, runner, _profiler(source, runtime, folder, threads), x, runtime, threads)
+
+
+def _check(runtime: str, threads: int, batch: int, allowed: Sequence[str]) -> None:
+    if runtime not in allowed:
+        raise SettingsError(f"layers cannot be timed in {runtime!r}; allowed: {', '.join(allowed)}")
+    if threads < 1 or batch < 1:
+        raise SettingsError(f"threads and batch must be at least 1, got {threads} and {batch}")
+
+
+def _check_batch(runner: Runner, batch: int) -> None:
+    if runner.input_shape is not None and runner.input_shape[0] not in (None, batch):
+        raise SettingsError(
+            f"the file has a fixed batch of {runner.input_shape[0]}, so it cannot be profiled with {batch}; "
+            "choose that batch"
+        )
+
+
+def _default() -> str:
+    needed = ("onnxruntime", "onnx", "onnxscript")
+    return "onnxruntime" if all(importlib.util.find_spec(package) is not None for package in needed) else "pytorch"
+
+
+def _profiler(source: Numbered, runtime: str, folder: str, threads: int) -> Profiler:
+    if runtime == "openvino":
+        return OpenvinoProfiler(source, threads)
+    return OnnxProfiler(source, Path(folder), threads)
+
+
+def _found(
+    works: Sequence[Work], runner: Runner, profiler: Profiler, x: np.ndarray, runtime: str, threads: int
+) -> dict[str, Any]:
+    """Measures, and puts the times into the rows."""
+    contenders = [Contender("plain", runner, x), Contender("profiled", profiler, x, runtime)]
+    measured = measure(contenders, calls=_CALLS, discard=_DISCARD, threads=threads, batch=len(x))
+    rows = _rows(works, profiler.times())
     return {
         "runtime": runtime,
         "threads": threads,
-        "batch": batch,
+        "batch": len(x),
         "machine": machine(),
         "rows": rows,
         "totals": _totals(rows),
         "latency_ms": measured.latency("plain"),
         "profiled_latency_ms": measured.latency("profiled"),
     }
-
-
-def profile_table(found: dict[str, Any]) -> Table:
-    """The same for a terminal, at most 100 columns wide; the slowest rows stand out.
-
-    Layers without multiply-adds that take no time of their own are left out, and counted in the caption.
-    """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    rows, totals = found["rows"], found["totals"]
-    shown = [row for row in rows if row["ms"] is not None or row["macs"]]
-    slowest = sorted(shown, key=lambda row: -row["share"])[:_MARKED]
-    most = max((row["share"] for row in shown), default=0.0) or 1.0
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_footer=True, caption_justify="left")
-    table.caption = _caption(found, len(rows) - len(shown))
-    table.add_column("layer", f"{len(rows)} rows")
-    table.add_column("kind")
-    feet = [count_text(totals["macs"]), bytes_text(totals["bytes_moved"])]
-    feet += [_number(totals["intensity"]), f"{totals['ms']:.3f}", "100 %"]
-    for title, foot in zip(("MACs", "moved", "FLOP/B", "ms", "time"), feet, strict=True):
-        table.add_column(title, foot, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for row in shown:
-        costly = any(row is other for other in slowest)
-        bar = ("█" if costly else "▒") * max(round(_BAR * row["share"] / most), 1 if row["ms"] else 0)
-        cells = [""] * 3
-        if row["layer"]:
-            cells = [count_text(row["macs"]), bytes_text(row["bytes_moved"])]
-            cells.append(_number(row["intensity"]))
-        cells += ["-", ""] if row["ms"] is None else [f"{row['ms']:.3f}", f"{100 * row['share']:.1f} %"]
-        name = row["path"] or ("(model)" if row["layer"] else f"(no layer, {row['calls']} x)")
-        table.add_row(
-            *(Text(cell) for cell in (_shortened(name, 26), _shortened(row["kind"], 20), *cells, bar)),
-            style="bold yellow" if costly else "" if row["layer"] else "dim",
-        )
-    return table
-
-
-def _caption(found: dict[str, Any], hidden: int) -> Any:
-    from rich.text import Text
-
-    total = found["totals"]["ms"]
-    threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
-    lines = [
-        f"{runtime_name(found['runtime'])}, {threads}, batch {found['batch']}, {found['machine']['cpu']}; "
-        f"{count_text(found['totals']['params'])} parameters",
-        f"latency of the model {_span(found['latency_ms'])} ms, under the profiler "
-        f"{_span(found['profiled_latency_ms'])} ms; sum of the rows {total:.3f} ms",
-        "MACs, bytes moved and FLOPs per byte are for one sample, without a cache",
-    ]
-    if hidden:
-        lines.append(
-            f"left out: {hidden} {'row' if hidden == 1 else 'rows'} without MACs or time of their own (folded, fused)"
-        )
-    return Text("\n".join(lines))
-
-
-def _span(latency: dict[str, Any]) -> str:
-    return f"{latency['median']:.3f} [{latency['low']:.3f}, {latency['high']:.3f}]"
-
-
-def _number(value: float) -> str:
-    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def _shortened(text: str, width: int) -> str:
-    """The end says which layer it is; the beginning is shared by many."""
-    return text if len(text) <= width else "…" + text[1 - width :]
-
-
-def _default() -> str:
-    needed = ("onnxruntime", "onnx", "onnxscript")
-    return PROFILED[0] if all(importlib.util.find_spec(package) is not None for package in needed) else PROFILED[1]
 
 
 class _TorchProfiler(fx.Interpreter):
@@ -227,27 +204,33 @@ def _key(graph: fx.GraphModule, node: fx.Node) -> Key | None:
     return node.meta.get("path", ""), name if name.startswith("_") else name.rstrip("_")
 
 
-def _rows(layers: list[LayerCost], times: Times) -> list[dict[str, Any]]:
+def _rows(works: Sequence[Work], times: Times) -> list[dict[str, Any]]:
     """Each layer with its times, in model order, then the times that no layer has, the longest first."""
-    known = {(layer.path, layer.kind) for layer in layers}
+    known = {work.key for work in works}
     others = sorted((key for key in times if key not in known), key=lambda key: -sum(times[key]))
     total = sum(map(sum, times.values()))
     rows = []
-    for layer in [*layers, *(replace(_NO_COST, path=path, kind=kind) for path, kind in others)]:
-        key = (layer.path, layer.kind)
-        spent = sum(times[key]) if key in times else None
+    for work in [*works, *(Work(*key) for key in others)]:
+        spent = sum(times[work.key]) if work.key in times else None
+        moved = work.weight_bytes + work.activation_bytes
         rows.append(
             {
-                "path": layer.path,
-                "kind": layer.kind,
-                "layer": key in known,
-                "calls": len(times.get(key, ())),
-                "params": layer.params,
-                "param_bytes": layer.param_bytes,
-                "macs": layer.macs,
-                "bytes_moved": layer.bytes_moved,
-                "intensity": layer.flops / max(layer.bytes_moved, 1),
-                "output_shape": list(layer.output_shape),
+                "path": work.path,
+                "kind": work.kind,
+                "layer": work.key in known,
+                "calls": len(times.get(work.key, ())),
+                "params": work.params,
+                "param_bytes": work.param_bytes,
+                "macs": work.macs,
+                "precision": work.precision,
+                "weight_bytes": work.weight_bytes,
+                "activation_bytes": work.activation_bytes,
+                "bytes_moved": moved,
+                "intensity": 2 * work.macs / max(moved, 1),
+                "channels": {name: getattr(work, name) for name in ("inputs", "outputs", "groups", "positions")}
+                if work.outputs
+                else None,
+                "output_shape": list(work.output_shape),
                 "ms": spent,
                 "share": (spent or 0.0) / total if total else 0.0,
             }

@@ -9,7 +9,8 @@ ONNX Runtime's profiler times the operators of the optimised graph, and knows no
 3. Any other operator is found by where it stands: the layers with tensors that are next above it, and what it does. The
    traced graph has the same layers, so the node there that stands in the same place is the one.
 
-What cannot be brought back so keeps the operator's name; nothing is dropped, and nothing is guessed between two.
+What cannot be brought back so keeps the operator's name; nothing is dropped, and nothing is guessed between two. The
+numbers and the rows (`Numbered`) serve other runtimes that read the same file too (`profile_openvino`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import hashlib
 import json
 import re
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,9 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from tersenet.deploy.work import Key
 from tersenet.errors import require
 
-Key = tuple[str, str]  # (path, kind) of a row; ("", operator) for what belongs to no layer
 Times = dict[Key, list[float]]  # milliseconds of each operator
 Place = frozenset[str]  # paths of the layers with tensors next above; "" is the input
 
@@ -81,27 +83,50 @@ def told_apart(model: nn.Module) -> nn.Module:
     return model
 
 
+@dataclass(frozen=True)
+class Numbered:
+    """An ONNX file whose operators are numbered.
+
+    Args:
+        path: the file.
+        graph: what is in it.
+        rows: the row of each operator, None where it has none.
+    """
+
+    path: Path
+    graph: Any
+    rows: Sequence[Key | None]
+
+
+def numbered(path: Path, folder: Path, rows: Callable[[Any], Sequence[Key | None]]) -> Numbered:
+    """Writes a numbered twin of an ONNX file.
+
+    Args:
+        path: the file.
+        folder: where the twin goes.
+        rows: the graph of the twin -> the row of each operator.
+    """
+    onnx = require("onnx", "onnx", "read ONNX files")
+    proto = onnx.load(path)
+    _number(proto.graph)
+    twin = folder / "numbered.onnx"
+    onnx.save(proto, twin)
+    return Numbered(twin, proto.graph, rows(proto.graph))
+
+
 class OnnxProfiler:
     """A session of ONNX Runtime under its profiler; call it as often as wanted, then take the times once.
 
     Args:
-        path: an ONNX file of a model of `told_apart`.
-        graph: the same model, by `tersenet.graph.trace.trace`.
-        keys: the row of each node that has one.
-        folder: an empty one, for what the profiler writes.
+        source: the file to profile.
+        folder: where the profiler writes.
         threads: how many one call may use.
     """
 
-    def __init__(
-        self, path: Path, graph: fx.GraphModule, keys: Mapping[fx.Node, Key], folder: Path, threads: int
-    ) -> None:
+    def __init__(self, source: Numbered, folder: Path, threads: int) -> None:
         self.onnx = require("onnx", "onnx", "read ONNX files")
         runtime = require("onnxruntime", "onnx", "profile ONNX files")
-        proto = self.onnx.load(path)
-        _number(proto.graph)
-        self.graph, self.rows = proto.graph, _owners(proto.graph, graph, keys, self.onnx.numpy_helper.to_array)
-        numbered, self.optimised = folder / "numbered.onnx", folder / "optimised.onnx"
-        self.onnx.save(proto, numbered)
+        self.source, self.optimised = source, folder / "optimised.onnx"
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -111,7 +136,7 @@ class OnnxProfiler:
         options.optimized_model_filepath = str(self.optimised)
         options.enable_profiling = True
         options.profile_file_prefix = str(folder / "profile")
-        self.session = runtime.InferenceSession(str(numbered), options, providers=["CPUExecutionProvider"])
+        self.session = runtime.InferenceSession(str(source.path), options, providers=["CPUExecutionProvider"])
         self.feed = self.session.get_inputs()[0].name
 
     def __call__(self, x: np.ndarray) -> None:
@@ -127,11 +152,11 @@ class OnnxProfiler:
                 name = name.removesuffix("_kernel_time")
                 samples[name].append(int(event["dur"]))
                 kinds[name] = str(event["args"]["op_name"])
-        origins = _origins(self.graph, self.onnx.load(self.optimised).graph.node)
+        origins = _origins(self.source.graph, self.onnx.load(self.optimised).graph.node)
         times: Times = defaultdict(list)
         for name, microseconds in samples.items():
             origin = origins.get(name)
-            key = None if origin is None else self.rows[origin]
+            key = None if origin is None else self.source.rows[origin]
             times[key or ("", kinds[name])].append(float(np.median(microseconds)) / 1e3)
         return times
 
@@ -180,10 +205,15 @@ def _nearest(graph: Any, makers: Mapping[str, int], index: int, kind: str) -> in
     return index
 
 
-def _owners(
-    proto: Any, graph: fx.GraphModule, keys: Mapping[fx.Node, Key], to_array: Callable[[Any], np.ndarray]
-) -> list[Key | None]:
-    """The row of each operator of our file, None where it has none."""
+def owners(proto: Any, graph: fx.GraphModule, keys: Mapping[fx.Node, Key]) -> list[Key | None]:
+    """The row of each operator of our file, None where it has none.
+
+    Args:
+        proto: the graph of a file of a model of `told_apart`.
+        graph: the same model, by `tersenet.graph.trace.trace`.
+        keys: the row of each node that has one.
+    """
+    to_array = require("onnx.numpy_helper", "onnx", "read ONNX files").to_array
     layers = {str(node.target): keys[node] for node in keys if node.op == "call_module"}
     # Values that do not depend on the input: name -> path of the layer whose tensors went in, if any.
     contents = {
