@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tersenet.bricks.shortcut import PadShortcut
 from tersenet.distill.soft_targets import SoftTargets
+from tersenet.prune.drop_blocks import DropBlocks
 from tersenet.prune.prune_channels import PruneChannels
 from tersenet.quantize.quantize import Quantize
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
@@ -19,6 +20,18 @@ from tersenet.task import Preparation, Task
 from tersenet.train import Train
 
 
+class Block(nn.Module):
+    """A residual block that keeps the shape, so that it can be dropped: (N, C, H, W) -> (N, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn(self.conv(x)))
+
+
 class Tiny(nn.Module):
     """A residual net with what image nets are made of: norms, a padded shortcut, a depthwise convolution, a head."""
 
@@ -26,6 +39,7 @@ class Tiny(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(8)
+        self.block = Block(8)
         self.conv2 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(16)
         self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
@@ -37,7 +51,7 @@ class Tiny(nn.Module):
         self.linear = nn.Linear(16, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bn1(self.conv1(x)))
+        x = self.block(torch.relu(self.bn1(self.conv1(x))))
         y = torch.relu(self.bn2(self.conv2(x)))
         y = torch.relu(self.bn3(self.depthwise(y)))
         y = torch.relu(self.bn4(self.pointwise(y)) + self.shortcut(x))
@@ -101,6 +115,7 @@ def quantized(seed: int) -> nn.Module:
 
 
 CASES = {
+    "drop_blocks": Case(DropBlocks(count=1), zero=DropBlocks()),
     "fold_batch_norm": Case(FoldBatchNorm(), zero=FoldBatchNorm()),
     "prune_channels": Case(PruneChannels(sparsity=0.5), zero=PruneChannels(sparsity=0.0)),
     "quantize": Case(Quantize(), zero=Quantize(), tolerance=0.05),

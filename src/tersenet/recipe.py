@@ -30,6 +30,7 @@ SCHEMA = 1
 # Every step and companion that a recipe can name, and the module that holds its class.
 STEPS = {
     "chain": "tersenet.step:Chain",
+    "drop_blocks": "tersenet.prune.drop_blocks:DropBlocks",
     "fold_batch_norm": "tersenet.rewrite.fold_batch_norm:FoldBatchNorm",
     "prune_channels": "tersenet.prune.prune_channels:PruneChannels",
     "quantize": "tersenet.quantize.quantize:Quantize",

@@ -1,0 +1,213 @@
+"""Leaves whole residual blocks out: depth where width is already at the runtime's grain.
+
+That a residual network bears it: Veit et al., arXiv:1605.06431. Which go: those that change what passes through them
+the least, as in ShortGPT (Men et al., arXiv:2403.03853). Departures: relative distance in place of a cosine, and after
+the drop the norms behind it are measured anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tersenet.errors import SettingsError
+from tersenet.graph.blocks import Blocks, drop, paths_within, residual_blocks
+from tersenet.graph.trace import is_leaf, trace
+from tersenet.prune.repair import repair
+from tersenet.step import Plan, Step
+from tersenet.task import Task, batch_input, to_device
+
+# Images on which the change that a block makes is measured.
+_MEASURED_ON = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropBlocks(Step):
+    """Replaces residual blocks by what their shortcut does.
+
+    A block serves when it is a module x -> act(x + f(x)) whose shortcut keeps the shape; so the first block of a stage
+    usually does not. Graphs without modules, such as a loaded .pt2 file, have no blocks.
+
+    Args:
+        blocks: paths of the blocks to drop.
+        count: in place of `blocks`, how many to drop, the least important first. Importance is the relative size of
+            what a block adds, ||block(x) - shortcut(x)|| / ||x|| on 256 calibration images; without data, the size of
+            the block's norm scales, or of its weights where it has no norms.
+        refit: measure the norms behind the dropped blocks anew, on up to 512 calibration images.
+        only: drop only blocks that match: paths or types of blocks, such as "layer3.*" or "Bottleneck".
+        skip: drop no block that matches.
+    """
+
+    family: ClassVar[str] = "prune"
+    summary: ClassVar[str] = "leaves out whole residual blocks, the least important first"
+    serves: ClassVar[tuple[str, ...]] = ("residual block",)
+
+    blocks: tuple[str, ...] = ()
+    count: int = 0
+    refit: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.blocks, str):
+            raise SettingsError(f"blocks must be a list of paths, got {self.blocks!r}; write blocks: [{self.blocks}]")
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        if self.count < 0:
+            raise SettingsError(f"count must be at least 0, got {self.count}; it is the number of blocks to drop")
+        if self.blocks and self.count:
+            raise SettingsError(f"blocks names {len(self.blocks)} and count is {self.count}; give one of the two")
+
+    def plan(self, model: nn.Module, task: Task) -> Plan:
+        """{"dropped": [paths], "activations": {path: what stays of it}}; see graph/blocks.py.
+
+        Raises:
+            SettingsError: on a block that cannot be dropped, or more blocks than there are.
+        """
+        if not self.blocks and not self.count:
+            return {}
+        known = residual_blocks(model, task.example)
+        allowed = [path for path in known.found if self.matches(path, model.get_submodule(path))]
+        if self.blocks:
+            for path in self.blocks:
+                if path not in known.found:
+                    raise SettingsError(_refusal(path, known))
+            dropped = [path for path in allowed if path in self.blocks]
+        else:
+            if allowed and self.count > len(allowed):
+                raise SettingsError(
+                    f"count is {self.count}, but only {len(allowed)} blocks can be dropped: {_listed(allowed)}"
+                )
+            scores = importance(model, {path: known.found[path] for path in allowed}, task)
+            least = sorted(allowed, key=lambda path: scores[path])[: self.count]
+            dropped = [path for path in allowed if path in least]
+        stays = {path: known.found[path] for path in dropped if known.found[path] is not None}
+        return {"dropped": dropped, "activations": stays} if dropped else {}
+
+    def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Raises SurgeryError when the plan is another model's; the model is then as it was."""
+        return drop(model, {path: plan["activations"].get(path) for path in plan["dropped"]}) if plan else model
+
+    def fit(self, model: nn.Module, task: Task) -> None:
+        """Measures the norms behind the dropped blocks on up to 512 calibration images; without data nothing happens.
+
+        What was dropped is seen by comparing with `task.original`, which is the model before in `run`; without it
+        every norm is measured.
+        """
+        if not self.refit or not (self.blocks or self.count) or (task.calibrate is None and task.train is None):
+            return
+        start = "" if task.original is None else _last_layer_before(task.original, model, task.example)
+        if start is None:
+            return
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        images = torch.cat([batch_input(batch) for batch in task.calibration(512)])[:512].to(device)
+        # To `repair` the norms behind the first layer that lost inputs are worth measuring, those before it are not.
+        repair(model, images, None, {start: {"in": []}} if start else {})
+
+    def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
+        """plan, apply and fit, where `fit` compares with the model as it comes in."""
+        return super().run(model, dataclasses.replace(task, original=copy.deepcopy(model)))
+
+    def choices(self, model: nn.Module, task: Task) -> dict[str, list[Any]]:
+        """Block path -> "keep" or "drop"."""
+        known = residual_blocks(model, task.example)
+        return {path: ["keep", "drop"] for path in known.found if self.matches(path, model.get_submodule(path))}
+
+    def chosen(self, picked: Mapping[str, Any]) -> Step | None:
+        """Raises SettingsError on a choice that there is not."""
+        for path, choice in picked.items():
+            if choice not in ("keep", "drop"):
+                raise SettingsError(f"the choice for block {path} is {choice!r}; allowed: keep, drop")
+        dropped = tuple(path for path, choice in picked.items() if choice == "drop")
+        return dataclasses.replace(self, blocks=dropped, count=0) if dropped else None
+
+
+def importance(model: nn.Module, blocks: Mapping[str, Any], task: Task) -> dict[str, float]:
+    """path -> how much a block changes what passes through it; see `DropBlocks.count`.
+
+    Args:
+        blocks: as in `Blocks.found`.
+    """
+    if task.calibrate is None and task.train is None:
+        return {path: _weight_size(model.get_submodule(path)) for path in blocks}
+    twin = drop(copy.deepcopy(model), blocks)
+    shortcuts = {path: twin.get_submodule(path) for path in blocks}
+    sums = {path: torch.zeros(2, dtype=torch.float64) for path in blocks}
+    inputs: dict[str, Tensor] = {}
+
+    def before(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor]) -> None:
+            inputs[path] = args[0].clone()  # a block may add to its input in place
+
+        return hook
+
+    def after(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            value = inputs.pop(path)
+            added = (output - shortcuts[path](value)).square().sum()
+            sums[path] += torch.stack([added, value.square().sum()]).double().cpu()
+
+        return hook
+
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    modes = [(module, module.training) for root in (model, twin) for module in root.modules()]
+    hooks = []
+    try:
+        for module, _ in modes:
+            module.training = False
+        for path in blocks:
+            hooks.append(model.get_submodule(path).register_forward_pre_hook(before(path)))
+            hooks.append(model.get_submodule(path).register_forward_hook(after(path)))
+        with torch.no_grad():
+            for batch in task.calibration(_MEASURED_ON):
+                model(to_device(batch_input(batch), device))
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    return {path: float((added / value.clamp(min=1e-30)) ** 0.5) for path, (added, value) in sums.items()}
+
+
+def _weight_size(block: nn.Module) -> float:
+    """Root mean square of the scales of a block's norms and layers, else of all its weights.
+
+    In front of a norm the size of a convolution's weights says nothing, the norm's scale does.
+    """
+    scales = [p for name, p in block.named_parameters() if p.dim() == 1 and not name.endswith("bias")]
+    chosen = scales or list(block.parameters())
+    return float(torch.cat([p.detach().flatten() for p in chosen]).double().square().mean().sqrt())
+
+
+def _last_layer_before(original: nn.Module, model: nn.Module, example: Tensor) -> str | None:
+    """The layer that is called last before the first block that the model lost; "" when none is, None without loss."""
+    now = dict(model.named_modules())
+    lost = [
+        path
+        for path, module in original.named_modules()
+        if not is_leaf(module) and path in now and is_leaf(now[path])
+    ]  # fmt: skip
+    if not lost:
+        return None
+    last = ""
+    for node in trace(original, example).graph.nodes:
+        if node.op == "call_module":
+            if paths_within([str(node.target)], lost):
+                break
+            last = str(node.target)
+    return last
+
+
+def _refusal(path: str, known: Blocks) -> str:
+    reason = known.refused.get(path, "there is no such module")
+    return f"block {path!r} cannot be dropped: {reason}; blocks that can: {_listed(known.found)}"
+
+
+def _listed(paths: Iterable[str]) -> str:
+    paths = list(paths)
+    more = f" and {len(paths) - 30} more" if len(paths) > 30 else ""
+    return (", ".join(paths[:30]) or "none") + more
