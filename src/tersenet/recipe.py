@@ -118,6 +118,8 @@ def _plain(part: Step | Companion) -> dict[str, Any]:
             return _plain(value)
         if isinstance(value, tuple | list):
             return [plain(item) for item in value]
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
         if value is None or isinstance(value, bool | int | float | str):
             return value
         raise RecipeError(f"{part.name} has a setting that cannot be written down: {value!r}")
@@ -181,6 +183,11 @@ def _value(where: str, hint: Any, value: Any, own: Own | None) -> Any:
     elif origin is tuple and isinstance(value, list):
         inner = args[0] if args else Any
         return tuple(_value(f"{where}[{i}]", inner, item, own) for i, item in enumerate(value))
+    elif origin is Mapping and isinstance(value, dict):
+        return {
+            _value(f"{where}: key {key!r}", args[0], key, own): _value(f"{where}.{key}", args[1], item, own)
+            for key, item in value.items()
+        }
     elif origin is typing.Literal:
         if value in args:
             return value

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersenet.numerics.elimination import Reader, eliminate, order_of_groups
+from tersenet.numerics.elimination import Reader, eliminate
 
 
 def best_error(gram: Tensor, weight: Tensor, kept: list[int]) -> tuple[float, Tensor]:
@@ -23,7 +23,7 @@ def problem(seed: int, channels: int, places: int, outputs: int) -> tuple[Tensor
     size = channels * places
     mix = torch.randn(size, size, generator=generator, dtype=torch.float64)
     inputs = torch.randn(200, size, generator=generator, dtype=torch.float64) @ mix
-    groups = order_of_groups({i: [i] for i in range(channels)}, places)
+    groups = torch.arange(size).view(channels, places)
     return inputs.T @ inputs, torch.randn(outputs, size, generator=generator, dtype=torch.float64), groups
 
 
@@ -69,3 +69,12 @@ def test_inputs_that_are_always_zero_go_first() -> None:
     gram = torch.diag(torch.tensor([1.0, 0.0, 2.0]))
     assert eliminate([Reader(gram, torch.ones(1, 3), torch.arange(3)[:, None])]).order[0] == 1
     assert eliminate([Reader(gram * 0, torch.ones(1, 3), torch.arange(3)[:, None])]).order
+
+
+def test_a_given_order_is_kept() -> None:
+    gram, weight, groups = problem(3, 4, 2, 3)
+    found = eliminate([Reader(gram, weight, groups)], keep=[2], order=[2, 0, 3, 1], ridge=1e-12)
+    assert found.order == [2, 0, 3, 1]
+    error, new = best_error(gram, weight, groups[[1, 3]].flatten().tolist())
+    assert found.errors[2] == pytest.approx(error, rel=1e-6)
+    torch.testing.assert_close(found.weights[2][0], new, rtol=1e-5, atol=1e-7)

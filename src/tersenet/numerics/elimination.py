@@ -9,7 +9,7 @@ channels are eliminated together, by the sum of their costs, and one pass gives 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,31 +46,34 @@ class Elimination:
     weights: dict[int, list[Tensor]]
 
 
-def eliminate(readers: Sequence[Reader], keep: Sequence[int] = (), ridge: float = 1e-4) -> Elimination:
+def eliminate(
+    readers: Sequence[Reader], keep: Sequence[int] = (), order: Sequence[int] | None = None, ridge: float = 1e-4
+) -> Elimination:
     """Removes one channel after another, each time the one that costs least, in float64.
 
     Args:
         readers: with the same number of channels, at least one.
         keep: numbers of channels for which the weights are wanted.
+        order: remove them in this order instead.
         ridge: relative to the mean of each Gram matrix's diagonal; draws the weights to where they were.
     Cost: O(n I^2 K) per reader.
     """
     count = len(readers[0].groups)
     states = [_State(reader, ridge) for reader in readers]
     alive = torch.ones(count, dtype=torch.bool, device=readers[0].gram.device)
-    order: list[int] = []
+    gone: list[int] = []
     errors, weights = [0.0], {}
     for left in range(count, 0, -1):
         if left in keep:
             weights[left] = [state.weight.clone() for state in states]
         costs = torch.stack([state.costs() for state in states]).sum(dim=0)
-        chosen = int(torch.where(alive, costs, torch.inf).argmin())
+        chosen = int(torch.where(alive, costs, torch.inf).argmin()) if order is None else order[len(gone)]
         errors.append(errors[-1] + max(0.0, float(costs[chosen])))
-        order.append(chosen)
+        gone.append(chosen)
         alive[chosen] = False
         for state in states:
             state.remove(chosen)
-    return Elimination(order, errors, weights)
+    return Elimination(gone, errors, weights)
 
 
 class _State:
@@ -100,14 +103,3 @@ class _State:
         self.inverse[places, :] = 0.0
         self.inverse[:, places] = 0.0
         self.inverse[places, places] = 1.0
-
-
-def order_of_groups(positions: Mapping[int, Sequence[int]], places: int) -> Tensor:
-    """(n, K): the inputs of each channel, where a channel has several positions of `places` inputs each.
-
-    >>> order_of_groups({7: [0], 9: [1]}, 2)
-    tensor([[0, 1],
-            [2, 3]])
-    """
-    inner = torch.arange(places)
-    return torch.stack([(torch.tensor(list(own))[:, None] * places + inner).flatten() for own in positions.values()])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from tersenet.errors import SettingsError
 from tersenet.graph.coupling import Bundle, Coupling
 from tersenet.graph.surgery import axes
 from tersenet.numerics.saliency import chance, class_magnitude, magnitude
@@ -19,26 +22,58 @@ class Candidate:
     """A bundle with its channels from the least important to the most.
 
     Args:
+        name: path of the first layer that makes the bundle.
         bundle: the coupled channels.
         order: (n,) classes, least important first.
         scores: (n,) in that order, their mean over the bundle is 1.
-        unit: how many of its channels make a width that is a multiple of what was asked.
+        each: how many channels of that layer a class stands for; 1 but for grouped layers.
+        unit: how many of its classes make a width that is a multiple of what was asked.
     """
 
+    name: str
     bundle: Bundle
     order: np.ndarray
     scores: np.ndarray
+    each: int
     unit: int
 
+    @property
+    def width(self) -> int:
+        """Channels of the first layer that makes the bundle."""
+        return len(self.order) * self.each
+
     def kept(self, wanted: float) -> int:
-        """The allowed number of channels nearest to the wanted one: a multiple, at least one, at most all."""
+        """The allowed number of classes nearest to the wanted one: a multiple, at least one, at most all."""
         return min(len(self.order), max(1, math.floor(wanted / self.unit + 0.5)) * self.unit)
+
+    def choices(self, multiple_of: int) -> list[int]:
+        """Widths to choose from, the whole one first: by eighths, and by multiples of 4 at least."""
+        grain = multiple_of if multiple_of > 1 else max(1, math.ceil(self.width / 32)) * 4
+        grain = math.lcm(grain, self.each)
+        return [self.width, *range((self.width - 1) // grain * grain, 0, -grain)]
+
+
+def name_of(bundle: Bundle) -> str:
+    """Path of the first layer that makes a bundle."""
+    makers = [path for path, role in bundle.members if role == "out"]
+    return makers[0] if makers else bundle.members[0][0]
 
 
 def rank(
-    model: nn.Module, known: Coupling, bundles: list[Bundle], importance: str, multiple_of: int, seed: int
+    model: nn.Module,
+    known: Coupling,
+    bundles: list[Bundle],
+    importance: str,
+    multiple_of: int,
+    seed: int,
+    orders: Mapping[str, tuple[np.ndarray, np.ndarray]] = MappingProxyType({}),
 ) -> list[Candidate]:
-    """Scores the channels of some bundles by "l1" or "l2" magnitude, or at "random"."""
+    """Scores the channels of some bundles by "l1" or "l2" magnitude, or at "random".
+
+    Args:
+        orders: name of a bundle -> (its channels by number, least important first; their scores), decided already.
+            Any other `importance` than these three means that: bundles that are not in it are scored by "l2".
+    """
     size = 1 + max(int(bundle.classes.max()) for bundle in bundles)
     found = []
     power = 1 if importance == "l1" else 2
@@ -52,27 +87,37 @@ def rank(
         }
     )
     for bundle in bundles:
-        if importance == "random":
-            scores = random[bundle.classes]
+        name = name_of(bundle)
+        if name in orders:
+            order, ordered = orders[name]
+            scores = np.empty(len(order))
+            scores[order] = ordered
         else:
-            parts = []
-            for slot in bundle.members:
-                classes = known.slots[slot]
-                here = np.isin(classes, bundle.classes)
-                if slots := slices[slot]:
-                    parts.append((slots[0][here], np.searchsorted(bundle.classes, classes[here])))
-            scores = class_magnitude(parts, len(bundle.classes), power)
-        order = np.argsort(scores, kind="stable")
+            scores = random[bundle.classes] if importance == "random" else _magnitudes(known, bundle, slices, power)
+            order = np.argsort(scores, kind="stable")
         scores = scores / scores.mean() if scores.mean() > 0 else scores
         width = max(
             int(np.isin(known.slots[slot], bundle.classes).sum()) // len(bundle.classes)
             for slot in bundle.members
             if slot[1] in ("out", "channel")
         )
-        found.append(
-            Candidate(bundle, bundle.classes[order], scores[order], multiple_of // math.gcd(multiple_of, max(width, 1)))
-        )
+        unit = multiple_of // math.gcd(multiple_of, max(width, 1))
+        maker = next(slot for slot in bundle.members if slot[0] == name and slot[1] != "in")
+        each = max(1, int(np.isin(known.slots[maker], bundle.classes).sum()) // len(bundle.classes))
+        found.append(Candidate(name, bundle, bundle.classes[order], scores[order], each, unit))
     return found
+
+
+def _magnitudes(
+    known: Coupling, bundle: Bundle, slices: Mapping[tuple[str, str], list[np.ndarray]], power: int
+) -> np.ndarray:
+    parts = []
+    for slot in bundle.members:
+        classes = known.slots[slot]
+        here = np.isin(classes, bundle.classes)
+        if slots := slices[slot]:
+            parts.append((slots[0][here], np.searchsorted(bundle.classes, classes[here])))
+    return class_magnitude(parts, len(bundle.classes), power)
 
 
 def _slices(module: nn.Module, role: str, power: int) -> list[np.ndarray]:
@@ -90,54 +135,106 @@ def _slices(module: nn.Module, role: str, power: int) -> list[np.ndarray]:
     return [values.reshape(-1, axis.repeat).sum(axis=1)]
 
 
-def removed(candidates: list[Candidate], sparsity: float, scope: str) -> np.ndarray:
-    """The classes that go when this share of the channels does: of each bundle alike, or the least important of all."""
-    if scope == "layer":
-        counts = [candidate.kept(len(candidate.order) * (1 - sparsity)) for candidate in candidates]
-    else:
-        every = np.sort(np.concatenate([candidate.scores for candidate in candidates]))
-        bar = every[min(len(every) - 1, round(sparsity * len(every)))]
-        counts = [candidate.kept(int((candidate.scores >= bar).sum())) for candidate in candidates]
+def shares(candidates: Sequence[Candidate], sparsity: float, scope: str) -> list[int]:
+    """How many classes each bundle keeps when this share goes: of each alike, or the least important of all."""
     if sparsity == 0:
-        counts = [len(candidate.order) for candidate in candidates]
-    return np.concatenate(
-        [candidate.order[: len(candidate.order) - count] for candidate, count in zip(candidates, counts, strict=True)]
-    )
+        return [len(candidate.order) for candidate in candidates]
+    if scope == "layer":
+        return [candidate.kept(len(candidate.order) * (1 - sparsity)) for candidate in candidates]
+    every = np.sort(np.concatenate([candidate.scores for candidate in candidates]))
+    bar = every[min(len(every) - 1, round(sparsity * len(every)))]
+    return [candidate.kept(int((candidate.scores >= bar).sum())) for candidate in candidates]
 
 
-def layer_macs(known: Coupling, gone: np.ndarray) -> int:
-    """Multiply-adds of the convolutions and linear layers for one sample, once these classes are gone."""
-    total = 0
-    for node in known.graph.graph.nodes:
-        if node.op != "call_module":
-            continue
-        module: Any = known.graph.get_submodule(str(node.target))
-        roles = axes(module)
-        if not hasattr(module, "weight") or not ("out" in roles or hasattr(module, "out_channels")):
-            continue
-        source = node.args[0]
-        inputs, outputs = known.shape(source, gone), known.shape(node, gone)
-        if hasattr(module, "in_features"):
-            total += math.prod(outputs[1:]) * inputs[-1]
-            continue
-        groups = inputs[1] if "channel" in roles else module.groups
-        kernel = math.prod(module.kernel_size)
-        where = inputs if getattr(module, "transposed", False) else outputs
-        total += math.prod(where[2:]) * inputs[1] * outputs[1] // groups * kernel
-    return total
+def chosen_counts(candidates: Sequence[Candidate], widths: Mapping[str, int]) -> list[int]:
+    """How many classes each bundle keeps when some have a given width.
+
+    Raises:
+        SettingsError: for a name or a width that there is not, listing those that there are.
+    """
+    known = {candidate.name: candidate for candidate in candidates}
+    for name, width in widths.items():
+        if name not in known:
+            names = ", ".join(list(known)[:40]) + (" and more" if len(known) > 40 else "")
+            raise SettingsError(f"widths names {name!r}, which makes no channels that can be cut; possible: {names}")
+        each = known[name].each
+        if width % each or not 1 <= width <= known[name].width:
+            steps = f" in steps of {each}" if each > 1 else ""
+            raise SettingsError(
+                f"widths wants {width} channels of {name!r}; possible: {each} to {known[name].width}{steps}"
+            )
+    return [widths.get(candidate.name, candidate.width) // candidate.each for candidate in candidates]
 
 
-def sparsity_for(known: Coupling, candidates: list[Candidate], scope: str, macs: float, total: int) -> float:
-    """The least sparsity whose network has at most `macs` of all multiply-adds; above 1 when none has.
+def removed(candidates: Sequence[Candidate], counts: Sequence[int]) -> np.ndarray:
+    """The classes that go when each bundle keeps so many."""
+    gone = [c.order[: len(c.order) - count] for c, count in zip(candidates, counts, strict=True)]
+    return np.concatenate(gone) if gone else np.zeros(0, dtype=np.int64)
+
+
+class LayerMacs:
+    """Multiply-adds for one sample as a function of how many classes each bundle keeps.
 
     Args:
-        total: multiply-adds of the whole model, operators between its layers included, which stay as they are.
+        total: multiply-adds of the whole model; operators between its layers are in it and stay as they are.
     """
-    nothing = np.zeros(0, dtype=np.int64)
-    rest = total - layer_macs(known, nothing)
+
+    def __init__(self, known: Coupling, candidates: Sequence[Candidate], total: int) -> None:
+        owner = np.full(1 + max(int(vector.max(initial=0)) for vector in known.slots.values()), len(candidates))
+        self.sizes = np.array([len(candidate.order) for candidate in candidates])
+        for i, candidate in enumerate(candidates):
+            owner[candidate.bundle.classes] = i
+        constants, inputs, outputs = [], [], []
+
+        def spread(node: Any, dim: int) -> np.ndarray:
+            """(bundles + 1,) channels per class of each bundle, and those that stay."""
+            size, classes = node.meta["shape"][dim], known.states[node][dim]
+            counts = np.zeros(len(candidates) + 1)
+            if classes is None:
+                counts[-1] = size
+            else:
+                counts += np.bincount(owner[classes], minlength=len(candidates) + 1)
+            counts[:-1] /= self.sizes
+            return counts
+
+        alone = np.zeros(len(candidates) + 1)
+        alone[-1] = 1.0
+        for node in known.graph.graph.nodes:
+            if node.op != "call_module":
+                continue
+            module: Any = known.graph.get_submodule(str(node.target))
+            roles = axes(module)
+            if not hasattr(module, "weight") or not ("out" in roles or hasattr(module, "out_channels")):
+                continue
+            source = node.args[0]
+            if hasattr(module, "in_features"):
+                constants.append(math.prod(node.meta["shape"][1:-1]))
+                inputs.append(spread(source, -1))
+                outputs.append(spread(node, -1))
+                continue
+            depthwise = "channel" in roles
+            where = source if getattr(module, "transposed", False) else node
+            kernel = math.prod(module.kernel_size)
+            constants.append(math.prod(where.meta["shape"][2:]) * kernel / (1 if depthwise else module.groups))
+            inputs.append(alone if depthwise else spread(source, 1))
+            outputs.append(spread(node, 1))
+        self.constants = np.array(constants, dtype=float)
+        self.inputs = np.array(inputs).reshape(-1, len(candidates) + 1)
+        self.outputs = np.array(outputs).reshape(-1, len(candidates) + 1)
+        self.rest = 0.0
+        self.rest = total - self.at(self.sizes)
+
+    def at(self, counts: Sequence[int] | np.ndarray) -> float:
+        """Multiply-adds when the bundles keep so many classes."""
+        kept = np.append(np.asarray(counts, dtype=float), 1.0)
+        return self.rest + float(self.constants @ ((self.inputs @ kept) * (self.outputs @ kept)))
+
+
+def sparsity_for(candidates: Sequence[Candidate], scope: str, budget: float, macs: LayerMacs) -> float:
+    """The least sparsity whose network has at most so many multiply-adds; above 1 when none has."""
 
     def fits(sparsity: float) -> bool:
-        return rest + layer_macs(known, removed(candidates, sparsity, scope)) <= macs * total
+        return macs.at(shares(candidates, sparsity, scope)) <= budget
 
     low, high = 0.0, 1.0
     if fits(low):
@@ -148,3 +245,45 @@ def sparsity_for(known: Coupling, candidates: list[Candidate], scope: str, macs:
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high
+
+
+def cheapest(hurts: Sequence[Mapping[int, float]], budget: float, macs: LayerMacs) -> list[int] | None:
+    """How many classes each bundle keeps, so that the sum of what hurts is small and the budget is kept; None if none.
+
+    Greedy: from the whole network, always the step of one bundle to one of its smaller sizes that hurts least per
+    multiply-add saved; with single steps on the lower convex hull this is the optimum but for the last step. Then
+    bundles grow again where the budget allows it.
+
+    Args:
+        hurts: per bundle, number of classes kept -> what it costs; the largest is the whole bundle.
+    """
+    now = [max(curve) for curve in hurts]
+    while (used := macs.at(now)) > budget:
+        best: tuple[float, int, int] | None = None
+        for i, curve in enumerate(hurts):
+            for size, cost in curve.items():
+                if size >= now[i]:
+                    continue
+                saved = used - macs.at([*now[:i], size, *now[i + 1 :]])
+                slope = (cost - curve[now[i]]) / saved if saved > 0 else math.inf
+                if best is None or slope < best[0]:
+                    best = (slope, i, size)
+        if best is None or best[0] == math.inf:
+            return None
+        now[best[1]] = best[2]
+    return _grown(now, hurts, budget, macs)
+
+
+def _grown(now: list[int], hurts: Sequence[Mapping[int, float]], budget: float, macs: LayerMacs) -> list[int]:
+    """Gives back what fits, the largest gain first."""
+    while True:
+        gains = [
+            (curve[now[i]] - cost, i, size)
+            for i, curve in enumerate(hurts)
+            for size, cost in curve.items()
+            if size > now[i] and cost < curve[now[i]] and macs.at([*now[:i], size, *now[i + 1 :]]) <= budget
+        ]
+        if not gains:
+            return now
+        _, i, size = max(gains)
+        now[i] = size

@@ -1,28 +1,47 @@
 """Takes whole channels out, with everything that is coupled to them.
 
 Magnitude of filters: Li et al., arXiv:1608.08710. What is coupled: graph/coupling.py. Repair without training: least
-squares (He et al., arXiv:1707.06168) and fresh norm statistics, in prune/repair.py. Departures: channels that pass
-through a residual addition stay unless asked for, because one of them lives in every block of a stage.
+squares (He et al., arXiv:1707.06168), in prune/repair.py. Channels by what their readers lose: ZipLM (Kurtic et al.,
+arXiv:2302.04089), in prune/reconstruction.py. Departures: channels that pass through a residual addition stay unless
+asked for, because one of them lives in every block of a stage.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
 from tersenet.errors import SettingsError
 from tersenet.graph.costs import totals
-from tersenet.graph.coupling import Bundle, coupling
+from tersenet.graph.coupling import Bundle, Coupling
 from tersenet.graph.surgery import cut
-from tersenet.prune.budget import rank, removed, sparsity_for
+from tersenet.prune.budget import (
+    Candidate,
+    LayerMacs,
+    cheapest,
+    chosen_counts,
+    name_of,
+    rank,
+    removed,
+    shares,
+    sparsity_for,
+)
+from tersenet.prune.known import known_coupling
+from tersenet.prune.reconstruction import folded, orders_of
 from tersenet.prune.repair import repair
+from tersenet.prune.sensitivity import divergence, divergences
 from tersenet.step import Plan, Step
 from tersenet.task import Task, batch_input
+
+# 1,024 images in all, of which some only judge.
+_CALIBRATION, _JUDGES = 768, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +51,18 @@ class PruneChannels(Step):
     Args:
         sparsity: share of the prunable channels to remove, 0 <= sparsity < 1. With scope "layer" of every bundle of
             coupled layers alike.
-        importance: "l2" or "l1" magnitude of a channel's weights, or "random" as the control.
+        importance: "l2" or "l1" magnitude of a channel's weights; "reconstruction", the error that is left in the
+            layers that read it once they make up for it, which needs calibration data (where the readers are no plain
+            layers, "l2" serves); or "random" as the control.
         multiple_of: keep numbers of channels that are multiples of this, rounded to the nearest, at least one
             multiple; bundles that are smaller stay whole. Runtimes like 8 or 16.
-        scope: "layer" removes the same share everywhere; "global" the least important of the whole model.
+        scope: "layer" removes the same share everywhere; "global" the least important of the whole model;
+            "sensitivity" gives each bundle the width that keeps the sum of KL divergences small which the cuts cause
+            one at a time; it needs `macs` and calibration data.
         refit: repair the layers that lost inputs by least squares on calibration data, and measure the norms anew.
         macs: in place of `sparsity`, the share of multiply-adds to be left at most: the least sparsity that does.
+        widths: in place of `sparsity` and `macs`, the number of channels to keep by bundle, each named by the first
+            layer that makes it ({"layer1.0.conv1": 8}); the others stay whole.
         residual: also cut channels that pass through a residual addition.
         only: cut only channels that are made by layers which match.
         skip: cut no channel that is made by a layer which matches.
@@ -54,6 +79,7 @@ class PruneChannels(Step):
     refit: bool = True
     macs: float | None = None
     residual: bool = False
+    widths: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,51 +87,154 @@ class PruneChannels(Step):
             raise SettingsError(
                 f"sparsity must lie in [0, 1), got {self.sparsity}; it is the share of channels removed"
             )
-        if self.importance not in ("l1", "l2", "random"):
-            raise SettingsError(f"importance must be one of l1, l2, random, got {self.importance!r}")
-        if self.scope not in ("layer", "global"):
-            raise SettingsError(f"scope must be layer or global, got {self.scope!r}")
+        if self.importance not in ("l1", "l2", "reconstruction", "random"):
+            raise SettingsError(f"importance must be one of l1, l2, reconstruction, random, got {self.importance!r}")
+        if self.scope not in ("layer", "global", "sensitivity"):
+            raise SettingsError(f"scope must be layer, global or sensitivity, got {self.scope!r}")
+        if self.scope == "sensitivity" and self.macs is None and self.widths is None:
+            raise SettingsError("scope is 'sensitivity', which needs a budget; set macs, such as macs: 0.5")
         if self.multiple_of < 1:
             raise SettingsError(f"multiple_of must be at least 1, got {self.multiple_of}; 1 allows every number")
         if self.macs is not None and not 0 < self.macs <= 1:
             raise SettingsError(
                 f"macs must lie in (0, 1], got {self.macs}; it is the share of multiply-adds to be left"
             )
+        if self.widths is not None:
+            wrong = [f"{key}: {value!r}" for key, value in self.widths.items() if type(value) is not int or value < 1]
+            if wrong:
+                raise SettingsError(f"widths must be whole numbers of at least 1 channel, got {wrong[0]}")
+            object.__setattr__(self, "widths", dict(self.widths))
+
+    def data_needed(self) -> str:
+        return "inputs" if self.importance == "reconstruction" or self.scope == "sensitivity" else self.needs
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"kept": {layer path: {role: indices}}}; the roles are those of graph/surgery.py.
 
         Raises:
-            SettingsError: when no sparsity leaves as few multiply-adds as `macs` asks for.
+            SettingsError: when no sparsity leaves as few multiply-adds as `macs` asks for, or `widths` names what
+                there is not.
+            DataError: without calibration data, where the settings need it.
         """
-        known = coupling(model, task.example)
-        bundles = [bundle for bundle in known.bundles if self._serves(model, bundle)]
+        known = known_coupling(model, task.example)
+        bundles = self._bundles(model, known)
+        if not bundles:
+            if self.widths:
+                raise SettingsError(f"widths names {next(iter(self.widths))!r}, but no channels can be cut here")
+            return {}
+        judged = self.scope == "sensitivity" and self.widths is None
+        twin = folded(model, task.example) if judged or self.importance == "reconstruction" else None
+        candidates = self._ranked(model, known, bundles, task, twin)
+        if self.widths is not None:
+            counts = chosen_counts(candidates, self.widths)
+        elif self.macs is None:
+            counts = shares(candidates, self.sparsity, self.scope)
+        else:
+            counts = self._within(self.macs, model, known, candidates, task, twin)
+        gone = removed(candidates, counts)
+        return {"kept": known.kept(gone)} if len(gone) else {}
+
+    def choices(self, model: nn.Module, task: Task) -> dict[str, list[Any]]:
+        """Path of the first layer that makes a bundle -> numbers of channels, the whole one first.
+
+        By eighths of the whole width, and by multiples of 4 at least; `multiple_of` above 1 is the grain instead.
+        """
+        known = known_coupling(model, task.example)
+        bundles = self._bundles(model, known)
+        candidates = rank(model, known, bundles, "random", self.multiple_of, task.seed) if bundles else []
+        found = {candidate.name: candidate.choices(self.multiple_of) for candidate in candidates}
+        return {name: widths for name, widths in found.items() if len(widths) > 1}
+
+    def sensitivities(self, model: nn.Module, task: Task, images: Tensor) -> dict[str, dict[Any, float]]:
+        """name of a bundle -> width -> KL divergence (nats per image) of the outputs when only this is cut.
+
+        The layers that read the bundle make up for it; other repair is not counted.
+        """
+        known = known_coupling(model, task.example)
+        bundles = self._bundles(model, known)
         if not bundles:
             return {}
-        candidates = rank(model, known, bundles, self.importance, self.multiple_of, task.seed)
-        sparsity = self.sparsity
-        if self.macs is not None:
-            total = totals(model, task.example).macs
-            sparsity = sparsity_for(known, candidates, self.scope, self.macs, total)
-            if sparsity > 1:
-                hint = "" if self.residual else ", set residual: true"
-                raise SettingsError(
-                    f"macs {self.macs} cannot be reached by cutting channels; ask for more{hint} or skip less"
-                )
-        gone = removed(candidates, sparsity, self.scope)
-        return {"kept": known.kept(gone)} if len(gone) else {}
+        twin = folded(model, task.example)
+        candidates = self._ranked(model, known, bundles, task, twin)
+        places = [candidate for candidate in candidates if len(candidate.choices(self.multiple_of)) > 1]
+        return dict(zip([c.name for c in places], self._curves(model, known, places, task, twin, images), strict=True))
+
+    def chosen(self, picked: Mapping[str, Any]) -> PruneChannels | None:
+        return dataclasses.replace(self, widths=dict(picked)) if picked else None
+
+    def _bundles(self, model: nn.Module, known: Coupling) -> list[Bundle]:
+        return [bundle for bundle in known.bundles if self._serves(model, bundle)]
 
     def _serves(self, model: nn.Module, bundle: Bundle) -> bool:
         makers = [path for path, role in bundle.members if role == "out"]
         wanted = all(self.matches(path, model.get_submodule(path)) for path in makers)
         return wanted and (self.residual or not bundle.residual)
 
+    def _ranked(
+        self, model: nn.Module, known: Coupling, bundles: list[Bundle], task: Task, twin: fx.GraphModule | None
+    ) -> list[Candidate]:
+        orders: Mapping[str, Any] = {}
+        if self.importance == "reconstruction" and twin is not None:
+            orders = orders_of(known, bundles, [name_of(b) for b in bundles], twin, _images(model, task, _CALIBRATION))
+        return rank(model, known, bundles, self.importance, self.multiple_of, task.seed, orders)
+
+    def _within(
+        self, share: float, model: nn.Module, known: Coupling, candidates: list[Candidate], task: Task, twin: Any
+    ) -> list[int]:
+        """How many classes each bundle keeps so that this share of the multiply-adds is left at most."""
+        total = totals(model, task.example).macs
+        macs = LayerMacs(known, candidates, total)
+        counts: list[int] | None = None
+        if self.scope == "sensitivity":
+            if macs.at(macs.sizes) <= share * total:
+                return [len(candidate.order) for candidate in candidates]
+            judges = _images(model, dataclasses.replace(task, calibrate=task.train or task.calibrate), _JUDGES)
+            curves = self._curves(model, known, candidates, task, twin, judges)
+            hurts = [
+                {width // candidate.each: cost for width, cost in curve.items()}
+                for candidate, curve in zip(candidates, curves, strict=True)
+            ]
+            counts = cheapest(hurts, share * total, macs)
+        else:
+            sparsity = sparsity_for(candidates, self.scope, share * total, macs)
+            counts = shares(candidates, sparsity, self.scope) if sparsity <= 1 else None
+        if counts is None:
+            hint = "" if self.residual else ", set residual: true"
+            raise SettingsError(f"macs {share} cannot be reached by cutting channels; ask for more{hint} or skip less")
+        return counts
+
+    def _curves(
+        self, model: nn.Module, known: Coupling, candidates: list[Candidate], task: Task, twin: Any, images: Tensor
+    ) -> list[dict[int, float]]:
+        """Per candidate: width -> KL divergence."""
+        bundles = [candidate.bundle for candidate in candidates]
+        widths = [candidate.choices(self.multiple_of) for candidate in candidates]
+        sizes = [[width // c.each for width in row[1:]] for row, c in zip(widths, candidates, strict=True)]
+        orders = [np.searchsorted(c.bundle.classes, c.order).tolist() for c in candidates]
+        calibration = _images(model, task, _CALIBRATION)
+        curves = []
+        for candidate, row, curve in zip(
+            candidates, widths, divergences(known, bundles, sizes, orders, twin, calibration, images), strict=True
+        ):
+            if curve is None:  # what is cut cannot be had by zeros, so it is cut
+                curve = {
+                    width // candidate.each: self._tried(candidate.name, width, model, task, images)
+                    for width in row[1:]
+                }
+            curves.append({row[0]: 0.0, **{size * candidate.each: cost for size, cost in curve.items()}})
+        return curves
+
+    def _tried(self, name: str, width: int, model: nn.Module, task: Task, images: Tensor) -> float:
+        step = dataclasses.replace(self, widths={name: width}, scope="layer")
+        cut, _ = step.run(copy.deepcopy(model), dataclasses.replace(task, calibrate=[images]))
+        return divergence(model, cut, images)
+
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Raises SurgeryError when the plan is another model's; the model is then as it was."""
         return cut(model, plan["kept"]) if plan else model
 
     def fit(self, model: nn.Module, task: Task) -> None:
-        """Repairs a freshly cut model on up to 512 calibration images; without such data it stays as it was cut.
+        """Repairs a freshly cut model on up to 768 calibration images; without such data it stays as it was cut.
 
         Least squares need the layers as they were, so they happen where `task.original` is the model before the cut,
         as in `run`; else only the norms are measured.
@@ -115,8 +244,7 @@ class PruneChannels(Step):
         kept = None if task.original is None else self._kept(model, task.original, task)
         if kept == {}:
             return
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        images = torch.cat([batch_input(batch) for batch in task.calibration(1024)])[:1024].to(device)
+        images = _images(model, task, _CALIBRATION)
         repair(model, images, None if kept is None else task.original, kept or {})
 
     def _kept(self, model: nn.Module, original: nn.Module, task: Task) -> dict[str, dict[str, list[int]]] | None:
@@ -131,4 +259,32 @@ class PruneChannels(Step):
 
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
         """plan, apply and fit, where the repair compares with the model as it comes in."""
-        return super().run(model, dataclasses.replace(task, original=copy.deepcopy(model)))
+        task = dataclasses.replace(task, original=copy.deepcopy(model))
+        return _Running(**self.settings()).run_once(model, task)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Running(PruneChannels):
+    """The step while it runs: its repair is told what was planned, which would take long to find again."""
+
+    planned: dict[str, Plan] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        return "prune_channels"
+
+    def run_once(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
+        return Step.run(self, model, task)
+
+    def plan(self, model: nn.Module, task: Task) -> Plan:
+        self.planned["plan"] = super().plan(model, task)
+        return self.planned["plan"]
+
+    def _kept(self, model: nn.Module, original: nn.Module, task: Task) -> dict[str, dict[str, list[int]]]:
+        return self.planned["plan"].get("kept", {})
+
+
+def _images(model: nn.Module, task: Task, count: int) -> Tensor:
+    """(N, ...) unlabelled images, N at most `count`."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return torch.cat([batch_input(batch) for batch in task.calibration(count)])[:count].to(device)

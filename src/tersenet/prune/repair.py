@@ -105,9 +105,7 @@ class _Job:
     sum: Tensor | None = None
 
 
-def _jobs(
-    graph: fx.GraphModule, before: nn.Module, images: Tensor, kept: Cut, sequential: bool
-) -> dict[str, _Job]:
+def _jobs(graph: fx.GraphModule, before: nn.Module, images: Tensor, kept: Cut, sequential: bool) -> dict[str, _Job]:
     """path -> job, with what the original gave at the places."""
     whole = trace(before, images[:2])
     original = rows.plain_calls(whole)
@@ -228,9 +226,7 @@ def refit(module: Any, norm: Any, inputs: Tensor, target: Tensor, ridge: float) 
     _follow(norm, module, inputs, factor, shift / factor, offset, groups)
 
 
-def _follow(
-    norm: Any, module: Any, inputs: Tensor, factor: Tensor, mean: Tensor, offset: Tensor, groups: int
-) -> None:
+def _follow(norm: Any, module: Any, inputs: Tensor, factor: Tensor, mean: Tensor, offset: Tensor, groups: int) -> None:
     """Sets a norm so that it gives factor * (z - mean) + offset of what the layer gives, z."""
     bias = 0.0 if module.bias is None else module.bias.double()
     if norm.weight is None or norm.bias is None:  # its scale and shift are fixed, which leaves the mean
@@ -238,10 +234,7 @@ def _follow(
         return
     flat = module.weight.flatten(1)
     variance = torch.cat(
-        [
-            (part @ new.T).var(dim=0)
-            for part, new in zip(inputs.chunk(groups, dim=1), flat.chunk(groups), strict=True)
-        ]
+        [(part @ new.T).var(dim=0) for part, new in zip(inputs.chunk(groups, dim=1), flat.chunk(groups), strict=True)]
     )
     norm.running_mean.copy_(mean + bias)
     norm.running_var.copy_(variance)

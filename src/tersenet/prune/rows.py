@@ -29,9 +29,7 @@ def plain_calls(graph: fx.GraphModule) -> dict[str, fx.Node]:
     for node in graph.graph.nodes:
         if node.op == "call_module":
             nodes.setdefault(str(node.target), []).append(node)
-    return {
-        path: calls[0] for path, calls in nodes.items() if len(calls) == 1 and is_plain(graph.get_submodule(path))
-    }
+    return {path: calls[0] for path, calls in nodes.items() if len(calls) == 1 and is_plain(graph.get_submodule(path))}
 
 
 def size(node: fx.Node) -> int:
