@@ -10,13 +10,14 @@ it, activations when those of the layer do. The cause is the first of these that
    of the roof on layers of middling size, while the roof is that of the size that suits best.
 3. **platform**: ms - best_ms is at most `CALL_MS` (0.004). So much it costs to call an operator at all (1 to 4
    microseconds were seen for operators of a few numbers); what the operator does hardly matters.
-4. **memory**: no multiply-adds, and bytes that take at least a quarter of the time. It is a pass over the data that
-   the runtime did not merge with a layer.
-5. **platform**: no multiply-adds otherwise.
-6. **parallelism**: the work cannot fill the machine. It is a depthwise convolution (one input channel per output, so
+4. **memory**: no multiply-adds, and bytes that take at least `STREAM` (0.25) of the time. It is a pass over the data
+   that the runtime did not merge with a layer. Else **platform**: an operator whose bytes do not explain its time.
+5. **parallelism**: the work cannot fill the machine. It is a depthwise convolution (one input channel per output, so
    that nothing loaded is used twice); or less than `FULL` (0.8) of the vector lanes have an output channel (11 channels
    in registers of 16 leave a third idle); or there are fewer vector results than `IN_FLIGHT` (8) per thread (a fused
    multiply-add takes about 4 cycles and a core starts 2 per cycle, so fewer wait for each other).
+6. **memory**: memory_ms is the longer one and at least `STREAM` of the time. A layer that streams its weights through
+   once, as a linear one does at batch 1, comes less near to a copy's bandwidth than a convolution to its peak.
 7. **platform**: all else. The shape is good and the roof is far: the runtime has no fast kernel for this operator, did
    not run it in integers, or shares the core with something else.
 
@@ -35,6 +36,7 @@ from tersenet.deploy.roofline import Roofline
 CAUSES = ("macs", "memory", "parallelism", "platform")
 NEAR = 0.5
 CALL_MS = 0.004
+STREAM = 0.25
 FULL = 0.8
 IN_FLIGHT = 8
 _WORTH_SAYING = 0.05  # of the time
@@ -114,11 +116,13 @@ def _cause(
     if row["ms"] - max(compute, memory) <= CALL_MS:
         return "platform", "the cost of calling an operator"
     if not row["macs"]:
-        if memory >= row["ms"] / 4:
+        if memory >= STREAM * row["ms"]:
             return "memory", "a pass over the data that was not merged with a layer"
         return "platform", "an operator that was not merged with a layer"
     if (idle := _idle(row["channels"], roof, batch)) is not None:
         return "parallelism", idle
+    if memory >= max(compute, STREAM * row["ms"]):
+        return "memory", "bytes that are used too seldom"
     return "platform", f"a good shape at {100 * of_roof:.0f} % of the roof"
 
 

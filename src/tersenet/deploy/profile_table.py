@@ -1,100 +1,133 @@
-"""A profile for a terminal, at most 100 columns wide; and the profiles of several runtimes beside each other."""
+"""A profile for a terminal, and the profiles of several runtimes beside each other.
+
+One profile takes at most 100 columns. A terminal of fewer (80, or a pipe) gets no columns for the kind and the
+intensity; the names then say the kind where there is no other name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tersenet.deploy.machine import roofline_line
 from tersenet.report.words import bytes_text, count_text, runtime_name
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions
     from rich.table import Table
-    from rich.text import Text
 
 _MARKED = 3  # so many of the slowest rows stand out in the table
 _NAME, _KIND = 22, 14
+_WIDE = 98
+_FIRST, _EACH = 45, 21  # columns of several profiles: before the runtimes, and for each
 
 
-def profile_table(found: dict[str, Any]) -> Group:
-    """One profile: its rows, what they were measured on, and advice; the slowest rows stand out.
+class profile_table:
+    """One profile, to be printed by rich: its rows, what they were measured on, and advice; the slowest stand out.
 
     Layers without multiply-adds that take no time of their own are left out, and counted below.
 
     Args:
         found: of `tersenet.deploy.profile`, with or without what `tersenet.deploy.causes.explained` adds.
     """
-    from rich.console import Group
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        self.found = found
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        shown = [row for row in self.found["rows"] if row["ms"] is not None or row["macs"]]
+        yield _one(self.found, shown, wide=options.max_width >= _WIDE)
+        yield _below(self.found, len(self.found["rows"]) - len(shown))
+
+
+class profiles_table:
+    """Several profiles of one model: the milliseconds of each row, then under the runtime's name what limits it there.
+
+    Args:
+        profiles: as in `profile_table`.
+    """
+
+    def __init__(self, profiles: Sequence[Mapping[str, Any]]) -> None:
+        self.profiles = profiles
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        yield _several(self.profiles, wide=options.max_width >= _FIRST + _EACH * len(self.profiles))
+        for found in self.profiles:
+            yield _below(found, 0)
+
+
+def _one(found: Mapping[str, Any], shown: Sequence[Mapping[str, Any]], wide: bool) -> Table:
     from rich.text import Text
 
-    rows, totals = found["rows"], found["totals"]
-    shown = [row for row in rows if row["ms"] is not None or row["macs"]]
+    totals = found["totals"]
     slowest = sorted(shown, key=lambda row: -row["share"])[:_MARKED]
-    limited = "causes" in found
-    table = _table(len(rows))
-    feet = [count_text(totals["macs"]), bytes_text(totals["bytes_moved"])]
-    feet += [_number(totals["intensity"]), f"{totals['ms']:.3f}", "100 %"]
-    for title, foot in zip(("MACs", "moved", "FLOP/B", "ms", "time"), feet, strict=True):
+    titles = [("MACs", count_text(totals["macs"])), ("moved", bytes_text(totals["bytes_moved"]))]
+    titles += [("FLOP/B", _number(totals["intensity"]))] if wide else []
+    titles += [("ms", f"{totals['ms']:.3f}"), ("time", "100 %")]
+    table = _table(len(found["rows"]), wide)
+    for title, foot in titles:
         table.add_column(title, foot, justify="right", no_wrap=True)
+    limited = "causes" in found
     if limited:
         table.add_column("roof", justify="right", no_wrap=True)
         table.add_column("limited by", no_wrap=True)
     for row in shown:
-        cells = [""] * 3
-        if row["layer"]:
-            cells = [count_text(row["macs"]), bytes_text(row["bytes_moved"]), _number(row["intensity"])]
+        cells = [count_text(row["macs"]), bytes_text(row["bytes_moved"])] if row["layer"] else [""] * 2
+        cells += [_number(row["intensity"]) if row["layer"] else ""] if wide else []
         cells += ["-", ""] if row["ms"] is None else [f"{row['ms']:.3f}", f"{100 * row['share']:.1f} %"]
         if limited:
             cells += ["" if row["of_roof"] is None else f"{100 * row['of_roof']:.0f} %", row["cause"] or ""]
         costly = any(row is other for other in slowest)
         style = "bold yellow" if costly else "" if row["layer"] else "dim"
-        table.add_row(*_names(row), *map(Text, cells), style=style)
-    return Group(table, *_below(found, len(rows) - len(shown)))
-
-
-def profiles_table(profiles: Sequence[dict[str, Any]]) -> Group:
-    """Several profiles of one model: the milliseconds of each row in each runtime, and what limits it there."""
-    from rich.console import Group
-    from rich.text import Text
-
-    keyed = [{(row["path"], row["kind"]): row for row in found["rows"]} for found in profiles]
-    rows = {key: row for each in reversed(keyed) for key, row in each.items() if row["ms"] is not None or row["macs"]}
-    order = [key for each in keyed for key in each if key in rows]
-    table = _table(len(rows))
-    table.add_column("MACs", count_text(profiles[0]["totals"]["macs"]), justify="right", no_wrap=True)
-    for found in profiles:
-        table.add_column(f"{runtime_name(found['runtime'])} ms", f"{found['totals']['ms']:.3f}", justify="right")
-        table.add_column("limited by", no_wrap=True)
-    for key in dict.fromkeys(order):
-        cells = [count_text(rows[key]["macs"]) if rows[key]["layer"] else ""]
-        for each in keyed:
-            row = each.get(key)
-            timed = row is not None and row["ms"] is not None
-            cells += [f"{row['ms']:.3f}" if row and timed else "-", (row.get("cause") or "") if row and timed else ""]
-        table.add_row(*_names(rows[key]), *map(Text, cells), style="" if rows[key]["layer"] else "dim")
-    below = [part for found in profiles for part in _below(found, 0)]
-    return Group(table, *below)
-
-
-def _table(rows: int) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_footer=True)
-    table.add_column("layer", f"{rows} rows", no_wrap=True, min_width=16)
-    table.add_column("kind", no_wrap=True)
+        table.add_row(*map(Text, (*_names(row, wide), *cells)), style=style)
     return table
 
 
-def _names(row: dict[str, Any]) -> tuple[Text, Text]:
+def _several(profiles: Sequence[Mapping[str, Any]], wide: bool) -> Table:
     from rich.text import Text
 
-    name = row["path"] or ("(model)" if row["layer"] else f"(no layer, {row['calls']} x)")
-    return Text(_shortened(name, _NAME)), Text(_shortened(row["kind"], _KIND))
+    keyed = [{(row["path"], row["kind"]): row for row in found["rows"]} for found in profiles]
+    shown: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for each in keyed:
+        for key, row in each.items():
+            if row["ms"] is not None or row["macs"]:
+                shown.setdefault(key, row)
+    table = _table(len(shown), wide)
+    table.add_column("MACs", count_text(profiles[0]["totals"]["macs"]), justify="right", no_wrap=True)
+    for found in profiles:
+        table.add_column("ms", f"{found['totals']['ms']:.3f}", justify="right", no_wrap=True, min_width=7)
+        table.add_column(runtime_name(found["runtime"]), no_wrap=True)
+    for key, row in shown.items():
+        cells = [count_text(row["macs"]) if row["layer"] else ""]
+        for each in keyed:
+            here = each.get(key, {"ms": None})
+            timed = here["ms"] is not None
+            cells += [f"{here['ms']:.3f}", here.get("cause") or ""] if timed else ["-", ""]
+        table.add_row(*map(Text, (*_names(row, wide), *cells)), style="" if row["layer"] else "dim")
+    return table
 
 
-def _below(found: dict[str, Any], hidden: int) -> list[Text]:
+def _table(rows: int, wide: bool) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, show_footer=True)
+    table.add_column("layer", f"{rows} rows", no_wrap=True)
+    if wide:
+        table.add_column("kind", no_wrap=True)
+    return table
+
+
+def _names(row: Mapping[str, Any], wide: bool) -> list[str]:
+    if wide:
+        name = row["path"] or ("(model)" if row["layer"] else f"(no layer, {row['calls']} x)")
+        return [_shortened(name, _NAME), _shortened(row["kind"], _KIND)]
+    operator = not row["path"] or row["kind"][0].islower()
+    name = f"{row['path']} {row['kind']}".strip() if operator else row["path"]
+    return [_shortened(name if row["layer"] else f"({name}, {row['calls']} x)", _NAME)]
+
+
+def _below(found: Mapping[str, Any], hidden: int) -> Any:
     from rich.text import Text
 
     threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
@@ -112,10 +145,10 @@ def _below(found: dict[str, Any], hidden: int) -> list[Text]:
     if "roofline" in found:
         lines.append(roofline_line(found["roofline"]))
         lines += ["", *found["advice"]]
-    return [Text(line) for line in [*lines, ""]]
+    return Text("\n".join([*lines, ""]))
 
 
-def _span(latency: dict[str, Any]) -> str:
+def _span(latency: Mapping[str, Any]) -> str:
     return f"{latency['median']:.3f} [{latency['low']:.3f}, {latency['high']:.3f}]"
 
 
