@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +22,7 @@ from tersenet.train.batches import channels_last, check_labels, count_batches, s
 from tersenet.train.chance import chance_kept, reseed, seeded_batches
 from tersenet.train.checkpoint import Checkpoint, fingerprint, numbers_of, put_numbers
 from tersenet.train.loggers import make_loggers
+from tersenet.train.precision import FLOAT, Chosen, faster, for_device, unsaid
 from tersenet.train.progress import Display, Meter
 from tersenet.train.schedule import learning_rate, make_optimizer
 
@@ -36,16 +40,18 @@ def train(settings: Train, model: nn.Module, task: Task) -> None:
     data = training_data(settings, task)
     batches = count_batches(data)
     folder = None if task.folder is None else Path(task.folder)
-    fabric = Fabric(
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        strategy=settings.strategy,
-        precision=settings.precision,
-        loggers=make_loggers(settings.logger, folder),
-    )
-    fabric.launch()
     checkpoint = None if folder is None else Checkpoint(folder, fingerprint(settings, model, task, batches))
     state = None if checkpoint is None else checkpoint.read()
+    chosen = _precision(settings, model, task, data, batches, state)
+    with unsaid():
+        fabric = Fabric(
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            strategy=settings.strategy,
+            precision=chosen.precision,
+            loggers=make_loggers(settings.logger, folder),
+        )
+    fabric.launch()
     if state is not None:
         put_numbers(model, state)
         if "position" not in state:
@@ -54,6 +60,7 @@ def train(settings: Train, model: nn.Module, task: Task) -> None:
     fabric.barrier()  # nobody writes before everybody has read
     with chance_kept(fabric.device), _chosen(settings, model), _placed(settings, model):
         training = _Training(settings, model, task, fabric, batches, checkpoint)
+        training.announce(chosen)
         if state is not None:
             training.load(state)
         status = "failed"
@@ -66,6 +73,57 @@ def train(settings: Train, model: nn.Module, task: Task) -> None:
         if checkpoint is not None and fabric.is_global_zero:
             checkpoint.write(numbers_of(model), finished=True)
         fabric.barrier()
+
+
+def _precision(
+    settings: Train, model: nn.Module, task: Task, data: Iterable[Any], batches: int, state: dict[str, Any] | None
+) -> Chosen:
+    """The precision to train in: the setting, what an unfinished training chose, or what is faster here."""
+    if settings.precision != "auto":
+        return Chosen(settings.precision)
+    if state is not None:  # a finished training has nothing left to choose
+        return Chosen(state.get("chosen_precision", FLOAT))
+    with unsaid():
+        fabric = Fabric(accelerator=settings.accelerator, devices=settings.devices, strategy=settings.strategy)
+    found = for_device(fabric.device, settings.devices)
+    return found if found is not None else _try(settings, model, task, data, batches)
+
+
+def _try(settings: Train, model: nn.Module, task: Task, data: Iterable[Any], batches: int) -> Chosen:
+    """Trains copies on the first batches, in fp32 and in bf16. The model and all random states stay as they are."""
+    cpu = torch.device("cpu")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(chance_kept(cpu))
+        stack.enter_context(_generators_kept(data))
+        samples = [batch for _, batch in itertools.islice(seeded_batches(data, 0, 0, task.seed, cpu), 2)]
+        trainings: dict[str, _Training] = {}
+
+        def once(precision: str) -> None:
+            if precision not in trainings:
+                twin = copy.deepcopy(model)
+                stack.enter_context(_chosen(settings, twin))
+                stack.enter_context(_placed(settings, twin))
+                with unsaid():
+                    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+                trainings[precision] = _Training(settings, twin, task, fabric, batches, None)
+            # A batch of its own, because a teacher remembers what it said to the last one.
+            trainings[precision].batch(0, 0, copy.deepcopy(next(turns)))
+
+        turns = itertools.cycle(samples)
+        return faster(once)
+
+
+@contextlib.contextmanager
+def _generators_kept(data: Any) -> Iterator[None]:
+    """Puts the state of a loader's own random generators back."""
+    owners = (data, getattr(data, "sampler", None))
+    found = [each for owner in owners if isinstance(each := getattr(owner, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in found]
+    try:
+        yield
+    finally:
+        for generator, state in zip(found, states, strict=True):
+            generator.set_state(state)
 
 
 class _Training:
@@ -81,11 +139,22 @@ class _Training:
         self.wrapped, self.wrapped_optimizer = fabric.setup(model, self.optimizer)
         self.meter = Meter()
         self.start = (0, 0)
+        self.chosen = Chosen(settings.precision)
         self.pending: list[tuple[int, int, Tensor, Tensor | None, int]] = []
         self.ahead = 1 if fabric.device.type == "cpu" else _AHEAD
         self.saved_at = time.monotonic()
         # What the task's own loss means is known only where it is the usual one.
         self.classifies = settings.label_weight > 0 and task.loss is default_loss
+
+    def announce(self, chosen: Chosen) -> None:
+        """Says and logs which precision was chosen, where it was left open."""
+        self.chosen = chosen
+        if self.settings.precision != "auto" or not self.fabric.is_global_zero:
+            return
+        if not self.task.quiet:
+            print(chosen.said(), file=sys.stderr, flush=True)
+        if self.fabric.loggers and chosen.gain is not None:
+            self.fabric.log_dict({"bf16_speedup": chosen.gain}, step=0)
 
     def load(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
@@ -103,6 +172,7 @@ class _Training:
                     "optimizer": self.optimizer.state_dict(),
                     "precision": self.fabric.strategy.precision.state_dict(),
                     "meter": self.meter.state(),
+                    "chosen_precision": self.chosen.precision,
                     "position": [epoch, index],
                 }
             )
