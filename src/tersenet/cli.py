@@ -135,7 +135,7 @@ def profile(
     file, float or quantized."""
     from tersenet.deploy.causes import explained
     from tersenet.deploy.profile import profile_file, profile_model
-    from tersenet.deploy.profile_table import profile_table, profiles_table
+    from tersenet.deploy.profile_table import ProfilesTable, ProfileTable
     from tersenet.deploy.roofline import roofline
     from tersenet.sources import example_of
 
@@ -153,9 +153,9 @@ def profile(
     roof = roofline(threads, say=say)
     found = [explained(each, roof) for each in found]
     if len(found) == 1:
-        show(found[0], json_, lambda: profile_table(found[0]))
+        show(found[0], json_, lambda: ProfileTable(found[0]))
     else:
-        show({"profiles": found}, json_, lambda: profiles_table(found))
+        show({"profiles": found}, json_, lambda: ProfilesTable(found))
 
 
 @app.command()

@@ -17,7 +17,7 @@ from tersenet.bricks.shortcut import PadShortcut
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.profile import profile_model
 from tersenet.deploy.profile_onnx import OnnxProfiler, _origins, numbered, owners, told_apart
-from tersenet.deploy.profile_table import profile_table
+from tersenet.deploy.profile_table import ProfileTable
 from tersenet.errors import SettingsError
 from tersenet.graph.costs import costs
 from tersenet.graph.trace import trace
@@ -191,7 +191,7 @@ def test_equal_parameters_are_told_apart() -> None:
 
 def test_table_fits_the_terminal(found: dict[str, Any]) -> None:
     console = Console(width=100, record=True, force_terminal=False, file=io.StringIO())
-    console.print(profile_table(found))
+    console.print(ProfileTable(found))
     text = console.export_text()
     assert all(len(line) <= 100 for line in text.splitlines())
     lines = [line for line in text.splitlines() if line.strip().startswith("heavy")]

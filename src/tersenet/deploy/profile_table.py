@@ -22,7 +22,7 @@ _WIDE = 98
 _FIRST, _EACH = 45, 21  # columns of several profiles: before the runtimes, and for each
 
 
-class profile_table:
+class ProfileTable:
     """One profile, to be printed by rich: its rows, what they were measured on, and advice; the slowest stand out.
 
     Layers without multiply-adds that take no time of their own are left out, and counted below.
@@ -40,11 +40,11 @@ class profile_table:
         yield _below(self.found, len(self.found["rows"]) - len(shown))
 
 
-class profiles_table:
+class ProfilesTable:
     """Several profiles of one model: the milliseconds of each row, then under the runtime's name what limits it there.
 
     Args:
-        profiles: as in `profile_table`.
+        profiles: as in `ProfileTable`.
     """
 
     def __init__(self, profiles: Sequence[Mapping[str, Any]]) -> None:
