@@ -6,10 +6,10 @@ first, is in every later figure. Here the model is compiled anew for each window
 taken out again by the difference of two sums, and the median over the windows counts. A time may be about 2
 microseconds too small.
 
-OpenVINO's graph says which operators of the file went into each of its own ("originalLayersNames"), and the file's operators are
-numbered (`profile_onnx.Numbered`), so the way back is to read the numbers. An operator that swallowed others counts
-as the convolution or matrix product among them, else as the first. What came from none, such as a change of memory
-layout ("Reorder"), keeps its own type.
+OpenVINO's graph says which operators of the file went into each of its own ("originalLayersNames"), and the file's
+operators are numbered (`profile_onnx.Numbered`), so the way back is to read the numbers. An operator that swallowed
+others counts as the convolution or matrix product among them, else as the first. What came from none, such as a change
+of memory layout ("Reorder"), keeps its own type.
 """
 
 from __future__ import annotations
