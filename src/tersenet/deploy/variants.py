@@ -80,6 +80,8 @@ class Variants:
         for block in dropped:
             self._bypass(graph, block)
         _sweep(graph)
+        if dropped:
+            self._fit_biases(graph, fresh)
         used = {name for node in graph.node for name in node.input} | {each.name for each in graph.output}
         rest = [each for each in graph.initializer if each.name in used and each.name not in fresh]
         del graph.initializer[:]
@@ -90,6 +92,20 @@ class Variants:
             if name in used
         )
         return changed.SerializeToString()
+
+    def _fit_biases(self, graph: Any, fresh: dict[str, np.ndarray]) -> None:
+        """The scale of an integer bias is that of the input times those of the weights, or runtimes do not fuse it; an
+        input that comes from elsewhere now has another scale."""
+        maker = {name: node for node in graph.node for name in node.output}
+        tensors = {**self.tensors, **fresh}
+        for node in list(graph.node):
+            parts = [maker.get(name) for name in node.input[:3]]
+            if len(parts) < 3 or any(part is None or part.op_type != "DequantizeLinear" for part in parts):
+                continue
+            value, weight, bias = (tensors[part.input[1]] for part in parts)
+            if value.ndim == 0 and bias.shape == weight.shape and bias.ndim == 1:
+                fresh[f"{node.output[0]}|bias_scale"] = (value * weight).astype(np.float32)
+                parts[2].input[1] = f"{node.output[0]}|bias_scale"
 
     def _shrink(
         self, graph: Any, index: int, path: str, roles: Mapping[str, Sequence[int]], fresh: dict[str, np.ndarray]
@@ -156,7 +172,9 @@ class Variants:
 
     def _bypass(self, graph: Any, block: str) -> None:
         """Hands the input of a residual block to everything that read its output."""
-        inside = {i for path, found in self.layers.items() if path == block or path.startswith(block + ".") for i in found}
+        inside = {
+            i for path, found in self.layers.items() if path == block or path.startswith(block + ".") for i in found
+        }
         if not inside:
             raise ExportError(f"the block {block!r} has no layer in the file, so that it cannot be taken out there")
         last = max(inside)
