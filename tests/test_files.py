@@ -54,8 +54,8 @@ def test_export_writes_what_was_named_and_no_more(run: Path, tmp_path: Path) -> 
     # What it says about its inputs survives, so that it can be scored by itself.
     (path,) = found
     assert files.preparation_of(open_file(path)).labels == tuple("0123456789")
-    with pytest.raises(SettingsError, match="--to is litert, tpu; allowed: onnx, openvino, torch"):
-        files.export_to(run, ["tpu", "onnx", "litert"], tmp_path)
+    with pytest.raises(SettingsError, match="--to is npu, tpu; allowed: onnx, openvino, torch, litert, exec"):
+        files.export_to(run, ["tpu", "onnx", "npu"], tmp_path)
 
 
 def test_an_exported_program_is_plain_pytorch(run: Path, tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ import typer
 from tersenet.errors import SettingsError
 from tersenet.options import (
     Batch,
+    Bytes,
     Columns,
     Data,
     Epochs,
     ImageSize,
     Json,
+    Latency,
     Macs,
     MaxDrop,
     Mean,
@@ -33,6 +35,7 @@ from tersenet.options import (
     Runtime,
     Seed,
     Std,
+    TableFile,
     Threads,
     Validate,
     Weights,
@@ -164,6 +167,8 @@ def compress(
     data: Annotated[str, typer.Option(help="digits, parquet:DIR, folder:DIR, hf:NAME (downloads) or random:3x224x224")],
     weights: Weights = None,
     recipe: RecipeFile = None,
+    latency: Latency = None,
+    bytes_: Bytes = None,
     macs: Macs = None,
     max_drop: MaxDrop = None,
     runtime: Runtime = "onnxruntime",
@@ -173,6 +178,7 @@ def compress(
     resume: Resume = False,
     seed: Seed = 0,
     epochs: Epochs = 6,
+    table: TableFile = None,
     validate: Validate = None,
     mean: Mean = None,
     std: Std = None,
@@ -186,10 +192,14 @@ def compress(
     there, and a report; called again with the same --out, it goes on where it stopped."""
     from tersenet import job, sources
     from tersenet.ship import check_runtimes
+    from tersenet.targets import Target, recipe_of
 
     # What is cheap to check comes before the data is read.
-    steps, kept = job.recipe_of(recipe, macs, epochs), job.share(macs)
-    check_runtimes(names_in(runtime))
+    target, runtimes = Target(latency, bytes_, macs), names_in(runtime)
+    check_runtimes(runtimes, threads)
+    steps = recipe_of(
+        recipe, target, epochs=epochs, data=data, runtime=runtimes[0], threads=threads, batch=batch, table=table
+    )
     if resume and not (out / "run.json").exists():
         raise SettingsError(f"--resume found no run in {out}; leave it out to start one")
     network, task = _open(model, weights, data, validate, seed, mean, std, image_size, columns, on_bad_image, quiet)
@@ -200,11 +210,11 @@ def compress(
         task,
         steps,
         out=out,
-        runtimes=names_in(runtime),
+        runtimes=runtimes,
         threads=threads,
         batch=batch,
         max_drop=max_drop,
-        max_macs=kept,
+        target=target,
         command=_command(),
         names={"model": model, "data": data},
     )
@@ -217,6 +227,8 @@ def plan(
     data: Annotated[str, typer.Option(help="digits, parquet:DIR, folder:DIR, hf:NAME (downloads) or random:3x224x224")],
     weights: Weights = None,
     recipe: RecipeFile = None,
+    latency: Latency = None,
+    bytes_: Bytes = None,
     macs: Macs = None,
     max_drop: Annotated[float | None, typer.Option(hidden=True)] = None,
     runtime: Runtime = "onnxruntime",
@@ -226,6 +238,7 @@ def plan(
     resume: Annotated[bool, typer.Option("--resume", hidden=True)] = False,
     seed: Seed = 0,
     epochs: Epochs = 6,
+    table: TableFile = None,
     validate: Validate = None,
     mean: Mean = None,
     std: Std = None,
@@ -238,25 +251,35 @@ def plan(
     """The dry run of compress: shapes, sizes and times, no training. Exports each step's model and times it in the real
     runtime; takes the options of compress."""
     from tersenet.dry_run import dry_run, dry_run_table
-    from tersenet.job import recipe_of
     from tersenet.ship import check_runtimes
+    from tersenet.targets import Target, recipe_of
 
     # The hidden options do nothing here; they let a compress command be planned as it stands.
-    steps, runtimes = recipe_of(recipe, macs, epochs), names_in(runtime)
-    check_runtimes(runtimes)
+    target, runtimes = Target(latency, bytes_, macs), names_in(runtime)
+    check_runtimes(runtimes, threads)
+    steps = recipe_of(
+        recipe, target, epochs=epochs, data=data, runtime=runtimes[0], threads=threads, batch=batch, table=table
+    )
     network, task = _open(model, weights, data, validate, seed, mean, std, image_size, columns, on_bad_image, quiet)
-    found = dry_run(network, task, steps, runtimes=runtimes, threads=threads, batch=batch)
+    found = dry_run(network, task, steps, runtimes=runtimes, threads=threads, batch=batch, target=target)
     show(found, json_, lambda: dry_run_table(found))
+    if not found["met"]:
+        raise typer.Exit(1)
 
 
 @app.command()
 def measure(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help=".onnx, .xml, .pt2 or .terse", show_default=False)
+        list[Path],
+        typer.Argument(metavar="FILE...", help=".onnx, .xml, .pt2, .terse, .tflite or .pte", show_default=False),
     ],
     data: Data = None,
     runtime: Annotated[
-        str | None, typer.Option(help="onnxruntime, openvino or pytorch; several with commas (default: each file's)")
+        str | None,
+        typer.Option(
+            help="onnxruntime, openvino, pytorch, pytorch-compiled, litert or executorch; several with commas "
+            "(default: each file's)"
+        ),
     ] = None,
     threads: Threads = 1,
     batch: Batch = 1,
@@ -267,8 +290,8 @@ def measure(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Times files against each other in their runtimes. They take turns, and each figure has an interval; with --data
-    the files are scored there too."""
+    """Times files against each other in their runtimes. Each has its own process; they take turns, and each figure has
+    an interval. With --data the files are scored there too."""
     from tersenet.files import measure_files, measure_table
 
     found = measure_files(
@@ -281,7 +304,7 @@ def measure(
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN|FILE.terse", show_default=False)],
-    to: Annotated[str, typer.Option(help="onnx, openvino or torch; several with commas")],
+    to: Annotated[str, typer.Option(help="onnx, openvino, torch, litert or executorch; several with commas")],
     out: Annotated[Path | None, typer.Option(help="the folder to write to (default: beside the source)")] = None,
     json_: Json = False,
 ) -> None:
@@ -380,6 +403,28 @@ def report(
 
     write_html([Run(folder).report for folder in runs], output)
     show({"file": str(output), "runs": [str(folder) for folder in runs]}, json_, lambda: f"wrote {output}")
+
+
+@app.command()
+def table(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="the table to write, such as device.json")],
+    weights: Weights = None,
+    data: Data = None,
+    runtime: Runtime = "onnxruntime",
+    threads: Threads = 1,
+    batch: Batch = 1,
+    image_size: ImageSize = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fills a latency table for a model on this device. compress --table uses it elsewhere, so that a search on a big
+    machine aims at the latency of a small one."""
+    from tersenet.tables import fill_table, table_lines
+
+    network, task = _open(model, weights, data, image_size=image_size, quiet=quiet)
+    found = fill_table(network, task, out, names_in(runtime)[0], threads, batch)
+    show(found, json_, lambda: table_lines(found))
 
 
 @app.command()

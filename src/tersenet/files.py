@@ -20,7 +20,6 @@ from tersenet.deploy.verify import score_file, verify
 from tersenet.errors import SettingsError, require
 from tersenet.graph.costs import totals
 from tersenet.report.words import (
-    both_ways,
     bytes_text,
     left_text,
     milliseconds_span,
@@ -34,7 +33,13 @@ from tersenet.sources import example_of, open_model
 from tersenet.task import Preparation, Task
 
 # What `export --to` can name: the ending, and the runtime that checks it.
-_WRITTEN = {"onnx": (".onnx", "onnxruntime"), "openvino": (".xml", "openvino"), "torch": (".pt2", "pytorch")}
+_WRITTEN = {
+    "onnx": (".onnx", "onnxruntime"),
+    "openvino": (".xml", "openvino"),
+    "torch": (".pt2", "pytorch"),
+    "litert": (".tflite", "litert"),
+    "executorch": (".pte", "executorch"),
+}
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,29 +73,35 @@ def measure_files(
         runtimes: None takes for each file the first that reads it.
     Returns:
         {"machine", "files": {PATH: {"latency_ms": {runtime: ...}, "score", ...}}, "ratios": [...]}.
+    Raises:
+        SettingsError: on more threads than cores, or a file that no named runtime reads.
+        FileError: when a file is damaged, or the process that runs it dies.
     """
-    opened = [
-        (str(path), runtime, open_file(path, runtime, threads)) for path in files for runtime in serving(path, runtimes)
-    ]
+    opened = (
+        [
+            (str(path), runtime, open_file(path, runtime, threads))
+            for path in files
+            for runtime in serving(path, runtimes)
+        ]
+        if data is not None
+        else []
+    )
     found = measure_in_runtimes(
         files, runtimes, batch=batch, threads=threads, turns=turns, cold=cold, progress=not quiet
     ).to_json()
-    if data is not None:
-        for path, runtime, runner in opened:
-            preparation = preparation_of(runner)
-            sources = open_data(data, preparation, columns=columns, on_bad_image=on_bad_image)
-            if sources.test is None:
-                raise SettingsError(
-                    f"--data {data} has no labelled test part to score on; leave --data out to time only"
-                )
-            score = score_file(runner, Task(example=example_of(preparation)), sources.test)
-            entry = found["files"][path]
-            entry.setdefault("scores", {})[runtime] = score.value
-            entry.setdefault("score", score.value)
-            entry.setdefault("score_interval", [score.low, score.high])
-            entry.setdefault("samples", score.samples)
-            if score.top5 is not None:
-                entry.setdefault("top5", score.top5)
+    for path, runtime, runner in opened:
+        preparation = preparation_of(runner)
+        sources = open_data(data or "", preparation, columns=columns, on_bad_image=on_bad_image)
+        if sources.test is None:
+            raise SettingsError(f"--data {data} has no labelled test part to score on; leave --data out to time only")
+        score = score_file(runner, Task(example=example_of(preparation)), sources.test)
+        entry = found["files"][path]
+        entry.setdefault("scores", {})[runtime] = score.value
+        entry.setdefault("score", score.value)
+        entry.setdefault("score_interval", [score.low, score.high])
+        entry.setdefault("samples", score.samples)
+        if score.top5 is not None:
+            entry.setdefault("top5", score.top5)
     return found
 
 
@@ -103,7 +114,12 @@ def measure_table(found: dict[str, Any]) -> Table:
     from tersenet.report.terminal import cell
 
     entries = found["files"]
-    heads = ["latency", "of the first"]
+    heads = ["latency", "against the first"]
+    heads += (
+        ["samples/s"]
+        if any(each["batch"] > 1 for entry in entries.values() for each in entry["latency_ms"].values())
+        else []
+    )
     heads += ["score"] if any("score" in entry for entry in entries.values()) else []
     heads += ["loading"] if any("footprint" in entry for entry in entries.values()) else []
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=found["verdict"], caption_justify="left")
@@ -120,9 +136,10 @@ def measure_table(found: dict[str, Any]) -> Table:
                 "latency": cell(
                     milliseconds_text(latency["median"]), milliseconds_span(latency["low"], latency["high"])
                 ),
-                "of the first": cell("")
+                "samples/s": cell(f"{entry['samples_per_s'][runtime]['median']:,.0f}", f"batch {latency['batch']}"),
+                "against the first": cell("")
                 if ratio is None
-                else cell(both_ways(1, ratio["ratio"]), f"{left_text(ratio['low'])}-{left_text(ratio['high'])}"),
+                else cell(_difference(ratio), f"{left_text(ratio['low'])}-{left_text(ratio['high'])}"),
                 "score": cell("") if score is None else cell(percent(score), percent_span(entry["score_interval"])),
                 "loading": cell(f"{foot['load_ms']:.0f} ms", bytes_text(foot["peak_bytes"])) if foot else cell(""),
             }
@@ -130,6 +147,14 @@ def measure_table(found: dict[str, Any]) -> Table:
                 Text(path).append(f"\n{runtime_name(runtime)}", style="dim"), *(cells[head] for head in heads)
             )
     return table
+
+
+def _difference(ratio: dict[str, Any]) -> str:
+    """ "1.30x faster"; a difference is named only where the interval of the ratio leaves 1 out."""
+    if ratio["difference"] == "none shown":
+        return "not told apart"
+    factor = ratio["ratio"] if ratio["difference"] == "slower" else 1 / ratio["ratio"]
+    return f"{factor:.2f}x {ratio['difference']}"
 
 
 def _source(source: str | Path) -> tuple[nn.Module, Preparation, str]:
@@ -145,7 +170,7 @@ def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> 
 
     Args:
         source: a run folder or a .terse file.
-        targets: of "onnx", "openvino", "torch".
+        targets: of "onnx", "openvino", "torch", "litert", "executorch"; the last two have a fixed batch of 1.
         out: the folder to write to; beside the source when None. What a run folder has already is kept and checked:
             its report tells the checksums of its files.
     Raises:
@@ -177,6 +202,14 @@ def _write(model: nn.Module, example: Tensor, preparation: Preparation, path: Pa
         export_pt2(model, example, path, preparation.metadata())
     elif path.suffix == ".onnx":
         export_onnx(model, example, path, preparation)
+    elif path.suffix == ".tflite":
+        from tersenet.deploy.litert import export_litert
+
+        export_litert(model, example, path, preparation)
+    elif path.suffix == ".pte":
+        from tersenet.deploy.executorch import export_executorch
+
+        export_executorch(model, example, path, preparation)
     else:  # OpenVINO's own .xml and .bin
         openvino = require("openvino", "openvino", "write OpenVINO files")
         with tempfile.TemporaryDirectory() as scratch:

@@ -12,11 +12,13 @@ from typing import Any
 from torch import nn
 
 from tersenet.bricks.settle import settle
+from tersenet.deploy.apart import Entry, measure_apart
 from tersenet.deploy.artifact import save_terse
-from tersenet.deploy.measure import Contender, Measurement, measure
+from tersenet.deploy.machine import usable_cores
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.pt2 import export_pt2
 from tersenet.deploy.runtimes import RUNTIMES, open_file
+from tersenet.deploy.timings import Measurement
 from tersenet.deploy.verify import Agreement, score_file, verify
 from tersenet.errors import SettingsError, require
 from tersenet.task import Score, Task, batch_input
@@ -48,8 +50,10 @@ class Shipped:
         return {kind: path.stat().st_size for kind, path in self.files.items()}
 
 
-def check_runtimes(runtimes: Sequence[str]) -> None:
-    """Raises SettingsError on an unknown runtime, or on none."""
+def check_runtimes(runtimes: Sequence[str], threads: int = 1) -> None:
+    """Raises SettingsError on an unknown runtime, on none, or on more threads than there are cores."""
+    if threads > usable_cores():
+        raise SettingsError(f"threads is {threads}, and this process may use {usable_cores()} cores; ask for no more")
     if not runtimes:
         raise SettingsError(f"no runtime was named; name one of {', '.join(READS)}")
     for runtime in runtimes:
@@ -94,11 +98,15 @@ def inputs(task: Task) -> Iterable[Any]:
 def time_files(
     files: dict[str, Path], runtime: str, task: Task, *, threads: int, batch: int, turns: int = 20, quiet: bool = False
 ) -> Measurement:
-    """Times files against each other in one runtime, on one real input."""
+    """Times files against each other in one runtime, on one real input, each in its own process.
+
+    Raises:
+        SettingsError: on more threads than cores.
+    """
     x = batch_input(next(iter(inputs(task))))
     array = x[:1].repeat(batch, *[1] * (x.dim() - 1)).float().numpy()
-    contenders = [Contender(name, open_file(path, runtime, threads), array) for name, path in files.items()]
-    return measure(contenders, turns=turns, batch=batch, threads=threads, progress=not quiet)
+    entries = [Entry(name, path, runtime) for name, path in files.items()]
+    return measure_apart(entries, x=array, turns=turns, batch=batch, threads=threads, progress=not quiet, energy=False)
 
 
 def describe_file(path: Path, score: Score | None, agreement: Agreement | None, runtime: str | None) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tersenet.deploy.footprint import footprint
 from tersenet.deploy.measure import Contender, measure, measure_files
-from tersenet.deploy.timings import Measurement
-from tersenet.errors import FileError, MissingExtra, SettingsError
+from tersenet.deploy.timings import Measurement, Ratio
+from tersenet.deploy.warm import Warmed
+from tersenet.errors import MissingExtra, SettingsError
 from tersenet.numerics.intervals import bootstrap_median
 
 X = np.zeros((1, 3), np.float32)
@@ -102,6 +102,17 @@ def test_not_slower_asks_whether_the_interval_lies_above_two_percent():
     assert not slower_by(1.021, 1.021).not_slower("a", "b")
     assert slower_by(0.9, 1.2).not_slower("a", "b")  # the interval runs from 0.9 to 1.2: not shown to be slower
     assert not slower_by(1.03, 1.2).not_slower("a", "b")
+
+
+def test_a_difference_is_one_only_where_the_interval_leaves_one_out():
+    assert [Ratio(1, *span).difference for span in ((0.9, 0.99), (1.01, 1.1), (0.9, 1.1), (0.9, 1.0))] == [
+        "faster", "slower", "none shown", "none shown",
+    ]  # fmt: skip
+
+
+def test_a_contender_that_never_settled_is_named():
+    found = Measurement({("a", ""): np.ones(20)}, warmed={("a", ""): Warmed(9, 1.0, False)})
+    assert found.verdict == "differences above 1 % can be told apart, but the time of a had not settled"
 
 
 def test_a_noisy_machine_says_so_in_words():
@@ -210,6 +221,11 @@ def test_files_are_measured_in_each_runtime_and_become_json(tiny_onnx, fixed_onn
         for each in entry["latency_ms"].values():
             assert each["low"] <= each["median"] <= each["high"]
             assert (each["threads"], each["batch"]) == (1, 2)
+        for runtime, each in entry["samples_per_s"].items():
+            assert each["median"] == pytest.approx(2000 / entry["latency_ms"][runtime]["median"])
+            assert each["low"] <= each["median"] <= each["high"]
+            assert entry["warm_up"][runtime]["calls"] >= 20
+            assert entry["energy"][runtime]["source"] in ("estimate", "counters")
         assert entry["load_ms"] > 0
         assert entry["first_ms"] > 0
         assert entry["peak_bytes"] > 0
@@ -217,15 +233,17 @@ def test_files_are_measured_in_each_runtime_and_become_json(tiny_onnx, fixed_onn
     assert [(each["a"], each["b"], each["runtime"]) for each in said["ratios"]] == [
         (str(fixed_onnx), str(tiny_onnx), runtime) for runtime in ("onnxruntime", "openvino")
     ]
+    for each in said["ratios"]:
+        shown = "faster" if each["high"] < 1 else "slower" if each["low"] > 1 else "none shown"
+        assert each["difference"] == shown
     assert said["machine"]["cpu"]
 
 
 def test_real_inputs_are_used_and_files_that_cannot_be_measured_are_refused(tiny_onnx, fixed_onnx):
     pytest.importorskip("onnxruntime")
     x = np.ones((8, 3, 8, 8), np.float32)
-    found = measure_files([tiny_onnx], x=x, batch=4, costs=False, calls=5, discard=0)
+    found = measure_files([tiny_onnx], x=x, batch=4, calls=5, discard=0)
     assert found.to_json()["files"][str(tiny_onnx)]["latency_ms"]["onnxruntime"]["batch"] == 4
-    assert "load_ms" not in found.to_json()["files"][str(tiny_onnx)]
     with pytest.raises(SettingsError, match="fixed batch of 2, so it cannot be measured with 1"):
         measure_files([fixed_onnx])
     with pytest.raises(SettingsError, match="as many inputs, got 8"):
@@ -258,20 +276,17 @@ def test_the_memory_of_a_file_grows_with_its_weights(tmp_path):
         onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
         return path
 
-    small, large = (footprint(save(side), "onnxruntime", (1, side)) for side in (64, 2048))
+    found = measure_files([save(side) for side in (64, 2048)], calls=5, discard=0)
+    small, large = found.footprints.values()
     if small.peak_bytes is None:
         pytest.skip("this system does not tell the memory of a process")
     weights = 4 * 2048 * 2048
     assert weights <= large.peak_bytes - small.peak_bytes <= 4 * weights
     assert small.peak_bytes < weights
-    with pytest.raises(FileError, match=r"in a process of its own: .*there is no file"):
-        footprint(tmp_path / "none.onnx", "onnxruntime", (1, 3))
 
 
-def test_a_missing_runtime_is_named(tiny_onnx, monkeypatch):
-    def missing(*args):
-        raise MissingExtra('openvino is needed; install it with: pip install "tersenet[openvino]"')
-
-    monkeypatch.setattr("tersenet.deploy.runtimes.require", missing)
+def test_a_missing_runtime_is_named(tiny_onnx, tmp_path, monkeypatch):
+    (tmp_path / "openvino.py").write_text("raise ModuleNotFoundError('no', name='openvino')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(MissingExtra, match=r"tersenet\[openvino\]"):
         measure_files([tiny_onnx], ["openvino"])

@@ -148,9 +148,14 @@ def test_wrong_use_says_what_is_allowed(tiny_onnx, tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "runtime"), [("a.onnx", "onnxruntime"), ("a.onnx", "openvino"), ("a.pt2", "pytorch")])
+@pytest.mark.parametrize(("name", "runtime"), [
+    ("a.onnx", "onnxruntime"), ("a.onnx", "openvino"), ("a.pt2", "pytorch"), ("a.pt2", "pytorch-compiled"),
+    ("a.tflite", "litert"), ("a.pte", "executorch"),
+])  # fmt: skip
 @pytest.mark.parametrize("content", [b"", b"not a model at all", b"\x00" * 4096])
 def test_a_damaged_file_is_one_sentence(tmp_path, name, runtime, content):
+    if runtime in ("litert", "executorch"):
+        pytest.importorskip(RUNTIMES[runtime].package)
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(FileError) as caught:
@@ -166,14 +171,21 @@ def test_a_truncated_onnx_file_is_refused(tiny_onnx, tmp_path):
         open_file(path)
 
 
-def test_a_missing_package_names_its_extra(tiny_onnx, monkeypatch):
+def test_a_missing_package_names_its_extra(tiny_onnx, tmp_path, monkeypatch):
     def missing(name: str):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    for runtime, extra in (("onnxruntime", "onnx"), ("openvino", "openvino")):
+    for name in ("a.tflite", "a.pte"):
+        (tmp_path / name).write_bytes(b"0")
+    for path, runtime, extra in (
+        (tiny_onnx, "onnxruntime", "onnx"),
+        (tiny_onnx, "openvino", "openvino"),
+        (tmp_path / "a.tflite", "litert", "litert"),
+        (tmp_path / "a.pte", "executorch", "executorch"),
+    ):
         with pytest.raises(MissingExtra, match=rf'pip install "tersenet\[{extra}\]"'):
-            open_file(tiny_onnx, runtime)
+            open_file(path, runtime)
 
 
 def test_importing_loads_no_runtime():
@@ -182,5 +194,5 @@ def test_importing_loads_no_runtime():
         "assert not {'torch', 'onnxruntime', 'openvino'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert set(RUNTIMES) == {"onnxruntime", "openvino", "pytorch"}
+    assert set(RUNTIMES) == {"onnxruntime", "openvino", "pytorch", "pytorch-compiled", "litert", "executorch"}
     assert Path(runtimes.__file__).is_file()

@@ -1,10 +1,10 @@
-"""What opening one file costs: time to load, time of the first call, memory; in a fresh process of its own.
+"""What opening one file costs: time to load, time of the first call, memory; to be had in a fresh process only.
 
 A process that has other models open has their memory too, and has already warmed up what is shared, so the figures of
-one file can only be had alone: `python -m tersenet.deploy.footprint FILE RUNTIME THREADS SHAPE` prints them as JSON.
+one file can only be had alone, as `tersenet.deploy.worker` runs it.
 
-Memory is how much the peak of resident memory lies above what was resident once the runtime's package was imported
-and the input was there: the file's weights, what the runtime builds from them, and its working memory. The package
+Memory is how much the peak of resident memory lies above what was resident once the runtime's package was imported,
+without the input: the file's weights, what the runtime builds from them, and its working memory. The package
 itself (tens of megabytes; PyTorch over two hundred) is not counted, as it does not depend on the file.
 """
 
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -22,10 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from tersenet.deploy.runtimes import RUNTIMES, open_file
-from tersenet.errors import FileError
+from tersenet.deploy.runtimes import RUNTIMES, Runner, open_file
+from tersenet.errors import require
 
 _CALLS = 3  # the first call allocates; some runtimes allocate once more on the second
+# What our own readers import is likewise not the file's cost.
+_READERS = {".terse": "tersenet.deploy.artifact", ".pt2": "tersenet.deploy.pt2"}
 
 
 @dataclass(frozen=True)
@@ -40,41 +40,45 @@ class Footprint:
         return asdict(self)
 
 
-def footprint(path: str | Path, runtime: str, shape: tuple[int, ...], threads: int = 1) -> Footprint:
-    """Opens the file and calls it, in a fresh process. Cost: one or two seconds, most of it for starting Python.
+@dataclass(frozen=True)
+class Opening:
+    """A file just opened, in a process that has opened no other.
 
     Args:
-        shape: of the input, (N, ...); the memory depends on it.
-    Raises:
-        FileError: when the process fails; says what it said last.
+        runner: the file.
+        load_ms: how long opening took, its runtime being imported already.
+        resident: bytes of memory before it; None where that cannot be told.
     """
-    command = [sys.executable, "-m", "tersenet.deploy.footprint", str(path), runtime, str(threads), json.dumps(shape)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise FileError(f"{path} could not be run in a process of its own: {said[-1]}")
-    return Footprint(**json.loads(done.stdout.splitlines()[-1]))
 
+    runner: Runner
+    load_ms: float
+    resident: int | None
 
-def _here(path: str, runtime: str, threads: int, shape: tuple[int, ...]) -> Footprint:
-    importlib.import_module(RUNTIMES[runtime].package)
-    if Path(path).suffix == ".terse":
-        importlib.import_module("tersenet.deploy.artifact")  # likewise not the file's own cost
-    elif Path(path).suffix == ".pt2":
-        importlib.import_module("tersenet.deploy.pt2")
-    x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    _reset_peak()
-    before = _memory("VmRSS")
-    start = time.perf_counter()
-    runner = open_file(path, runtime, threads)
-    loaded = time.perf_counter()
-    runner.run(x)
-    called = time.perf_counter()
-    for _ in range(_CALLS - 1):
-        runner.run(x)
-    after = _memory("VmHWM")
-    grown = None if before is None or after is None else max(0, after - before)
-    return Footprint((loaded - start) * 1e3, (called - loaded) * 1e3, grown)
+    @classmethod
+    def of(cls, path: str | Path, runtime: str, threads: int) -> Opening:
+        """Raises as `open_file`."""
+        entry = RUNTIMES[runtime]
+        if entry.extra is not None:
+            require(entry.package, entry.extra, f"run {Path(path).name}")
+        for module in (entry.package, _READERS.get(Path(path).suffix.lower())):
+            if module is not None:
+                importlib.import_module(module)
+        _reset_peak()
+        resident = _memory("VmRSS")
+        start = time.perf_counter()
+        runner = open_file(path, runtime, threads)
+        return cls(runner, (time.perf_counter() - start) * 1e3, resident)
+
+    def first_calls(self, x: np.ndarray) -> Footprint:
+        """Makes the first calls; refuses inputs (N, ...) that do not fit, as `Runner.run`."""
+        start = time.perf_counter()
+        self.runner.run(x)
+        first_ms = (time.perf_counter() - start) * 1e3
+        for _ in range(_CALLS - 1):
+            self.runner.run(x)
+        peak = _memory("VmHWM")
+        grown = None if self.resident is None or peak is None else max(0, peak - self.resident - x.nbytes)
+        return Footprint(self.load_ms, first_ms, grown)
 
 
 def _reset_peak() -> None:
@@ -97,8 +101,3 @@ def _memory(field: str) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-if __name__ == "__main__":
-    _, _path, _runtime, _threads, _shape = sys.argv
-    print(json.dumps(_here(_path, _runtime, int(_threads), tuple(json.loads(_shape))).to_json()))

@@ -1,4 +1,6 @@
-"""How long one call takes, measured so that two files can be compared: contenders take turns in one process.
+"""How long one call takes, measured so that two can be compared: contenders take turns.
+
+Files are measured each in a process of its own (`measure_files`); what is in memory, in this one (`measure`).
 
 A machine's speed drifts with its clock, its temperature and its neighbours, by far more than the differences that
 matter here. Contenders that are measured one after another differ by that drift; contenders that take short turns, in
@@ -9,27 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
 import os
-import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tersenet.deploy.footprint import footprint
+from tersenet.deploy.apart import Entry, measure_apart
 from tersenet.deploy.machine import machine
-from tersenet.deploy.runtimes import RUNTIMES, Runner, open_file, runtime_for, torch_threads
+from tersenet.deploy.runtimes import RUNTIMES, Runner, runtime_for, torch_threads
 from tersenet.deploy.timings import Measurement
+from tersenet.deploy.turns import LEAST_TURNS, Key, check_schedule, play
 from tersenet.errors import SettingsError
 
-LEAST_TURNS = 20
-LEAST_CALLS = 5
-SLOW_MS = 5.0  # a slower call gets fewer calls per turn, so that a turn stays near `calls` times this
 Clock = Callable[[], int]
 
 
@@ -93,24 +91,18 @@ def measure(
         SettingsError: on fewer than 20 turns or 5 calls, no contenders, two of one name and runtime, or an input of
             another batch.
     """
-    _check(contenders, turns, calls, discard, batch, threads)
-    samples: dict[tuple[str, str], list[float]] = {contender.key: [] for contender in contenders}
-    order = list(contenders)
-    shuffled = random.Random(seed)
-    with _steady(threads, _pins(contenders, threads)), _bar("measuring", enabled=progress) as bar:
-        speeds = {contender.key: _probe(contender, clock) for contender in contenders}
-        if cold:
-            rounds = _cold_rounds(turns * calls, speeds, budget_s)
-            plan = {contender.key: (0, 1) for contender in contenders}
-        else:
-            rounds = turns
-            share = None if budget_s is None else budget_s * 1e3 / (turns * len(contenders))
-            plan = {key: _calls(ms, calls, discard, share) for key, ms in speeds.items()}
-        for done in range(rounds):
-            shuffled.shuffle(order)
-            for contender in order:
-                samples[contender.key].append(_turn(contender, *plan[contender.key], clock))
-            bar(done + 1, rounds)
+    check_schedule(turns, calls, discard, threads)
+    _check(contenders, batch)
+    by_key = {contender.key: contender for contender in contenders}
+    samples: dict[Key, list[float]] = {key: [] for key in by_key}
+
+    def turn(key: Key, discard: int, calls: int) -> None:
+        samples[key].append(_turn(by_key[key], discard, calls, clock))
+
+    with _steady(threads, _pins(contenders, threads)):
+        speeds = {key: _probe(contender, clock) for key, contender in by_key.items()}
+        play(speeds, turn, turns=turns, calls=calls, discard=discard, seed=seed, cold=cold, budget_s=budget_s,
+             progress=progress)  # fmt: skip
     values = {key: np.asarray(each) for key, each in samples.items()}
     return Measurement(values, threads, batch, machine())
 
@@ -122,33 +114,26 @@ def measure_files(
     x: np.ndarray | None = None,
     batch: int = 1,
     threads: int = 1,
-    costs: bool = True,
     **settings: Any,
 ) -> Measurement:
-    """Opens files in runtimes and measures them all in one run.
+    """Measures files in runtimes, all in one run, each in its own process; with what opening and warming up cost.
 
     Args:
         paths: of the files, each of which is a contender in each runtime that reads it.
         runtimes: names of `RUNTIMES`; None takes each file's own.
         x: real inputs, of which the first `batch` are used; None draws normal noise of the files' own shape.
-        costs: also take each file's load time, first call and memory, in a process of its own each.
-        settings: as in `measure`.
+        settings: as in `tersenet.deploy.apart.measure_apart`.
     Raises:
-        SettingsError: when a file can be read by none of the runtimes, or has open sizes and no `x` is given.
-        DataError, FileError, MissingExtra: as `open_file` and `Runner.run`.
+        SettingsError: when a file can be read by none of the runtimes, or has open sizes and no `x` is given; on more
+            threads than cores.
+        DataError, FileError, MissingExtra: as `open_file` and `Runner.run`; FileError also when a process dies.
     """
-    contenders = []
-    footprints = {}
-    for path in dict.fromkeys(map(str, paths)):
-        for runtime in serving(path, runtimes):
-            runner = open_file(path, runtime, threads)
-            inputs = _inputs(runner, x, batch)
-            runner.run(inputs)  # refuses inputs that do not fit, before anything is timed
-            contenders.append(Contender(path, runner, inputs))
-            if costs:
-                footprints[path, runtime] = footprint(path, runtime, inputs.shape, threads)
-    found = measure(contenders, batch=batch, threads=threads, **settings)
-    return Measurement(found.turns, threads, batch, found.machine, footprints)
+    entries = [
+        Entry(path, Path(path), runtime)
+        for path in dict.fromkeys(map(str, paths))
+        for runtime in serving(path, runtimes)
+    ]
+    return measure_apart(entries, x=x, batch=batch, threads=threads, **settings)
 
 
 def serving(path: str | Path, runtimes: Sequence[str] | None) -> list[str]:
@@ -168,28 +153,9 @@ def serving(path: str | Path, runtimes: Sequence[str] | None) -> list[str]:
     return found
 
 
-def _inputs(runner: Runner, x: np.ndarray | None, batch: int) -> np.ndarray:
-    shape = runner.input_shape or (None, None)
-    if shape[0] not in (None, batch):
-        raise SettingsError(f"{runner.name} has a fixed batch of {shape[0]}, so it cannot be measured with {batch}")
-    if x is not None:
-        if len(x) < batch:
-            raise SettingsError(f"a batch of {batch} needs as many inputs, got {len(x)}")
-        return np.ascontiguousarray(x[:batch], dtype=np.float32)
-    sizes = [size for size in shape[1:] if size is not None]
-    if len(sizes) != len(shape) - 1:
-        raise SettingsError(f"{runner.name} takes inputs of any size; say with which to measure it (x=, or --data)")
-    return np.random.default_rng(0).standard_normal((batch, *sizes), dtype=np.float32)
-
-
-def _check(contenders: Sequence[Contender], turns: int, calls: int, discard: int, batch: int, threads: int) -> None:
+def _check(contenders: Sequence[Contender], batch: int) -> None:
     if not contenders:
         raise SettingsError("there is nothing to measure; give at least one contender")
-    if turns < LEAST_TURNS or calls < LEAST_CALLS or discard < 0 or threads < 1:
-        raise SettingsError(
-            f"turns must be at least {LEAST_TURNS}, calls {LEAST_CALLS}, discard 0 and threads 1, "
-            f"got {turns}, {calls}, {discard} and {threads}"
-        )
     keys = [contender.key for contender in contenders]
     if len(set(keys)) != len(keys):
         raise SettingsError(f"two contenders have the same name and runtime: {keys}; give them different names")
@@ -205,20 +171,6 @@ def _probe(contender: Contender, clock: Clock) -> float:
     for _ in range(2):
         contender.call(contender.x)
     return _turn(contender, 0, 1, clock)
-
-
-def _calls(ms: float, calls: int, discard: int, share_ms: float | None) -> tuple[int, int]:
-    """(discarded, timed) calls of one turn that fit in this many milliseconds (None: as many as 5 ms calls would)."""
-    share = calls * SLOW_MS if share_ms is None else share_ms * calls / (calls + discard)
-    timed = max(LEAST_CALLS, min(calls, int(share / max(ms, 1e-6))))
-    return math.ceil(discard * timed / calls), timed
-
-
-def _cold_rounds(rounds: int, speeds: Mapping[tuple[str, str], float], budget_s: float | None) -> int:
-    """Rounds of single calls; as many as a warm measurement times calls, or as fit, but at least 20 turns of 5."""
-    round_ms = max(sum(speeds.values()), 1e-6)
-    fitting = rounds * SLOW_MS * len(speeds) if budget_s is None else budget_s * 1e3
-    return max(LEAST_TURNS * LEAST_CALLS, min(rounds, int(fitting / round_ms)))
 
 
 def _turn(contender: Contender, discard: int, calls: int, clock: Clock) -> float:
@@ -274,21 +226,3 @@ def _pinned(pin: bool) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-
-@contextlib.contextmanager
-def _bar(what: str, enabled: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error that draws only between turns: a drawing thread would disturb the timing."""
-    if not enabled:
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), auto_refresh=False) as bar:
-        line = bar.add_task(what, total=None)
-
-        def show(done: int, total: int) -> None:
-            bar.update(line, completed=done, total=total, refresh=True)
-
-        yield show

@@ -1,4 +1,5 @@
-"""Opens a file in the runtime that ships it: ONNX Runtime, OpenVINO or PyTorch, all behind one `Runner`.
+"""Opens a file in the runtime that ships it: ONNX Runtime, OpenVINO, PyTorch, LiteRT or ExecuTorch, all behind one
+`Runner`.
 
 Every runtime is set to the same thing, said explicitly rather than left to its defaults: float32 stays float32, a
 fixed number of threads, one request at a time, all graph optimisations. OpenVINO's own default on CPUs with bfloat16
@@ -80,7 +81,7 @@ def open_file(path: str | Path, runtime: str | None = None, threads: int = 1) ->
     """Opens a file in a runtime.
 
     Args:
-        path: .onnx, .xml (OpenVINO), .pt2 or .terse.
+        path: .onnx, .xml (OpenVINO), .pt2, .terse, .tflite (LiteRT) or .pte (ExecuTorch).
         runtime: a name of `RUNTIMES`; None takes the first that reads this kind of file.
         threads: how many threads one call may use.
     Raises:
@@ -209,15 +210,40 @@ def _open_openvino(path: Path, threads: int) -> Runner:
 
 
 def _open_pytorch(path: Path, threads: int) -> Runner:
+    model, shape, metadata = _read_module(path)
+    return replace(open_module(model, threads, shape), path=path, metadata=metadata)
+
+
+def _open_compiled(path: Path, threads: int) -> Runner:
+    from tersenet.deploy.compiled import compiled
+
+    model, shape, metadata = _read_module(path)
+    runner = open_module(compiled(path, model), threads, shape)
+    return replace(runner, runtime="pytorch-compiled", path=path, metadata=metadata)
+
+
+def _read_module(path: Path) -> tuple[Any, tuple[int | None, ...], dict[str, str]]:
+    """The module of a .pt2 or .terse file, its input shape and what it says about itself."""
     if path.suffix.lower() == ".terse":
         from tersenet.deploy.artifact import load_terse
 
-        runner = open_module(model := load_terse(path), threads, model.input_shape)  # type: ignore[arg-type]
-        return replace(runner, path=path, metadata=_terse_metadata(path))
+        model = load_terse(path)
+        return model, model.input_shape, _terse_metadata(path)  # type: ignore[return-value]
     from tersenet.deploy.pt2 import read_pt2
 
-    program, shape, metadata = read_pt2(path)
-    return replace(open_module(program, threads, shape), path=path, metadata=metadata)
+    return read_pt2(path)
+
+
+def _open_litert(path: Path, threads: int) -> Runner:
+    from tersenet.deploy.litert import open_litert
+
+    return open_litert(path, threads)
+
+
+def _open_executorch(path: Path, threads: int) -> Runner:
+    from tersenet.deploy.executorch import open_executorch
+
+    return open_executorch(path, threads)
 
 
 def _terse_metadata(path: Path) -> dict[str, str]:
@@ -248,6 +274,9 @@ RUNTIMES: dict[str, Runtime] = {
     "onnxruntime": Runtime(_open_onnxruntime, (".onnx",), "onnxruntime", "onnx"),
     "openvino": Runtime(_open_openvino, (".onnx", ".xml"), "openvino", "openvino"),
     "pytorch": Runtime(_open_pytorch, (".pt2", ".terse"), "torch", None),
+    "pytorch-compiled": Runtime(_open_compiled, (".pt2", ".terse"), "torch", None),
+    "litert": Runtime(_open_litert, (".tflite",), "ai_edge_litert", "litert"),
+    "executorch": Runtime(_open_executorch, (".pte",), "executorch", "executorch"),
 }
 
 

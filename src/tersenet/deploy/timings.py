@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from tersenet.deploy.energy import Energy
 from tersenet.deploy.footprint import Footprint
+from tersenet.deploy.warm import Warmed
 from tersenet.errors import SettingsError
 from tersenet.numerics.intervals import bootstrap_median
 
 NOT_SLOWER = 1.02
+_TURNED = {"median": "median", "low": "high", "high": "low"}  # the longest time is the lowest rate
 Key = str | tuple[str, str]
 
 
@@ -31,12 +34,18 @@ class Ratio:
     low: float
     high: float
 
+    @property
+    def difference(self) -> str:
+        """ "faster" or "slower" where the interval says so, and else "none shown"."""
+        return "faster" if self.high < 1 else "slower" if self.low > 1 else "none shown"
+
 
 @dataclass(frozen=True)
 class Measurement:
     """What one run measured: the median of each turn of each contender, milliseconds a call.
 
-    A contender is named by (name, runtime), or by its name alone where that is unique.
+    A contender is named by (name, runtime), or by its name alone where that is unique. Footprints, energies and
+    warm-ups are there where each contender had its own process.
     """
 
     turns: Mapping[tuple[str, str], np.ndarray]
@@ -44,11 +53,19 @@ class Measurement:
     batch: int = 1
     machine: Mapping[str, Any] = field(default_factory=dict)
     footprints: Mapping[tuple[str, str], Footprint] = field(default_factory=dict)
+    energies: Mapping[tuple[str, str], Energy] = field(default_factory=dict)
+    warmed: Mapping[tuple[str, str], Warmed] = field(default_factory=dict)
 
     def latency(self, contender: Key) -> dict[str, Any]:
         """Milliseconds of one call: {"median", "low", "high", "threads", "batch"}; the median is over the turns."""
         median, low, high = bootstrap_median(self.turns[self._key(contender)])
         return {"median": median, "low": low, "high": high, "threads": self.threads, "batch": self.batch}
+
+    def throughput(self, contender: Key) -> dict[str, Any]:
+        """Samples a second at this batch: {"median", "low", "high", "threads", "batch"}."""
+        found = self.latency(contender)
+        rates = {name: 1e3 * self.batch / found[other] for name, other in _TURNED.items()}
+        return {**rates, "threads": self.threads, "batch": self.batch}
 
     def ratio(self, a: Key, b: Key) -> Ratio:
         """Time of `a` over time of `b`, paired by turn: below 1 means that `a` is faster."""
@@ -75,6 +92,9 @@ class Measurement:
         percent = max(1, math.ceil(round(100 * self.noise, 6)))
         if self.noise > NOT_SLOWER - 1:
             return f"this machine is too noisy to tell {percent} %; measure again when it is quiet, or with more turns"
+        restless = [name for (name, _), each in self.warmed.items() if not each.stable]
+        if restless:
+            return f"differences above {percent} % can be told apart, but the time of {restless[0]} had not settled"
         return f"differences above {percent} % can be told apart"
 
     def to_json(self) -> dict[str, Any]:
@@ -83,6 +103,11 @@ class Measurement:
         for name, runtime in self.turns:
             entry = files.setdefault(name, {"latency_ms": {}})
             entry["latency_ms"][runtime] = self.latency((name, runtime))
+            entry.setdefault("samples_per_s", {})[runtime] = self.throughput((name, runtime))
+            if (warmed := self.warmed.get((name, runtime))) is not None:
+                entry.setdefault("warm_up", {})[runtime] = {"calls": warmed.calls, "stable": warmed.stable}
+            if (energy := self.energies.get((name, runtime))) is not None:
+                entry.setdefault("energy", {})[runtime] = energy.to_json()
             cost = self.footprints.get((name, runtime))
             if cost is not None:
                 for field_name, value in cost.to_json().items():
@@ -111,6 +136,7 @@ class Measurement:
                             "ratio": each.ratio,
                             "low": each.low,
                             "high": each.high,
+                            "difference": each.difference,
                         }
                     )
         return found

@@ -1,0 +1,85 @@
+"""ExecuTorch: `.pte` files whose layers are lowered to XNNPACK, run by ExecuTorch's own runtime.
+
+A .pte file has a fixed batch. What XNNPACK cannot take stays in ExecuTorch's portable operators, which are slow: they
+are a reference. How inputs are prepared is kept behind the file's own bytes (`tersenet.deploy.trailer`).
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tersenet.atomic import writing
+from tersenet.deploy.quiet import quiet_native
+from tersenet.deploy.runtimes import Array, Runner
+from tersenet.deploy.trailer import read_trailer, with_trailer
+from tersenet.errors import ExportError, FileError, TersenetError, require
+from tersenet.graph.trace import export, trace
+from tersenet.task import Preparation
+
+
+def open_executorch(path: Path, threads: int) -> Runner:
+    """Opens a .pte file of one float32 input; the first output is what it gives.
+
+    The threads are the process's: whoever opens another file with another number changes them for this one too.
+
+    Raises:
+        FileError: when it has more inputs than one.
+    """
+    require("executorch", "executorch", f"run {path.name}")
+    with quiet_native():
+        from executorch.extension.pybindings import portable_lib
+        from executorch.runtime import Runtime
+
+        # The only way to say it; "unsafe" while another call runs, and none does.
+        portable_lib._unsafe_reset_threadpool(threads)
+        # Kept by the closure below: a method does not keep its program alive.
+        program = Runtime.get().load_program(path.read_bytes())
+        method = program.load_method("forward")
+    if method is None or method.metadata.num_inputs() != 1:
+        raise FileError(f"{path} does not have a forward of one input; such files can be run here")
+
+    def call(x: Array, _program: Any = program) -> Array:
+        return np.array(method.execute([torch.from_numpy(x)])[0].detach().float().numpy())  # a copy
+
+    shape = tuple(int(size) for size in method.metadata.input_tensor_meta(0).sizes())
+    return Runner("executorch", path, shape, call, threads, read_trailer(path))
+
+
+def export_executorch(
+    model: nn.Module, example: Tensor, path: str | Path, preparation: Preparation | None = None
+) -> Path:
+    """Writes a model as a .pte file whose batch is that of the example; the model is left as it was.
+
+    Args:
+        model: any module of one input.
+        example: (N, ...) float32; only its shape is used.
+        path: ends in .pte. Written whole or not at all.
+        preparation: of the inputs, kept in the file.
+    Raises:
+        TraceError: when the forward cannot be captured.
+        ExportError: when the exporter fails.
+        MissingExtra: when executorch is not installed.
+    """
+    require("executorch", "executorch", "write ExecuTorch files")
+    program = export(trace(copy.deepcopy(model), example), example, dynamic_batch=False)
+    try:
+        with quiet_native():
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import to_edge_transform_and_lower
+
+            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            content = lowered.to_executorch().buffer
+    except TersenetError:
+        raise
+    except Exception as error:  # the exporter raises many kinds; each becomes one sentence
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ExportError(f"{type(model).__name__} could not be written for ExecuTorch: {reason}") from error
+    with writing(Path(path)) as temporary:
+        temporary.write_bytes(with_trailer(content, preparation))
+    return Path(path)
