@@ -14,13 +14,14 @@ from torch import nn
 from tersenet.deploy.machine import machine
 from tersenet.graph.costs import totals
 from tersenet.recipe import Recipe
-from tersenet.report.words import bytes_text, count_text
+from tersenet.report.words import bytes_text, count_text, percent
 from tersenet.ship import READS, check_runtimes, ship, time_files
 from tersenet.step import Chain, Step
+from tersenet.targets import NO_TARGET, Target, judged, searched
 from tersenet.task import Task
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 
 def without_training(step: Step) -> Step | None:
@@ -39,18 +40,21 @@ def dry_run(
     runtimes: Sequence[str] = ("onnxruntime",),
     threads: int = 1,
     batch: int = 1,
+    target: Target = NO_TARGET,
 ) -> dict[str, Any]:
     """Shapes, file sizes and measured latency after each step, without training; says which change does not pay.
 
     Returns:
         {"machine": ..., "rows": [{"step", "params", "macs", "file_bytes", "latency_ms": {runtime: {...}}, "notes"}],
-        "left_out": names of the steps that train}.
+        "left_out": names of the steps that train, "search": what a search says of itself or None, "recipe": what it
+        found, "targets": [...], "met": whether all are met}.
     """
-    check_runtimes(runtimes)
-    steps = [kept for kept in map(without_training, recipe.steps) if kept is not None]
-    left_out = [step.name for step in recipe.steps if without_training(step) is None]
+    check_runtimes(runtimes, threads)
     # Nothing here is to be scored, so the test set is not even there.
     task = dataclasses.replace(task, original=copy.deepcopy(model).eval(), test=None)
+    whole, said = searched(recipe.steps, copy.deepcopy(model).eval(), task, None)
+    steps = [kept for kept in map(without_training, whole) if kept is not None]
+    left_out = [step.name for step in whole if without_training(step) is None]
     with tempfile.TemporaryDirectory() as folder:
         names, models = ["original"], [copy.deepcopy(model).eval()]
         for index, step in enumerate(steps, start=1):
@@ -78,7 +82,11 @@ def dry_run(
                     row["latency_ms"][runtime]["left_of_previous"] = [ratio.ratio, ratio.low, ratio.high]
                     row["notes"] += _verdict(row, rows[-1], runtime, ratio)
             rows.append(row)
-    return {"machine": machine(), "rows": rows, "left_out": left_out}
+    targets = judged(target, rows, runtimes[0])
+    return {
+        "machine": machine(), "rows": rows, "left_out": left_out, "search": said["said"] if said else None,
+        "recipe": Recipe(whole).dump(), "targets": targets, "met": all(each["met"] for each in targets),
+    }  # fmt: skip
 
 
 def _verdict(row: dict[str, Any], before: dict[str, Any], runtime: str, ratio: Any) -> list[str]:
@@ -92,9 +100,11 @@ def _verdict(row: dict[str, Any], before: dict[str, Any], runtime: str, ratio: A
     return []
 
 
-def dry_run_table(found: dict[str, Any]) -> Table:
+def dry_run_table(found: dict[str, Any]) -> Group:
     """The same for a terminal."""
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     rows = found["rows"]
     runtimes = list(rows[0]["latency_ms"])
@@ -108,4 +118,27 @@ def dry_run_table(found: dict[str, Any]) -> Table:
         table.add_row(
             row["step"], count_text(row["params"]), count_text(row["macs"]), size, *times, "; ".join(row["notes"])
         )
-    return table
+    lines = [*(search_lines(found["search"]) if found["search"] else ()), *map(_target_line, found["targets"])]
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _target_line(target: dict[str, Any]) -> str:
+    return f"target {target['what']} {target['wanted']}: {target['got']}, {'met' if target['met'] else 'missed'}"
+
+
+def search_lines(said: dict[str, Any]) -> list[str]:
+    """What a search found, in words, one answer per line; the uniform policy among them."""
+    unit, checks = said["target"]["unit"], said["checks"]
+    lines = ["", f"budget {said['target']['asked']}: {said['target']['budget']:.4g} {unit}"]
+    if checks["candidates"]:
+        lines.append(
+            f"latency table: {checks['candidates']} random candidates predicted to {percent(checks['error'])} (median)"
+        )
+    for each in said["proposals"]:
+        mark = "*" if each == said["picked"] else " "
+        loss = "" if each["divergence"] is None else f", divergence before training {each['divergence']:.3g}"
+        lines.append(
+            f"{mark} {each['name']}: predicted {each['predicted']:.4g}, measured {each['measured']:.4g} {unit}; "
+            f"{each['blocks_dropped']} blocks gone, {each['changed'] - each['blocks_dropped']} layers thinner{loss}"
+        )
+    return [*lines, said["note"]] if said["note"] else lines

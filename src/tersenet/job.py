@@ -8,6 +8,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +16,14 @@ from rich.console import Console
 from torch import nn
 
 from tersenet import __version__
-from tersenet.errors import DataError, RecipeError, SettingsError
+from tersenet.errors import DataError, RecipeError
 from tersenet.prove import prove
 from tersenet.recipe import Recipe
 from tersenet.run import Journal, Run, identity_of
 from tersenet.ship import check_runtimes
 from tersenet.step import Chain, Step
+from tersenet.targets import NO_TARGET, Target, keep_search, recipe_of, searched
 from tersenet.task import Task, score_model
-
-
-def share(text: str | float | None) -> float | None:
-    """ "0.5x" -> 0.5. Raises SettingsError outside (0, 1]."""
-    if text is None:
-        return None
-    try:
-        value = float(str(text).removesuffix("x"))
-    except ValueError:
-        raise SettingsError(f"{text!r} is no share; give the part to keep, such as 0.5x") from None
-    if not 0 < value <= 1:
-        raise SettingsError(f"the share to keep must be in (0, 1], got {text}; 0.5x keeps half")
-    return value
-
-
-def recipe_of(path: Path | str | None = None, macs: str | float | None = None, epochs: int = 6) -> Recipe:
-    """The recipe of a file, or the one that meets a target.
-
-    A share of the multiply-adds is met by thinner layers, recovered with the original as teacher, then made int8.
-
-    Raises:
-        SettingsError: when both or neither are given.
-    """
-    if (path is None) == (macs is None):
-        raise SettingsError("give either a recipe (--recipe FILE) or a target (--macs 0.5x)")
-    if path is not None:
-        return Recipe.read(path)
-    from tersenet.distill.soft_targets import SoftTargets
-    from tersenet.prune.prune_channels import PruneChannels
-    from tersenet.quantize.quantize import Quantize
-    from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
-    from tersenet.train import Train
-
-    # A margin, because int8 replaces parameter-free shortcuts by small convolutions, which count.
-    kept = round(0.985 * (share(macs) or 1.0), 4)
-    recovery = (Train(epochs=epochs, companions=(SoftTargets(),)),) if epochs else ()
-    return Recipe((PruneChannels(macs=kept), *recovery, FoldBatchNorm(), Quantize()))
 
 
 def compress(
@@ -71,7 +36,7 @@ def compress(
     threads: int = 1,
     batch: int = 1,
     max_drop: float | None = None,
-    max_macs: float | None = None,
+    target: Target = NO_TARGET,
     recover: Callable[[nn.Module, Task], None] | None = None,
     command: str | None = None,
     names: dict[str, str] | None = None,
@@ -80,12 +45,12 @@ def compress(
 
     Args:
         model: is left as it was.
-        recipe: a Recipe, steps, a YAML file, or a share of the multiply-adds such as "0.5x".
+        recipe: a Recipe, steps, a YAML file, or a share of the latency such as "0.5x".
         out: the run folder.
         runtimes: of "onnxruntime", "openvino", "pytorch"; the first one's score and latency count.
         threads, batch: for latency.
         max_drop: target, points of score lost at most.
-        max_macs: target, share of the multiply-adds at most.
+        target: what the shipped files are held against in the report.
         recover: your own training loop, in place of the recipe's `train` steps.
         command: what was typed, for the report.
         names: what to call things in the report, such as {"model": "resnet20", "data": "digits"}.
@@ -93,6 +58,9 @@ def compress(
         TersenetError: one of its kinds, when something is missing or wrong; finished steps stay finished.
     """
     check_runtimes(runtimes)
+    if isinstance(recipe, str) and recipe.endswith("x"):
+        target = Target(latency=recipe)
+        recipe = recipe_of(target=target, runtime=runtimes[0], threads=threads, batch=batch)
     steps = _steps(recipe, recover)
     _check_data(steps, task)
     if max_drop is not None and task.test is None:
@@ -101,19 +69,22 @@ def compress(
     task = dataclasses.replace(task, original=original)
     settings = {
         "model": type(model).__name__, "seed": task.seed, "runtimes": list(runtimes), "runtime": runtimes[0],
-        "threads": threads, "batch": batch, "max_drop": max_drop, "max_macs": max_macs, "version": __version__,
+        "threads": threads, "batch": batch, "max_drop": max_drop, "version": __version__,
+        **{key: value for key, value in asdict(target).items() if value is not None},
         **(names or {}),
     }  # fmt: skip
-    journal = Journal(Path(out), steps, _identity(original, task, steps))
-    say = functools.partial(Console(stderr=True, quiet=task.quiet, highlight=False).print, soft_wrap=True)
     started = time.monotonic()
+    steps, said = searched(steps, original, task, Path(out))
+    journal = Journal(Path(out), steps, _identity(original, task, steps))
+    settings["search"] = keep_search(said, Path(out))
+    say = functools.partial(Console(stderr=True, quiet=task.quiet, highlight=False).print, soft_wrap=True)
     _run_steps(journal, original, task, say)
     report_path = Path(out) / "report.json"
     if report_path.exists() and Run(out).report["settings"].items() >= _judged(settings).items():
         say(f"{out} is finished already")
         return Run(out)
     settings["seconds"] = round(time.monotonic() - started, 1)
-    prove(journal, original, task, settings, command, say)
+    prove(journal, original, task, settings, target, command, say)
     return Run(out)
 
 
@@ -122,8 +93,6 @@ def _judged(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steps(recipe: Recipe | Sequence[Step] | str | Path, recover: Any) -> tuple[Step, ...]:
-    if isinstance(recipe, str) and recipe.endswith("x"):
-        recipe = recipe_of(macs=recipe)
     if isinstance(recipe, str | Path):
         recipe = Recipe.read(recipe)
     steps = tuple(recipe.steps) if isinstance(recipe, Recipe) else tuple(recipe)

@@ -24,6 +24,14 @@ Data = Annotated[
 Validate = Annotated[str | None, typer.Option(help="a held-out set to choose by, in the form of --data")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="a YAML file with the steps")]
 Macs = Annotated[str | None, typer.Option(help="target: this share of the multiply-adds, such as 0.5x")]
+Latency = Annotated[
+    str | None,
+    typer.Option(help="target: 0.25x of the original's float file in this runtime, or 3ms"),
+]
+Bytes = Annotated[str | None, typer.Option(help="target: 0.1x of the original's float file, or 200000")]
+TableFile = Annotated[
+    Path | None, typer.Option("--table", help="a latency table filled on another device (tersenet table)")
+]
 MaxDrop = Annotated[float | None, typer.Option(help="target: at most this many points of score lost")]
 Runtime = Annotated[
     str, typer.Option(help="onnxruntime, openvino or pytorch; several with commas, the first one counts")

@@ -34,6 +34,7 @@ STEPS = {
     "fold_batch_norm": "tersenet.rewrite.fold_batch_norm:FoldBatchNorm",
     "prune_channels": "tersenet.prune.prune_channels:PruneChannels",
     "quantize": "tersenet.quantize.quantize:Quantize",
+    "search": "tersenet.search.search:Search",
     "settle": "tersenet.rewrite.settle:Settle",
     "train": "tersenet.train:Train",
 }

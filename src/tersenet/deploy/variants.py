@@ -99,8 +99,9 @@ class Variants:
         maker = {name: node for node in graph.node for name in node.output}
         tensors = {**self.tensors, **fresh}
         for node in list(graph.node):
-            parts = [maker.get(name) for name in node.input[:3]]
-            if len(parts) < 3 or any(part is None or part.op_type != "DequantizeLinear" for part in parts):
+            found = [maker.get(name) for name in node.input[:3]]
+            parts = [part for part in found if part is not None and part.op_type == "DequantizeLinear"]
+            if len(parts) < 3:
                 continue
             value, weight, bias = (tensors[part.input[1]] for part in parts)
             if value.ndim == 0 and bias.shape == weight.shape and bias.ndim == 1:

@@ -80,7 +80,7 @@ class Bench:
         self.x = x[:1].repeat(batch, *[1] * (x.dim() - 1)).float().numpy()
 
     def _unchanged(self) -> nn.Module:
-        """The model after the steps that have no choices; a few calibration samples do, for the numbers play no part."""
+        """The model with nothing picked; a few calibration samples do, for the numbers play no part."""
         few = [batch_input(batch)[:16] for batch in self.task.calibration(16)][:1] if _has_data(self.task) else None
         task = dataclasses.replace(self.task, calibrate=few, train=None, test=None, quiet=True)
         made = copy.deepcopy(self.model)

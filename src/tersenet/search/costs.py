@@ -55,15 +55,15 @@ class Costs:
         return total
 
     @property
-    def error(self) -> float:
-        """Median relative error on the random candidates, before anything was fitted to them."""
-        return float(np.median([abs(said / got - 1) for said, got in self.checks])) if self.checks else float("nan")
+    def error(self) -> float | None:
+        """Median relative error on the random candidates, before anything was fitted to them; None without any."""
+        return float(np.median([abs(said / got - 1) for said, got in self.checks])) if self.checks else None
 
     @property
-    def fitted_error(self) -> float:
+    def fitted_error(self) -> float | None:
         """The same with the line, each candidate predicted by the line through the others."""
         if len(self.checks) < 3:
-            return float("nan")
+            return None
         errors = []
         for out in range(len(self.checks)):
             a, b = fit_line([pair for index, pair in enumerate(self.checks) if index != out])
@@ -174,7 +174,7 @@ def _network(bench: Bench, table: Table, network: str) -> dict[str, Any]:
     if network not in table.networks:
         if table.frozen:
             raise SettingsError(
-                f"the table {table.path} does not know this model; fill it on its device with the same model and steps: "
+                f"the table {table.path} does not know this model; fill it on its device with the same model: "
                 "tersenet table"
             )
         base, plain = bench.base_times()

@@ -115,7 +115,7 @@ def compare(
     sites: Sequence[Site],
     losses: Losses,
 ) -> None:
-    """Fills in each proposal's loss: built, repaired, and compared with the original; without images, the summed one."""
+    """Fills in each proposal's loss: built, repaired, compared with the original; without images, the summed one."""
     if images is None:
         for each in proposals:
             each.loss = sum(

@@ -59,7 +59,7 @@ class Search(Step):
         runtime: where latency is measured; one that reads ONNX files.
         threads, batch: for latency.
         table: a latency table that was filled on another device, in place of this machine's own.
-        images: how many calibration inputs judge a candidate.
+        images: how many calibration inputs judge a candidate; 0 for noise, where only the shares taken away count.
     """
 
     family: ClassVar[str] = "search"
@@ -85,7 +85,7 @@ class Search(Step):
         if not any(tunable(step) for step in self.steps):
             raise SettingsError("a search needs a step with choices, such as drop_blocks or prune_channels")
         amount(given[0], str(getattr(self, given[0])))
-        for name in ("threads", "batch", "images"):
+        for name in ("threads", "batch"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -112,7 +112,7 @@ class Search(Step):
         if not sites:
             raise SettingsError("no step of the search has a choice in this model; use a recipe instead of a target")
         say(f"{len(sites)} places with {sum(len(site.settings) for site in sites)} settings")
-        images = images_of(task, self.images)
+        images = images_of(task, self.images) if self.images else None
         with working_folder() as folder:
             bench = Bench(
                 steps, sites, model, task, runtime=self.runtime, threads=self.threads, batch=self.batch,
@@ -142,10 +142,11 @@ class Search(Step):
             "original": original, "unchanged": costs.base, "picked": best.to_json(sites),
             "proposals": [each.to_json(sites) for each in proposals],
             "checks": {"candidates": len(costs.checks), "error": costs.error, "fitted_error": costs.fitted_error},
-            "met": best.cost <= budget, "note": "" if best.cost <= budget else _binding(sites, best, costs, budget, kind),
+            "met": best.cost <= budget,
+            "note": "" if best.cost <= budget else _binding(sites, best, costs, budget, kind),
             "places": len(sites), "seconds": round(time.monotonic() - started, 1),
         }  # fmt: skip
-        return Found(tuple(_finished(steps, best.picks)), best.picks, best.cost <= budget, said)
+        return Found(tuple(picked(steps, best.picks)), best.picks, best.cost <= budget, said)
 
     def _costs(
         self, bench: Bench, sites: list[Site], model: nn.Module, task: Task
@@ -165,7 +166,7 @@ class Search(Step):
             was = tuple(table.device.get(key) for key in ("runtime", "threads", "batch"))
             if was != wanted:
                 raise SettingsError(
-                    f"the table {self.table} is of {was[0]} with {was[1]} threads and batch {was[2]}, and the search of "
+                    f"the table {self.table} is of {was[0]} with {was[1]} threads and batch {was[2]}, the search of "
                     f"{wanted[0]}, {wanted[1]} and {wanted[2]}; give the same"
                 )
         names = ",".join(step.name for step in self.steps if step.family != "train")
@@ -173,6 +174,21 @@ class Search(Step):
         costs = latency_costs(bench, sites, table, network)
         original = float(table.networks[network]["float_ms"])
         return costs, value * original if is_share else value, original, table
+
+    def fill(self, model: nn.Module, task: Task) -> tuple[Table, Costs, float]:
+        """(the latency table with all that this model can ask for, its costs, the seconds it took)."""
+        started = time.monotonic()
+        sites = find_sites(self.steps, model, task)
+        if not sites:
+            raise SettingsError("no step of the search has a choice in this model, so that there is nothing to measure")
+        with working_folder() as folder:
+            bench = Bench(
+                self.steps, sites, model, task, runtime=self.runtime, threads=self.threads, batch=self.batch,
+                folder=folder, progress=not task.quiet,
+            )  # fmt: skip
+            costs, _, _, table = self._costs(bench, sites, model, task)
+        assert table is not None
+        return table, costs, round(time.monotonic() - started, 1)
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"picks": what was picked, "plan": the steps' plans}; runs the search, and the steps on a copy."""
@@ -187,7 +203,7 @@ class Search(Step):
         if not plan:
             return model
         picks = {int(index): places for index, places in plan["picks"].items()}
-        return Chain(steps=tuple(_finished(self.steps, picks))).apply(model, plan["plan"])
+        return Chain(steps=tuple(picked(self.steps, picks))).apply(model, plan["plan"])
 
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
         found = self.solve(model, task)
@@ -214,7 +230,8 @@ def amount(kind: str, text: str) -> tuple[float, bool]:
     return value, is_share
 
 
-def _finished(steps: tuple[Step, ...], picks: Picks) -> list[Step]:
+def picked(steps: tuple[Step, ...], picks: Picks) -> list[Step]:
+    """The steps of a search with what was picked: a recipe."""
     return configured(steps, {index: picks.get(index, {}) for index, step in enumerate(steps) if tunable(step)})
 
 

@@ -1,0 +1,178 @@
+"""From a target ("a quarter of the latency") to the recipe that aims at it, and whether it was met.
+
+A target is a share of the original's or an amount. Latency and bytes are spent by a search, multiply-adds by the same
+share of the channels everywhere. What follows is the same: recovery with the original as teacher, folded norms, int8.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tersenet.atomic import writing
+from tersenet.errors import RunError, SettingsError
+from tersenet.recipe import Recipe
+from tersenet.report.report import target
+from tersenet.search.search import Search, amount, picked
+from tersenet.step import Step
+from tersenet.task import Task
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to aim at; at most one is given.
+
+    Args:
+        latency: "0.25x" of the original's float ONNX file on the same runtime, threads and batch, or "3ms".
+        bytes: "0.1x" of that file, or "200000"; judged on the .terse file.
+        macs: "0.5x".
+    """
+
+    latency: str | None = None
+    bytes: str | None = None
+    macs: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("latency", "bytes", "macs") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise SettingsError(f"give one target, got {' and '.join(given)}; a recipe can hold several searches")
+        for name in given:
+            amount(name, str(getattr(self, name)))
+
+    @property
+    def given(self) -> bool:
+        return any(value is not None for value in (self.latency, self.bytes, self.macs))
+
+
+NO_TARGET = Target()
+
+
+def recipe_of(
+    path: Path | str | None = None,
+    target: Target = NO_TARGET,
+    *,
+    epochs: int = 6,
+    data: str = "",
+    runtime: str = "onnxruntime",
+    threads: int = 1,
+    batch: int = 1,
+    table: Path | str | None = None,
+) -> Recipe:
+    """The recipe of a file, or the one that aims at a target.
+
+    Args:
+        epochs: of recovery; on random data nothing is trained.
+        data: as typed, to know random data.
+        runtime, threads, batch, table: for a latency target.
+    Raises:
+        SettingsError: when both or neither are given.
+    """
+    if (path is None) == (not target.given):
+        raise SettingsError(
+            "give either a recipe (--recipe FILE) or a target (--latency 0.5x, --bytes 0.1x, --macs 0.5x)"
+        )
+    if path is not None:
+        return Recipe.read(path)
+    from tersenet.distill.soft_targets import SoftTargets
+    from tersenet.prune.drop_blocks import DropBlocks
+    from tersenet.prune.prune_channels import PruneChannels
+    from tersenet.quantize.quantize import Quantize
+    from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
+    from tersenet.train import Train
+
+    noise = data.startswith("random:")
+    if target.macs is not None:
+        # A margin, because int8 replaces parameter-free shortcuts by small convolutions, which count.
+        kept = round(0.985 * share(target.macs), 4)
+        recovery = (Train(epochs=epochs, companions=(SoftTargets(),)),) if epochs and not noise else ()
+        return Recipe((PruneChannels(macs=kept), *recovery, FoldBatchNorm(), Quantize()))
+    # A high rate, because whole blocks are gone: what is left has to find another solution, not the old one again.
+    recovery = (Train(epochs=epochs, learning_rate=0.05, warmup=0.02, precision="auto", companions=(SoftTargets(),)),)
+    steps: tuple[Step, ...] = (
+        DropBlocks(refit=not noise),
+        PruneChannels(importance="l2" if noise else "reconstruction", refit=not noise),
+        *(recovery if epochs and not noise else ()),
+        FoldBatchNorm(),
+        Quantize(),
+    )
+    return Recipe(
+        (
+            Search(
+                steps=steps, latency=target.latency, bytes=target.bytes, runtime=runtime, threads=threads, batch=batch,
+                table=None if table is None else str(table), images=0 if noise else 256,
+            ),
+        )
+    )  # fmt: skip
+
+
+def share(text: str | float) -> float:
+    """ "0.5x" -> 0.5. Raises SettingsError outside (0, 1]."""
+    try:
+        value = float(str(text).removesuffix("x"))
+    except ValueError:
+        raise SettingsError(f"{text!r} is no share; give the part to keep, such as 0.5x") from None
+    if not 0 < value <= 1:
+        raise SettingsError(f"the share to keep must be in (0, 1], got {text}; 0.5x keeps half")
+    return value
+
+
+def searched(
+    steps: Sequence[Step], model: nn.Module, task: Task, out: Path | None
+) -> tuple[tuple[Step, ...], dict[str, Any] | None]:
+    """The steps with a leading search replaced by what it finds, and what it says of itself.
+
+    Args:
+        out: the run folder; a search that it holds is not repeated.
+    """
+    if not steps or not isinstance(steps[0], Search):
+        return tuple(steps), None
+    search = steps[0]
+    asked = Recipe((search,)).dump()
+    kept = None if out is None else out / "search.json"
+    if kept is not None and kept.exists():
+        try:
+            was = json.loads(kept.read_text(encoding="utf-8"))
+            picks = {int(index): places for index, places in was["picks"].items()}
+            before, said = was["asked"], was["said"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{kept} is damaged and cannot be read ({error}); delete {out} to start anew") from error
+        if before != asked:
+            raise RunError(f"{out} holds a run with another target; choose another folder with --out, or delete it")
+        return (*picked(search.steps, picks), *steps[1:]), said
+    found = search.solve(model, task)
+    said = {"asked": asked, "picks": {str(i): p for i, p in found.picks.items()}, "said": found.said}
+    return (*found.steps, *steps[1:]), said
+
+
+def keep_search(said: dict[str, Any] | None, out: Path) -> dict[str, Any] | None:
+    """Writes a fresh search into the run folder; what it says of itself."""
+    if said is None or "picks" not in said:
+        return said
+    with writing(out / "search.json") as temporary:
+        temporary.write_text(json.dumps(said, indent=1), encoding="utf-8")
+    return said["said"]
+
+
+def judged(wanted: Target, rows: Sequence[dict[str, Any]], runtime: str) -> list[dict[str, Any]]:
+    """What was aimed at and what the files that ship got, as targets of the report."""
+    first, last = rows[0], rows[-1]
+    found = []
+    if wanted.macs is not None:
+        got = last["macs"] / first["macs"]
+        found.append(target("macs", wanted.macs, f"{got:.3f}x", got <= share(wanted.macs)))
+    if wanted.latency is not None:
+        value, is_share = amount("latency", wanted.latency)
+        after, before = (row["latency_ms"][runtime]["median"] for row in (last, first))
+        got = after / before if is_share else after
+        found.append(target("latency", wanted.latency, f"{got:.3f}{'x' if is_share else 'ms'}", got <= value))
+    if wanted.bytes is not None:
+        value, is_share = amount("bytes", wanted.bytes)
+        size = last["file_bytes"]["terse"]
+        got = size / first["file_bytes"].get("onnx", first["file_bytes"]["terse"]) if is_share else size
+        found.append(target("bytes", wanted.bytes, f"{got:.3f}x" if is_share else f"{got}", got <= value))
+    return found
