@@ -54,6 +54,7 @@ class OpenvinoProfiler:
         self.samples: dict[str, list[float]] = defaultdict(list)
         self.kinds: dict[str, str] = {}
         self.origins: dict[str, str] = {}
+        self.warm: dict[str, float] = {}
         self._open()
 
     def __call__(self, x: np.ndarray) -> None:
@@ -74,7 +75,7 @@ class OpenvinoProfiler:
         self.compiled = self.core.compile_model(self.model, "CPU", self.settings)
         self.request = self.compiled.create_infer_request()
         self.calls = 0
-        self.warm: dict[str, float] = {}
+        self.warm = {}
 
     def _close(self) -> None:
         """Ends a window; one with less than half of its calls counts only where there is no other."""
