@@ -36,7 +36,7 @@ from tersenet.prune.budget import (
 from tersenet.prune.known import known_coupling
 from tersenet.prune.reconstruction import folded, orders_of
 from tersenet.prune.repair import repair
-from tersenet.prune.sensitivity import divergence, divergences
+from tersenet.prune.sensitivity import compared, divergences
 from tersenet.step import Plan, Step
 from tersenet.task import Task, batch_input
 
@@ -146,7 +146,7 @@ class PruneChannels(Step):
         return {name: widths for name, widths in found.items() if len(widths) > 1}
 
     def sensitivities(self, model: nn.Module, task: Task, images: Tensor) -> dict[str, dict[Any, float]]:
-        """name of a bundle -> width -> KL divergence (nats per image) of the outputs when only this is cut.
+        """name of a bundle -> width -> divergence (numerics/divergence.py) of the outputs when only this is cut.
 
         The layers that read the bundle make up for it; other repair is not counted.
         """
@@ -206,7 +206,7 @@ class PruneChannels(Step):
     def _curves(
         self, model: nn.Module, known: Coupling, candidates: list[Candidate], task: Task, twin: Any, images: Tensor
     ) -> list[dict[int, float]]:
-        """Per candidate: width -> KL divergence."""
+        """Per candidate: width -> divergence."""
         bundles = [candidate.bundle for candidate in candidates]
         widths = [candidate.choices(self.multiple_of) for candidate in candidates]
         sizes = [[width // c.each for width in row[1:]] for row, c in zip(widths, candidates, strict=True)]
@@ -227,7 +227,7 @@ class PruneChannels(Step):
     def _tried(self, name: str, width: int, model: nn.Module, task: Task, images: Tensor) -> float:
         step = dataclasses.replace(self, widths={name: width}, scope="layer")
         cut, _ = step.run(copy.deepcopy(model), dataclasses.replace(task, calibrate=[images]))
-        return divergence(model, cut, images)
+        return compared(model, cut, images)
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Raises SurgeryError when the plan is another model's; the model is then as it was."""

@@ -34,7 +34,7 @@ def repair(
         images: (N, ...); as many of them are used as fit in memory.
         before: the model before the cut; None measures the norms only.
         kept: the cut. Blocks that were dropped need not be in it.
-        sequential: also refit layers that lost no inputs but read what changed.
+        sequential: also refit layers that lost no inputs but read what changed, where there are four rows per unknown.
         ridge: of the least squares; more stays closer to the weights that are there.
     """
     graph = trace(model, images[:2])
@@ -112,10 +112,14 @@ def _jobs(graph: fx.GraphModule, before: nn.Module, images: Tensor, kept: Cut, s
     jobs: dict[str, _Job] = {}
     wanted: dict[fx.Node, list[tuple[str, str]]] = {}
     for path, node in rows.plain_calls(graph).items():
-        if path not in original or not (sequential or "in" in kept.get(path, {})):
+        module: Any = graph.get_submodule(path)
+        chosen = rows.places(node, module, len(images))
+        poorer = "in" in kept.get(path, {})
+        enough = len(chosen) * len(images) >= 4 * module.weight[0].numel()
+        if path not in original or not (poorer or (sequential and enough)):
             continue
         end, then = _end(graph, node), _end(whole, original[path])
-        jobs[path] = _Job(end, rows.places(node, graph.get_submodule(path), len(images)))
+        jobs[path] = _Job(end, chosen)
         wanted.setdefault(then.last, []).append((path, "own"))
         if end.sum is not None and then.sum is not None:
             wanted.setdefault(then.sum, []).append((path, "sum"))

@@ -1,4 +1,4 @@
-"""How much each width of each bundle hurts, one at a time: KL divergence from the original's outputs.
+"""How much each width of each bundle hurts, one at a time: divergence from the original's outputs.
 
 A cut whose readers make up for it gives the same as the uncut model with zeros in the readers' weights, so nothing is
 cut: the readers' weights are exchanged, and only what comes after the first of them runs again.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tersenet.graph.coupling import Bundle, Coupling
+from tersenet.numerics.divergence import divergence
 from tersenet.prune.reconstruction import losses
 
 _CHUNK = 64  # images that run together: their activations stay in the processor's cache
@@ -27,7 +28,7 @@ def divergences(
     calibration: Tensor,
     images: Tensor,
 ) -> list[dict[int, float] | None]:
-    """Per bundle: number of its channels kept -> KL divergence in nats per image; None where it must be tried out.
+    """Per bundle: number of its channels kept -> divergence (numerics/divergence.py); None where it must be tried out.
 
     Args:
         sizes: per bundle, the numbers to try.
@@ -53,19 +54,11 @@ def divergences(
     return result
 
 
-def divergence(original: nn.Module, changed: nn.Module, images: Tensor) -> float:
-    """Mean KL divergence in nats per image from one model's outputs, (N, classes), to another's; both evaluating."""
+def compared(original: nn.Module, changed: nn.Module, images: Tensor) -> float:
+    """Divergence of one evaluating model's outputs from another's."""
     with torch.no_grad():
         pairs = [(original(part), changed(part)) for part in images.split(_CHUNK)]
-    return _divergence(_logarithms(torch.cat([a for a, _ in pairs])), _logarithms(torch.cat([b for _, b in pairs])))
-
-
-def _logarithms(outputs: Tensor) -> Tensor:
-    return torch.log_softmax(outputs.flatten(1).double(), dim=1)
-
-
-def _divergence(wanted: Tensor, found: Tensor) -> float:
-    return float((wanted.exp() * (wanted - found)).sum(dim=1).mean().clamp(min=0.0))
+    return divergence(torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
 
 
 class Suffixes:
@@ -85,10 +78,10 @@ class Suffixes:
         for node in self.nodes:
             if node.op == "get_attr":  # parameters outside of layers are fetched once and kept
                 self.last[node] = len(self.nodes)
-        self.original = _logarithms(self._outputs(self.parts))
+        self.original = self._outputs(self.parts)
 
     def divergence(self, first: fx.Node, weights: Mapping[str, Tensor]) -> float:
-        """Mean KL divergence (nats) from the original's outputs to those with other weights in some layers.
+        """numerics.divergence from the original's outputs to those with other weights in some layers.
 
         Args:
             first: the first of these layers in the graph; not before that of the last call.
@@ -101,11 +94,11 @@ class Suffixes:
         try:
             for path, weight in weights.items():
                 self.graph.get_submodule(path).weight = torch.nn.Parameter(weight, requires_grad=False)
-            found = _logarithms(self._outputs(self.parts))
+            found = self._outputs(self.parts)
         finally:
             for path, weight in old.items():
                 self.graph.get_submodule(path).weight = weight
-        return _divergence(self.original, found)
+        return divergence(self.original, found)
 
     def _outputs(self, parts: Sequence[dict[fx.Node, Any]]) -> Tensor:
         """(N, classes), from copies of what is held, because an operator may write into its input."""
