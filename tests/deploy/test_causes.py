@@ -39,6 +39,7 @@ def channels(**changed: int) -> dict[str, int]:
         ({"macs": 500_000, "weight_bytes": 4_000_000, "ms": 1.0}, "memory", "used too seldom"),
         ({"macs": 500_000, "weight_bytes": 4_000_000, "ms": 2.0}, "platform", "a good shape"),
         ({"macs": 5_000, "ms": 0.004}, "platform", "calling an operator"),
+        ({"macs": 5_000, "ms": 0.03, "calls": 9}, "platform", "calling an operator"),
         ({"macs": 0, "activation_bytes": 400_000, "ms": 0.015, "channels": None}, "memory", "not merged"),
         ({"macs": 0, "activation_bytes": 400_000, "ms": 0.1, "channels": None}, "platform", "not merged"),
         ({"channels": channels(outputs=11), "ms": 4.0}, "parallelism", "11 channels fill 69 %"),

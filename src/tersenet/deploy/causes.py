@@ -8,7 +8,7 @@ it, activations when those of the layer do. The cause is the first of these that
 1. **platform**: the time belongs to no layer. The runtime changed a layout, rounded, or made an operator of its own.
 2. **macs** or **memory**: of_roof is at least `NEAR` (0.5); the longer of the two least times. Good kernels reach half
    of the roof on layers of middling size, while the roof is that of the size that suits best.
-3. **platform**: ms - best_ms is at most `CALL_MS` (0.004). So much it costs to call an operator at all (1 to 4
+3. **platform**: ms - best_ms is at most `CALL_MS` (0.004) for each of its calls. So much it costs to call an operator at all (1 to 4
    microseconds were seen for operators of a few numbers); what the operator does hardly matters.
 4. **memory**: no multiply-adds, and bytes that take at least `STREAM` (0.25) of the time. It is a pass over the data
    that the runtime did not merge with a layer. Else **platform**: an operator whose bytes do not explain its time.
@@ -81,7 +81,7 @@ def limits(row: Mapping[str, Any], roof: Roofline, batch: int, weights: int) -> 
     """What limits one row.
 
     Args:
-        row: of a profile: `ms`, `layer`, `macs`, `weight_bytes`, `activation_bytes`, `precision`, `channels`.
+        row: of a profile: `ms`, `calls`, `layer`, `macs`, `weight_bytes`, `activation_bytes`, `precision`, `channels`.
         batch: samples of the call that `ms` is of.
         weights: bytes of all weights of the model.
     """
@@ -113,7 +113,7 @@ def _cause(
         return "platform", "an operator of the runtime's own"
     if of_roof >= NEAR:
         return ("macs", "near the compute peak") if compute >= memory else ("memory", "near the bandwidth")
-    if row["ms"] - max(compute, memory) <= CALL_MS:
+    if row["ms"] - max(compute, memory) <= CALL_MS * row["calls"]:
         return "platform", "the cost of calling an operator"
     if not row["macs"]:
         if memory >= STREAM * row["ms"]:
