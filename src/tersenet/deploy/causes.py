@@ -8,8 +8,8 @@ it, activations when those of the layer do. The cause is the first of these that
 1. **platform**: the time belongs to no layer. The runtime changed a layout, rounded, or made an operator of its own.
 2. **macs** or **memory**: of_roof is at least `NEAR` (0.5); the longer of the two least times. Good kernels reach half
    of the roof on layers of middling size, while the roof is that of the size that suits best.
-3. **platform**: ms - best_ms is at most `CALL_MS` (0.004) for each of its calls. So much it costs to call an operator at all (1 to 4
-   microseconds were seen for operators of a few numbers); what the operator does hardly matters.
+3. **platform**: ms - best_ms is at most `CALL_MS` (0.004) for each of its calls. So much it costs to call an
+   operator at all (1 to 4 microseconds were seen for operators of a few numbers); what it does hardly matters.
 4. **memory**: no multiply-adds, and bytes that take at least `STREAM` (0.25) of the time. It is a pass over the data
    that the runtime did not merge with a layer. Else **platform**: an operator whose bytes do not explain its time.
 5. **parallelism**: the work cannot fill the machine. It is a depthwise convolution (one input channel per output, so
