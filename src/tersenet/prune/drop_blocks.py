@@ -1,8 +1,10 @@
 """Leaves whole residual blocks out: depth where width is already at the runtime's grain.
 
 That a residual network bears it: Veit et al., arXiv:1605.06431. Which go: those that change what passes through them
-the least, as in ShortGPT (Men et al., arXiv:2403.03853). Departures: relative distance in place of a cosine, and after
-the drop the norms behind it are measured anew.
+the least, as in ShortGPT (Men et al., arXiv:2403.03853), with a relative distance in place of a cosine. Departure:
+the layers that are left make up for the lost blocks by least squares, in prune/repair.py. A ResNet-56 without 8 of its
+blocks scored 45.9 % of 2,048 CIFAR-10 test images, 81.1 % with its norms measured anew, and 90.1 % so repaired (92.8 %
+before).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from tersenet.errors import SettingsError
 from tersenet.graph.blocks import Blocks, drop, paths_within, residual_blocks
+from tersenet.graph.surgery import Cut
 from tersenet.graph.trace import is_leaf, trace
 from tersenet.prune.repair import repair
 from tersenet.step import Plan, Step
@@ -39,7 +42,7 @@ class DropBlocks(Step):
         count: in place of `blocks`, how many to drop, the least important first. Importance is the relative size of
             what a block adds, ||block(x) - shortcut(x)|| / ||x|| on 256 calibration images; without data, the size of
             the block's norm scales, or of its weights where it has no norms.
-        refit: measure the norms behind the dropped blocks anew, on up to 512 calibration images.
+        refit: repair the layers that are left by least squares, and their norms, on up to 512 calibration images.
         only: drop only blocks that match: paths or types of blocks, such as "layer3.*" or "Bottleneck".
         skip: drop no block that matches.
     """
@@ -93,20 +96,25 @@ class DropBlocks(Step):
         return drop(model, {path: plan["activations"].get(path) for path in plan["dropped"]}) if plan else model
 
     def fit(self, model: nn.Module, task: Task) -> None:
-        """Measures the norms behind the dropped blocks on up to 512 calibration images; without data nothing happens.
+        """Repairs a model that has just lost blocks; without calibration data nothing happens.
 
-        What was dropped is seen by comparing with `task.original`, which is the model before in `run`; without it
-        every norm is measured.
+        Least squares need the model as it was, which is `task.original` in `run`. Where the original is another one, or
+        the model was changed since, only the norms behind the lost blocks are measured; without original, all norms.
         """
         if not self.refit or not (self.blocks or self.count) or (task.calibrate is None and task.train is None):
             return
-        start = "" if task.original is None else _last_layer_before(task.original, model, task.example)
-        if start is None:
-            return
+        kept: Cut = {}
+        if task.original is not None:
+            behind = _first_behind(task.original, model, task.example)
+            if behind is None:
+                return
+            kept = {behind: {"in": []}}  # nothing of it was cut, but from there on inputs are others
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         images = torch.cat([batch_input(batch) for batch in task.calibration(512)])[:512].to(device)
-        # To `repair` the norms behind the first layer that lost inputs are worth measuring, those before it are not.
-        repair(model, images, None, {start: {"in": []}} if start else {})
+        if task.original is not None and _same_numbers(model, task.original):
+            repair(model, images, task.original, {})
+        else:
+            repair(model, images, None, kept)
 
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
         """plan, apply and fit, where `fit` compares with the model as it comes in."""
@@ -183,23 +191,28 @@ def _weight_size(block: nn.Module) -> float:
     return float(torch.cat([p.detach().flatten() for p in chosen]).double().square().mean().sqrt())
 
 
-def _last_layer_before(original: nn.Module, model: nn.Module, example: Tensor) -> str | None:
-    """The layer that is called last before the first block that the model lost; "" when none is, None without loss."""
+def _first_behind(original: nn.Module, model: nn.Module, example: Tensor) -> str | None:
+    """The first layer that is called behind a block which the model lost; None where there is no such layer."""
     now = dict(model.named_modules())
     lost = [
-        path
-        for path, module in original.named_modules()
-        if not is_leaf(module) and path in now and is_leaf(now[path])
-    ]  # fmt: skip
-    if not lost:
-        return None
-    last = ""
+        path for path, module in original.named_modules() if not is_leaf(module) and path in now and is_leaf(now[path])
+    ]
+    seen = False
     for node in trace(original, example).graph.nodes:
-        if node.op == "call_module":
-            if paths_within([str(node.target)], lost):
-                break
-            last = str(node.target)
-    return last
+        within = bool(paths_within([str(node.target)], lost))
+        if seen and node.op == "call_module" and not within:
+            return str(node.target)
+        seen = seen or within
+    return None
+
+
+def _same_numbers(model: nn.Module, original: nn.Module) -> bool:
+    """Whether all that is left of the original has the numbers that it had."""
+    was = original.state_dict()
+    return all(
+        key not in was or (value.shape == was[key].shape and torch.equal(value, was[key].to(value.device)))
+        for key, value in model.state_dict().items()
+    )
 
 
 def _refusal(path: str, known: Blocks) -> str:
