@@ -161,8 +161,8 @@ def test_the_activation_stays_where_the_input_needs_it(act: Any, start: nn.Modul
 
 
 def test_a_sum_may_lose_its_positive_term() -> None:
-    """x + sigmoid(...) + 1 is positive only as long as the block before stays."""
-    model = nn.Sequential(nn.Tanh(), Residual(nn.Sigmoid()), Residual(conv(), nn.ReLU()), conv())
+    """From -1 to 1, and 1 to 2 added: not negative only as long as the first block stays."""
+    model = nn.Sequential(nn.Hardtanh(), Residual(nn.Hardtanh(1.0, 2.0)), Residual(conv(), nn.ReLU()), conv())
     assert blocks(model).found == {"1": None, "2": "2.act"}
 
 
