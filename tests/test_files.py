@@ -58,6 +58,19 @@ def test_export_writes_what_was_named_and_no_more(run: Path, tmp_path: Path) -> 
         files.export_to(run, ["tpu", "onnx", "npu"], tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore")  # the exporters warn about their own insides
+@pytest.mark.parametrize(("target", "package"), [("litert", "litert_torch"), ("executorch", "executorch")])
+def test_an_int8_run_is_exported_with_a_fixed_batch_of_one(
+    run: Path, tmp_path: Path, target: str, package: str
+) -> None:
+    pytest.importorskip(package)
+    ((path, entry),) = files.export_to(run, [target], tmp_path).items()
+    assert entry["max_abs_error"] < 1e-4
+    runner = open_file(path)
+    assert runner.input_shape == (1, 1, 8, 8)
+    assert files.preparation_of(runner).labels == tuple("0123456789")
+
+
 def test_an_exported_program_is_plain_pytorch(run: Path, tmp_path: Path) -> None:
     files.export_to(run, ["torch"], tmp_path)
     program = torch.export.load(tmp_path / "model.pt2").module()

@@ -205,11 +205,11 @@ def _write(model: nn.Module, example: Tensor, preparation: Preparation, path: Pa
     elif path.suffix == ".tflite":
         from tersenet.deploy.litert import export_litert
 
-        export_litert(model, example, path, preparation)
+        export_litert(model, example[:1], path, preparation)
     elif path.suffix == ".pte":
         from tersenet.deploy.executorch import export_executorch
 
-        export_executorch(model, example, path, preparation)
+        export_executorch(model, example[:1], path, preparation)
     else:  # OpenVINO's own .xml and .bin
         openvino = require("openvino", "openvino", "write OpenVINO files")
         with tempfile.TemporaryDirectory() as scratch:

@@ -20,12 +20,18 @@ from typing import Any
 
 import numpy as np
 
+from tersenet.deploy.quiet import quiet_native
 from tersenet.deploy.runtimes import RUNTIMES, Runner, open_file
 from tersenet.errors import require
 
 _CALLS = 3  # the first call allocates; some runtimes allocate once more on the second
-# What our own readers import is likewise not the file's cost.
-_READERS = {".terse": "tersenet.deploy.artifact", ".pt2": "tersenet.deploy.pt2"}
+# What a runtime and our own readers import later is likewise not the file's cost.
+_READERS = {
+    ".terse": ("tersenet.deploy.artifact",),
+    ".pt2": ("tersenet.deploy.pt2",),
+    ".tflite": ("tersenet.deploy.litert", "ai_edge_litert.interpreter"),
+    ".pte": ("tersenet.deploy.executorch", "executorch.runtime"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,8 @@ class Opening:
         entry = RUNTIMES[runtime]
         if entry.extra is not None:
             require(entry.package, entry.extra, f"run {Path(path).name}")
-        for module in (entry.package, _READERS.get(Path(path).suffix.lower())):
-            if module is not None:
+        with quiet_native():
+            for module in (entry.package, *_READERS.get(Path(path).suffix.lower(), ())):
                 importlib.import_module(module)
         _reset_peak()
         resident = _memory("VmRSS")

@@ -10,14 +10,16 @@ import copy
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
+from torch._inductor.constant_folding import constant_fold
 
 from tersenet.atomic import writing
 from tersenet.deploy.quiet import quiet_native
 from tersenet.deploy.runtimes import Array, Runner
 from tersenet.deploy.trailer import read_trailer, with_trailer
 from tersenet.errors import ExportError, FileError, TersenetError, require
-from tersenet.graph.trace import trace
+from tersenet.graph.trace import export, trace
 from tersenet.task import Preparation
 
 
@@ -64,7 +66,7 @@ def export_litert(model: nn.Module, example: Tensor, path: str | Path, preparati
         litert_torch = require("litert_torch", "litert", "write LiteRT files")
         require("ai_edge_litert", "litert", "write LiteRT files")
     # Our own capture: a module that came from torch.export cannot be switched to evaluation, which the exporter tries.
-    graph = trace(copy.deepcopy(model), example)
+    graph = _folded(trace(copy.deepcopy(model), example), example)
     try:
         with quiet_native(), writing(Path(path)) as temporary:
             litert_torch.convert(graph, (example,), strict_export=False).export(str(temporary))
@@ -75,3 +77,22 @@ def export_litert(model: nn.Module, example: Tensor, path: str | Path, preparati
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ExportError(f"{type(model).__name__} could not be written for LiteRT: {reason}") from error
     return Path(path)
+
+
+def _folded(graph: fx.GraphModule, example: Tensor) -> fx.GraphModule:
+    """The graph with all that depends on constants alone worked out.
+
+    The converter refuses unsigned constants, which our quantizers' zero points are. The weights of a quantized model so
+    become floats on their grid: the file gives the same outputs, and is neither small nor fast for being quantized.
+    """
+    folded = export(graph, example, dynamic_batch=False).module(check_guards=False)
+    for node in list(folded.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            folded.graph.erase_node(node)
+    constant_fold(folded)
+    used = {node.target for node in folded.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in (*folded.named_parameters(), *folded.named_buffers()) if name not in used]:
+        home, _, leaf = name.rpartition(".")
+        delattr(folded.get_submodule(home), leaf)
+    folded.recompile()
+    return folded
