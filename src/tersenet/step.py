@@ -97,8 +97,8 @@ class Step:
         return {}
 
     def sensitivities(self, model: nn.Module, task: Task, images: Tensor) -> dict[str, dict[Any, float]]:
-        """place -> setting -> how much picking it there alone hurts, without training: the KL divergence from the
-        model's outputs in nats per image, after repair. {} means that it is to be found by trying `chosen`.
+        """place -> setting -> how much picking it there alone hurts, without training: the
+        divergence (numerics/divergence.py) from the model's outputs, after repair. {} means that it is to be found by trying `chosen`.
 
         Args:
             images: (N, ...) unlabelled inputs.

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.errors import SettingsError
-from tersenet.graph.blocks import Blocks, drop, paths_within, residual_blocks
+from tersenet.graph.blocks import Blocks, drop, paths_within
 from tersenet.graph.surgery import Cut
 from tersenet.graph.trace import is_leaf, trace
+from tersenet.numerics.divergence import divergence
+from tersenet.prune.known import known_blocks
 from tersenet.prune.repair import repair
-from tersenet.step import Plan, Step
+from tersenet.step import Plan, Step, replace
 from tersenet.task import Task, batch_input, to_device
 
 # Images on which the change that a block makes is measured.
@@ -73,7 +75,7 @@ class DropBlocks(Step):
         """
         if not self.blocks and not self.count:
             return {}
-        known = residual_blocks(model, task.example)
+        known = known_blocks(model, task.example)
         allowed = [path for path in known.found if self.matches(path, model.get_submodule(path))]
         if self.blocks:
             for path in self.blocks:
@@ -122,8 +124,25 @@ class DropBlocks(Step):
 
     def choices(self, model: nn.Module, task: Task) -> dict[str, list[Any]]:
         """Block path -> "keep" or "drop"."""
-        known = residual_blocks(model, task.example)
+        known = known_blocks(model, task.example)
         return {path: ["keep", "drop"] for path in known.found if self.matches(path, model.get_submodule(path))}
+
+    def sensitivities(self, model: nn.Module, task: Task, images: Tensor) -> dict[str, dict[Any, float]]:
+        """path -> {"keep": 0, "drop": divergence of the outputs without the block}; every norm takes the statistics of
+        these images, which stands for the repair of what comes behind."""
+        known = known_blocks(model, task.example).found
+        twin = copy.deepcopy(model).eval()
+        for norm in (m for m in twin.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            norm.training, norm.momentum = True, 0.0  # its own statistics are used, and not kept
+        with torch.no_grad():
+            wanted = model(images)
+            found = {}
+            for path in self.choices(model, task):
+                block = twin.get_submodule(path)
+                drop(twin, {path: known[path]})
+                found[path] = {"keep": 0.0, "drop": divergence(wanted, twin(images))}
+                replace(twin, {path: block})
+        return found
 
     def chosen(self, picked: Mapping[str, Any]) -> Step | None:
         """Raises SettingsError on a choice that there is not."""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from tersenet.errors import SettingsError
 from tersenet.graph.costs import totals
@@ -33,7 +33,7 @@ from tersenet.prune.budget import (
     shares,
     sparsity_for,
 )
-from tersenet.prune.known import known_coupling
+from tersenet.prune.known import known_coupling, numbers_of, remembered, structure_of
 from tersenet.prune.reconstruction import folded, orders_of
 from tersenet.prune.repair import repair
 from tersenet.prune.sensitivity import compared, divergences
@@ -123,8 +123,8 @@ class PruneChannels(Step):
                 raise SettingsError(f"widths names {next(iter(self.widths))!r}, but no channels can be cut here")
             return {}
         judged = self.scope == "sensitivity" and self.widths is None
-        twin = folded(model, task.example) if judged or self.importance == "reconstruction" else None
-        candidates = self._ranked(model, known, bundles, task, twin)
+        twin = folded(model, task.example) if judged else None
+        candidates = self._ranked(model, known, bundles, task)
         if self.widths is not None:
             counts = chosen_counts(candidates, self.widths)
         elif self.macs is None:
@@ -155,7 +155,7 @@ class PruneChannels(Step):
         if not bundles:
             return {}
         twin = folded(model, task.example)
-        candidates = self._ranked(model, known, bundles, task, twin)
+        candidates = self._ranked(model, known, bundles, task)
         places = [candidate for candidate in candidates if len(candidate.choices(self.multiple_of)) > 1]
         return dict(zip([c.name for c in places], self._curves(model, known, places, task, twin, images), strict=True))
 
@@ -170,12 +170,18 @@ class PruneChannels(Step):
         wanted = all(self.matches(path, model.get_submodule(path)) for path in makers)
         return wanted and (self.residual or not bundle.residual)
 
-    def _ranked(
-        self, model: nn.Module, known: Coupling, bundles: list[Bundle], task: Task, twin: fx.GraphModule | None
-    ) -> list[Candidate]:
+    def _ranked(self, model: nn.Module, known: Coupling, bundles: list[Bundle], task: Task) -> list[Candidate]:
         orders: Mapping[str, Any] = {}
-        if self.importance == "reconstruction" and twin is not None:
-            orders = orders_of(known, bundles, [name_of(b) for b in bundles], twin, _images(model, task, _CALIBRATION))
+        if self.importance == "reconstruction":
+            names = [name_of(bundle) for bundle in bundles]
+            data = id(task.calibrate if task.calibrate is not None else task.train)
+            key = (structure_of(model, task.example), numbers_of(model), data, tuple(names))
+            orders = remembered(
+                model, "orders", key,
+                lambda: orders_of(
+                    known, bundles, names, folded(model, task.example), _images(model, task, _CALIBRATION)
+                ),
+            )  # fmt: skip
         return rank(model, known, bundles, self.importance, self.multiple_of, task.seed, orders)
 
     def _within(

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from tersenet.numerics.divergence import divergence
 from tersenet.search.costs import Costs, gone
-from tersenet.search.sensitivity import Losses, divergence, outputs_of
+from tersenet.search.sensitivity import Losses, outputs_of
 from tersenet.search.sites import Picks, Site, configured
 from tersenet.search.solver import solve, uniform
 from tersenet.step import Chain, Step
@@ -123,10 +124,13 @@ def compare(
                 for site in sites
             )
         return
-    wanted = outputs_of(model, images)
+    # One half repairs, the other judges: what was fitted to images looks better on them than it is.
+    half = len(images) // 2
+    task = dataclasses.replace(task, calibrate=[images[:half]], train=None)
+    wanted = outputs_of(model, images[half:])
     for each in proposals:
         changed = structure(steps, each.picks, sites, model, task)
-        each.loss = divergence(wanted, outputs_of(changed, images))
+        each.loss = divergence(wanted, outputs_of(changed, images[half:]))
 
 
 def structure(steps: Sequence[Step], picks: Picks, sites: Sequence[Site], model: nn.Module, task: Task) -> nn.Module:

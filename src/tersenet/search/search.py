@@ -112,14 +112,15 @@ class Search(Step):
         if not sites:
             raise SettingsError("no step of the search has a choice in this model; use a recipe instead of a target")
         say(f"{len(sites)} places with {sum(len(site.settings) for site in sites)} settings")
-        images = images_of(task, self.images) if self.images else None
+        images = images_of(task, 2 * self.images) if self.images else None
         with working_folder() as folder:
             bench = Bench(
                 steps, sites, model, task, runtime=self.runtime, threads=self.threads, batch=self.batch,
                 folder=folder, progress=not task.quiet,
             )  # fmt: skip
             costs, budget, original, table = self._costs(bench, sites, model, task)
-            losses = find_losses(steps, sites, model, task, images, cache_folder() / "sensitivities", say)
+            judges = None if images is None else images[: self.images]
+            losses = find_losses(steps, sites, model, task, judges, cache_folder() / "sensitivities", say)
             kind, _, _ = self.budget
 
             def measured(candidates: list[Picks]) -> list[float]:

@@ -1,4 +1,4 @@
-"""How much each pick hurts, alone and without training: the KL divergence from the original's outputs.
+"""How much each pick hurts, alone and without training: the divergence from the original (numerics/divergence.py).
 
 A split of the training set cannot judge a model that was trained on it, so nothing here looks at labels: the outputs
 are compared with the original's on augmented training images. Kept on disk, by the weights and the settings.
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tersenet.atomic import writing
+from tersenet.numerics.divergence import divergence
 from tersenet.search.costs import gone
 from tersenet.search.sites import Site
 from tersenet.step import Step
@@ -39,14 +39,6 @@ def outputs_of(model: nn.Module, images: Tensor) -> Tensor:
     finally:
         for module in training:
             module.training = True
-
-
-def divergence(wanted: Tensor, got: Tensor) -> float:
-    """KL(softmax(wanted) || softmax(got)) of (N, K) logits, nats, the mean over N."""
-    wanted, got = wanted.flatten(1).double(), got.flatten(1).double()
-    return float(
-        F.kl_div(F.log_softmax(got, 1), F.log_softmax(wanted, 1), reduction="batchmean", log_target=True).clamp_min(0)
-    )
 
 
 def find_losses(
