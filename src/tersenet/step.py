@@ -98,7 +98,8 @@ class Step:
 
     def sensitivities(self, model: nn.Module, task: Task, images: Tensor) -> dict[str, dict[Any, float]]:
         """place -> setting -> how much picking it there alone hurts, without training: the
-        divergence (numerics/divergence.py) from the model's outputs, after repair. {} means that it is to be found by trying `chosen`.
+        divergence (numerics/divergence.py) from the model's outputs, after repair. {} means that it is to be found by
+        trying `chosen`.
 
         Args:
             images: (N, ...) unlabelled inputs.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,12 +87,10 @@ def propose(
 def _kinds(sites: Sequence[Site], losses: Losses) -> list[tuple[str, Losses | None]]:
     """Ways to weigh the losses. Roots of them count many small wounds higher than few deep ones, which training heals
     better; blocks alone and widths alone are what one would do by hand. None is the uniform policy."""
-    forbidden = 1e6
-
     def only(wide: bool) -> Losses:
         return {
             site.key: [
-                value if i == 0 or (gone(site, len(site.settings) - 1) > 0) == wide else forbidden
+                value if i == 0 or (gone(site, len(site.settings) - 1) > 0) == wide else math.inf
                 for i, value in enumerate(losses[site.key])
             ]
             for site in sites

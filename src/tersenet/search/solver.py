@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from tersenet.deploy.quiet import quiet_native
 from tersenet.errors import require
 from tersenet.search.costs import Costs, gone
 from tersenet.search.sites import Picks, Site
@@ -28,7 +29,7 @@ def solve(sites: Sequence[Site], costs: Costs, losses: Losses, budget: float, se
     """The picks with the least summed loss that are predicted to cost at most `budget`; None when none do.
 
     Args:
-        losses: site -> the loss of each of its settings.
+        losses: site -> the loss of each of its settings; infinite for those that must not be picked.
         budget: in the unit of `costs`.
         seconds: the best that was found by then is taken.
     Raises:
@@ -42,13 +43,15 @@ def solve(sites: Sequence[Site], costs: Costs, losses: Losses, budget: float, se
     a, b = costs.line
     program.add(program.cost, -np.inf, (budget - a) / b - costs.base)
     rows = csr_array((program.values, (program.rows, program.columns)), shape=(len(program.low), program.size))
-    result = milp(
-        program.loss,
-        constraints=LinearConstraint(rows, program.low, program.high),
-        integrality=program.whole,
-        bounds=Bounds(0, 1),
-        options={"time_limit": seconds, "mip_rel_gap": 1e-3},
-    )
+    allowed = np.isfinite(program.loss)
+    with quiet_native():  # HiGHS prints lines for its developers
+        result = milp(
+            np.where(allowed, program.loss, 0.0),
+            constraints=LinearConstraint(rows, program.low, program.high),
+            integrality=program.whole,
+            bounds=Bounds(0, allowed.astype(float)),
+            options={"time_limit": seconds, "mip_rel_gap": 1e-3},
+        )
     return None if result.x is None else program.picks(result.x)
 
 
@@ -119,15 +122,17 @@ class _Program:
 
 
 def uniform(sites: Sequence[Site], costs: Costs, budget: float) -> Picks | None:
-    """The same share at every site with widths, as much of it as fits; None when not even the least does."""
+    """The same share at every site with widths, the least that fits; where none does, the most there is. None without
+    widths."""
     wide = [site for site in sites if gone(site, len(site.settings) - 1) > 0]
     shares = sorted({gone(site, index) for site in wide for index in range(len(site.settings))})
+    picks: Picks = {}
     for share in shares:
-        picks: Picks = {}
+        picks = {}
         for site in wide:
             index = min(range(len(site.settings)), key=lambda i: abs(gone(site, i) - share))
             if index:
                 picks.setdefault(site.step, {})[site.place] = site.settings[index]
         if costs.predict(picks, sites) <= budget:
-            return picks
-    return None
+            break
+    return picks or None
