@@ -15,6 +15,7 @@ from tersenet.prune.prune_channels import PruneChannels
 from tersenet.quantize.quantize import Quantize
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.rewrite.settle import Settle
+from tersenet.search.search import Search
 from tersenet.step import Chain, Step
 from tersenet.task import Preparation, Task
 from tersenet.train import Train
@@ -123,6 +124,10 @@ CASES = {
     "train": Case(
         Train(epochs=1, learning_rate=0.01, companions=(SoftTargets(),)),
         zero=Train(epochs=0, companions=(SoftTargets(),)),
+    ),
+    "search": Case(
+        Search(steps=(DropBlocks(), PruneChannels(), FoldBatchNorm()), macs="0.7x", images=16),
+        zero=Search(steps=(DropBlocks(), PruneChannels(), FoldBatchNorm()), macs="1x", images=16),
     ),
     "settle": Case(Settle(), zero=Settle(), model=quantized),
     "chain": Case(

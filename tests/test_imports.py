@@ -18,6 +18,7 @@ METHOD = {"errors", "atomic", "numerics", "bricks", "graph", "task", "step", "tr
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
+    "cache": set(),
     "numerics": {"errors"},
     "bricks": {"errors", "numerics"},
     "graph": {"errors", "numerics", "bricks"},
@@ -30,9 +31,10 @@ ALLOWED: dict[str, set[str]] = {
     "distill": METHOD,
     "rewrite": METHOD,
     "models": {"errors", "atomic", "bricks", "task"},
-    "data": {"errors", "atomic", "task"},
+    "data": {"errors", "atomic", "cache", "task"},
     "codec": {"errors", "atomic", "numerics"},
-    "deploy": {"errors", "atomic", "numerics", "bricks", "graph", "task", "report", "codec"},
+    "deploy": {"errors", "atomic", "cache", "numerics", "bricks", "graph", "task", "report", "codec"},
+    "search": {"errors", "atomic", "cache", "numerics", "graph", "task", "step", "deploy"},
 }
 # These import anything, and nothing imports them but each other (and `tersenet` itself, by name).
 TOP = {
@@ -42,6 +44,8 @@ TOP = {
     "prove",
     "ship",
     "dry_run",
+    "targets",
+    "tables",
     "files",
     "gate",
     "predict",

@@ -7,8 +7,8 @@ import pytest
 import tersenet
 
 PROMISED = {
-    "Chain", "Companion", "FoldBatchNorm", "NoEffect", "Plan", "Preparation", "PruneChannels", "Quantize", "Recipe",
-    "Recover", "Run", "Score", "Settle", "SoftTargets", "Step", "Task", "TersenetError", "Train", "__version__",
+    "Chain", "Companion", "DropBlocks", "FoldBatchNorm", "NoEffect", "Plan", "Preparation", "PruneChannels", "Quantize", "Recipe",
+    "Recover", "Run", "Score", "Search", "Settle", "SoftTargets", "Step", "Target", "Task", "TersenetError", "Train", "__version__",
     "compress", "costs", "dry_run", "load", "measure", "open_model", "open_task", "trace",
 }  # fmt: skip
 

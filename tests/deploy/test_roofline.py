@@ -138,12 +138,3 @@ def test_a_cache_that_cannot_be_written_does_not_stop(
     said: list[str] = []
     assert roofline(1, say=said.append).memory == 1
     assert "was not kept" in said[-1]
-
-
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from tersenet.data.decode import cache_folder
-
-    for own, shared in (("a", "b"), ("", "b"), ("", "")):
-        for name, value in (("TERSENET_CACHE", own), ("XDG_CACHE_HOME", shared)):
-            monkeypatch.setenv(name, str(tmp_path / value) if value else "")
-        assert room.cache_folder() == cache_folder()

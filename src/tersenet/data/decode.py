@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from tersenet.cache import cache_folder
 from tersenet.errors import DataError, SettingsError, require
 from tersenet.task import Preparation
 
@@ -51,15 +51,6 @@ class Decoded:
     images: np.ndarray
     labels: np.ndarray
     bad: tuple[str, ...]
-
-
-def cache_folder() -> Path:
-    """`$TERSENET_CACHE`, else `$XDG_CACHE_HOME/tersenet`, else `~/.cache/tersenet`. It need not exist."""
-    own = os.environ.get("TERSENET_CACHE")
-    if own:
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "tersenet"
 
 
 def pixels(image: Any, preparation: Preparation) -> np.ndarray:

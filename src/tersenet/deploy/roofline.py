@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from tersenet.atomic import writing
+from tersenet.cache import cache_folder
 from tersenet.deploy.machine import machine
 from tersenet.deploy.runtimes import torch_threads
 from tersenet.errors import TersenetError
@@ -127,12 +127,6 @@ def measured(threads: int, seconds: float = _SECONDS) -> Roofline:
         cache_bytes=size,
         lanes=_lanes(),
     )
-
-
-def cache_folder() -> Path:
-    """`$TERSENET_CACHE`, else `$XDG_CACHE_HOME/tersenet`, else `~/.cache/tersenet`. It need not exist."""
-    own, shared = os.environ.get("TERSENET_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "tersenet"
 
 
 def _key(threads: int) -> dict[str, Any]:

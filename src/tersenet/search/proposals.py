@@ -87,6 +87,7 @@ def propose(
 def _kinds(sites: Sequence[Site], losses: Losses) -> list[tuple[str, Losses | None]]:
     """Ways to weigh the losses. Roots of them count many small wounds higher than few deep ones, which training heals
     better; blocks alone and widths alone are what one would do by hand. None is the uniform policy."""
+
     def only(wide: bool) -> Losses:
         return {
             site.key: [

@@ -10,17 +10,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 
+from tersenet.cache import cache_folder
 from tersenet.errors import SettingsError
 from tersenet.search.bench import Bench, device_of, images_of, working_folder
 from tersenet.search.costs import Costs, exact_costs, latency_costs
 from tersenet.search.proposals import Proposal, cheapest, compare, propose
 from tersenet.search.sensitivity import find_losses
-from tersenet.search.sites import Picks, Site, configured, describe, find_sites, fingerprint
-from tersenet.search.table import Table, cache_folder
+from tersenet.search.sites import Picks, Site, configured, context, describe, find_sites, fingerprint
+from tersenet.search.table import Table
 from tersenet.step import Chain, Plan, Step
 from tersenet.task import Task
 
@@ -42,6 +44,27 @@ class Found:
     picks: Picks
     met: bool
     said: dict[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What a search stands on: what can be picked, what it costs, and the budget in the same unit."""
+
+    sites: list[Site]
+    bench: Bench
+    costs: Costs
+    budget: float
+    original: float
+    kind: str
+    table: Table | None
+
+    def measured(self, candidates: list[Picks]) -> list[float]:
+        """The real costs of some picks; predicted ones where the table is another device's."""
+        if self.table is None:
+            return [self.bench.weight(picks, self.kind) for picks in candidates]
+        if self.table.frozen:
+            return [self.costs.predict(picks, self.sites) for picks in candidates]
+        return [self.costs.base * share for _, share in self.bench.times(candidates, "timing the best")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,88 +131,84 @@ class Search(Step):
         started = time.monotonic()
         say = _sayer(task.quiet)
         steps = tuple(dataclasses.replace(step, **_inside(self, step)) for step in self.steps)
-        sites = find_sites(steps, model, task)
-        if not sites:
-            raise SettingsError("no step of the search has a choice in this model; use a recipe instead of a target")
-        say(f"{len(sites)} places with {sum(len(site.settings) for site in sites)} settings")
         images = images_of(task, 2 * self.images) if self.images else None
+        kind, notes = self.budget[0], []
         with working_folder() as folder:
-            bench = Bench(
-                steps, sites, model, task, runtime=self.runtime, threads=self.threads, batch=self.batch,
-                folder=folder, progress=not task.quiet,
-            )  # fmt: skip
-            costs, budget, original, table = self._costs(bench, sites, model, task)
+            ground = self._ground(steps, model, task, folder, say)
+            rounding = [step for step in steps if step.family == "quantize"]
+            if kind == "latency" and rounding and ground.costs.base >= ground.original:
+                slower = ground.costs.base / ground.original
+                names = ", ".join(step.name for step in rounding)
+                notes.append(f"{names} makes the network {slower:.2f}x slower than float here, so it is left out")
+                say(notes[-1])
+                steps = tuple(step for step in steps if step.family != "quantize")
+                ground = self._ground(steps, model, task, folder, say)
+            sites, costs, budget = ground.sites, ground.costs, ground.budget
             judges = None if images is None else images[: self.images]
             losses = find_losses(steps, sites, model, task, judges, cache_folder() / "sensitivities", say)
-            kind, _, _ = self.budget
-
-            def measured(candidates: list[Picks]) -> list[float]:
-                if kind != "latency":
-                    return [bench.weight(picks, kind) for picks in candidates]
-                if table is not None and table.frozen:
-                    return [costs.predict(picks, sites) for picks in candidates]
-                return [costs.base * share for _, share in bench.times(candidates, "timing the best")]
-
-            proposals = propose(sites, costs, losses, budget, measured)
+            proposals = propose(sites, costs, losses, budget, ground.measured)
             fitting = [each for each in proposals if each.cost <= budget]
             if not fitting:
                 picks = cheapest(sites, costs)
-                fitting = [Proposal("cheapest", picks, costs.predict(picks, sites), measured([picks])[0])]
+                fitting = [Proposal("cheapest", picks, costs.predict(picks, sites), ground.measured([picks])[0])]
                 proposals += fitting
+                notes.append(_binding(sites, fitting[0], budget, kind))
             compare(proposals, steps, model, task, images, sites, losses)
             best = min(fitting, key=lambda each: each.loss if each.loss is not None else 0.0)
         said = {
             "target": {"kind": kind, "asked": getattr(self, kind), "budget": budget, "unit": _UNITS[kind]},
-            "original": original, "unchanged": costs.base, "picked": best.to_json(sites),
+            "original": ground.original, "unchanged": costs.base, "picked": best.to_json(sites),
             "proposals": [each.to_json(sites) for each in proposals],
             "checks": {"candidates": len(costs.checks), "error": costs.error, "fitted_error": costs.fitted_error},
-            "met": best.cost <= budget,
-            "note": "" if best.cost <= budget else _binding(sites, best, costs, budget, kind),
+            "met": best.cost <= budget, "note": "; ".join(notes),
             "places": len(sites), "seconds": round(time.monotonic() - started, 1),
         }  # fmt: skip
         return Found(tuple(picked(steps, best.picks)), best.picks, best.cost <= budget, said)
 
-    def _costs(
-        self, bench: Bench, sites: list[Site], model: nn.Module, task: Task
-    ) -> tuple[Costs, float, float, Table | None]:
-        """(costs, budget, the original's cost, the latency table)."""
+    def _ground(self, steps: tuple[Step, ...], model: nn.Module, task: Task, folder: Path, say: Any) -> _Ground:
+        """What can be picked and what it costs."""
+        sites = find_sites(steps, model, task)
+        if not sites:
+            raise SettingsError("no step of the search has a choice in this model; use a recipe instead of a target")
+        say(f"{len(sites)} places with {sum(len(site.settings) for site in sites)} settings")
+        bench = Bench(
+            steps, sites, model, task, runtime=self.runtime, threads=self.threads, batch=self.batch, folder=folder,
+            progress=not task.quiet,
+        )  # fmt: skip
         kind, value, is_share = self.budget
         if kind != "latency":
             costs = exact_costs(bench, sites, kind)
             original = float(bench.float_path.stat().st_size) if kind == "bytes" else costs.base
-            return costs, value * original if is_share else value, original, None
-        if self.table is None:
-            table = Table.open(device_of(self.runtime, self.threads, self.batch))
+            table = None
         else:
-            table = Table.read(self.table)
-            table.frozen = True
-            wanted = (self.runtime, self.threads, self.batch)
-            was = tuple(table.device.get(key) for key in ("runtime", "threads", "batch"))
-            if was != wanted:
-                raise SettingsError(
-                    f"the table {self.table} is of {was[0]} with {was[1]} threads and batch {was[2]}, the search of "
-                    f"{wanted[0]}, {wanted[1]} and {wanted[2]}; give the same"
-                )
-        names = ",".join(step.name for step in self.steps if step.family != "train")
-        network = fingerprint(describe(model, task.example), names)
-        costs = latency_costs(bench, sites, table, network)
-        original = float(table.networks[network]["float_ms"])
-        return costs, value * original if is_share else value, original, table
+            table = self._table()
+            network = fingerprint(describe(model, task.example), context(steps))
+            costs = latency_costs(bench, sites, table, network)
+            original = float(table.networks[network]["float_ms"])
+        return _Ground(sites, bench, costs, value * original if is_share else value, original, kind, table)
+
+    def _table(self) -> Table:
+        """This device's table, or the one that was given."""
+        if self.table is None:
+            return Table.open(device_of(self.runtime, self.threads, self.batch))
+        table = Table.read(self.table)
+        table.frozen = True
+        wanted = (self.runtime, self.threads, self.batch)
+        was = tuple(table.device.get(key) for key in ("runtime", "threads", "batch"))
+        if was != wanted:
+            raise SettingsError(
+                f"the table {self.table} is of {was[0]} with {was[1]} threads and batch {was[2]}, the search of "
+                f"{wanted[0]}, {wanted[1]} and {wanted[2]}; give the same"
+            )
+        return table
 
     def fill(self, model: nn.Module, task: Task) -> tuple[Table, Costs, float]:
         """(the latency table with all that this model can ask for, its costs, the seconds it took)."""
         started = time.monotonic()
-        sites = find_sites(self.steps, model, task)
-        if not sites:
-            raise SettingsError("no step of the search has a choice in this model, so that there is nothing to measure")
         with working_folder() as folder:
-            bench = Bench(
-                self.steps, sites, model, task, runtime=self.runtime, threads=self.threads, batch=self.batch,
-                folder=folder, progress=not task.quiet,
-            )  # fmt: skip
-            costs, _, _, table = self._costs(bench, sites, model, task)
-        assert table is not None
-        return table, costs, round(time.monotonic() - started, 1)
+            ground = self._ground(self.steps, model, task, folder, _sayer(task.quiet))
+        assert ground.table is not None, "only a latency has a table"
+        return ground.table, ground.costs, round(time.monotonic() - started, 1)
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"picks": what was picked, "plan": the steps' plans}; runs the search, and the steps on a copy."""
@@ -250,7 +269,7 @@ def _sayer(quiet: bool) -> Any:
     return lambda text: console.print(f"    {text}", soft_wrap=True)
 
 
-def _binding(sites: list[Site], best: Proposal, costs: Costs, budget: float, kind: str) -> str:
+def _binding(sites: list[Site], best: Proposal, budget: float, kind: str) -> str:
     """Which limit stands in the way, in words."""
     left = [site for site in sites if best.picks.get(site.step, {}).get(site.place) != site.settings[-1]]
     what = "every choice is used up" if not left else f"{len(left)} of {len(sites)} places could give no more"

@@ -51,18 +51,35 @@ class Site:
 def find_sites(steps: Sequence[Step], model: nn.Module, task: Task) -> list[Site]:
     """All sites of some steps, in the steps' order. Touches nothing."""
     known = describe(model, task.example)
+    around = context(steps)
     found = []
     for index, step in enumerate(steps):
         for place, settings in step.choices(model, task).items():
             if len(settings) < 2:
                 continue
-            changed = step.chosen({place: settings[-1]})
-            assert changed is not None, f"{step.name} chose {settings[-1]} at {place} and has nothing to do"
-            layers = touched(changed.plan(model, task), known)
+            layers = _reached(step, place, settings[-1], model, task, known)
             said = " + ".join(known[path] for path in layers)
-            digest = hashlib.sha256(f"{step.name}|{said}".encode()).hexdigest()[:16]
+            digest = hashlib.sha256(f"{step.name}|{said}|{around}".encode()).hexdigest()[:16]
             found.append(Site(index, place, tuple(settings), layers, digest, said))
     return found
+
+
+def _reached(
+    step: Step, place: str, setting: Any, model: nn.Module, task: Task, known: Mapping[str, str]
+) -> tuple[str, ...]:
+    """The layers that a setting changes. Widths (whole numbers) reach other layers, so that the plan is asked; anything
+    else stays within its place."""
+    if isinstance(setting, int):
+        changed = step.chosen({place: setting})
+        assert changed is not None, f"{step.name} chose {setting} at {place} and has nothing to do"
+        return touched(changed.plan(model, task), known)
+    return touched({"": [place]}, known)
+
+
+def context(steps: Sequence[Step]) -> str:
+    """What every candidate goes through whatever is picked, and so what a layer costs with: a thin layer saves another
+    time in int8 than in float."""
+    return ", ".join(step.name for step in steps if step.family != "train")
 
 
 def touched(plan: Plan, known: Mapping[str, str]) -> tuple[str, ...]:

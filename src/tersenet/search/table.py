@@ -9,7 +9,7 @@ layers' types, sizes and shapes, so that networks with the same layers share ent
 from __future__ import annotations
 
 import json
-import os
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,18 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from tersenet.atomic import writing
+from tersenet.cache import cache_folder
 from tersenet.errors import FileError
 
 SCHEMA = 1
-
-
-def cache_folder() -> Path:
-    """`$TERSENET_CACHE`, else the XDG cache folder."""
-    own = os.environ.get("TERSENET_CACHE")
-    if own:
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "tersenet"
 
 
 @dataclass
@@ -38,7 +30,8 @@ class Table:
     Args:
         device: what must be the same: {"cpu", "cores", "runtime", "version", "threads", "batch"}.
         changes: key of a change -> milliseconds added at one place.
-        networks: key of a network -> {"ms": unchanged, "float_ms": its float file, "checks": [[predicted, measured]]}.
+        networks: key of a network -> {"ms": unchanged, "float_ms": its float file, "checks": measured times of random
+            candidates}.
         path: where it is kept; None keeps it in memory.
         frozen: filled elsewhere, so that nothing can be measured into it here.
     """
@@ -83,14 +76,14 @@ class Table:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise FileError(f"the latency table {path} cannot be read: {error.strerror or error}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FileError(f"the latency table {path} is damaged (it is no JSON)") from error
         good = (
             isinstance(data, dict)
             and data.get("schema") == SCHEMA
             and all(isinstance(data.get(key), dict) for key in ("device", "changes", "networks"))
-            and all(isinstance(value, int | float) for value in data["changes"].values())
-            and all(isinstance(value, dict) for value in data["networks"].values())
+            and all(_is_time(value) for value in data["changes"].values())
+            and all(_is_network(value) for value in data["networks"].values())
         )
         if not good:
             raise FileError(f"the latency table {path} is damaged (its contents are not those of schema {SCHEMA})")
@@ -105,3 +98,15 @@ class Table:
         data = {"schema": SCHEMA, "device": self.device, "changes": self.changes, "networks": self.networks}
         with writing(target) as temporary:
             temporary.write_text(json.dumps(data, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_network(value: Any) -> bool:
+    """Whether everything is there that a search reads, in numbers that a search can divide by."""
+    if not isinstance(value, dict) or not isinstance(value.get("checks"), list):
+        return False
+    times = [value.get("ms"), value.get("float_ms"), *value["checks"]]
+    return all(_is_time(time) and time > 0 for time in times)
