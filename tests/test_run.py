@@ -20,6 +20,7 @@ from tersenet.job import compress
 from tersenet.recipe import Recipe
 from tersenet.run import Journal, Run
 from tersenet.step import Plan, Step
+from tersenet.targets import Target
 from tersenet.task import Task
 
 pytestmark = pytest.mark.minutes

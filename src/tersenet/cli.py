@@ -411,7 +411,7 @@ def table(
     out: Annotated[Path, typer.Option(help="the table to write, such as device.json")],
     weights: Weights = None,
     data: Data = None,
-    runtime: Runtime = "onnxruntime",
+    runtime: Annotated[str, typer.Option(help="onnxruntime or openvino")] = "onnxruntime",
     threads: Threads = 1,
     batch: Batch = 1,
     image_size: ImageSize = None,
@@ -423,7 +423,7 @@ def table(
     from tersenet.tables import fill_table, table_lines
 
     network, task = _open(model, weights, data, image_size=image_size, quiet=quiet)
-    found = fill_table(network, task, out, names_in(runtime)[0], threads, batch)
+    found = fill_table(network, task, out, runtime, threads, batch)
     show(found, json_, lambda: table_lines(found))
 
 

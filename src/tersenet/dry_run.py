@@ -17,7 +17,7 @@ from tersenet.recipe import Recipe
 from tersenet.report.words import bytes_text, count_text, percent
 from tersenet.ship import READS, check_runtimes, ship, time_files
 from tersenet.step import Chain, Step
-from tersenet.targets import NO_TARGET, Target, judged, searched
+from tersenet.targets import NO_TARGET, Target, aim_of, judged, searched
 from tersenet.task import Task
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def dry_run(
                     row["latency_ms"][runtime]["left_of_previous"] = [ratio.ratio, ratio.low, ratio.high]
                     row["notes"] += _verdict(row, rows[-1], runtime, ratio)
             rows.append(row)
-    targets = judged(target, rows, runtimes[0])
+    targets = judged(target if target.given else aim_of(recipe.steps), rows, runtimes[0])
     return {
         "machine": machine(), "rows": rows, "left_out": left_out, "search": said["said"] if said else None,
         "recipe": Recipe(whole).dump(), "targets": targets, "met": all(each["met"] for each in targets),

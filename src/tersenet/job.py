@@ -22,7 +22,7 @@ from tersenet.recipe import Recipe
 from tersenet.run import Journal, Run, identity_of
 from tersenet.ship import check_runtimes
 from tersenet.step import Chain, Step
-from tersenet.targets import NO_TARGET, Target, keep_search, recipe_of, searched
+from tersenet.targets import NO_TARGET, Target, aim_of, keep_search, recipe_of, searched
 from tersenet.task import Task, score_model
 
 
@@ -67,6 +67,7 @@ def compress(
         raise DataError("max_drop needs a test set to be judged on; give labelled data, or leave it out")
     original = copy.deepcopy(model).eval()
     task = dataclasses.replace(task, original=original)
+    target = target if target.given else aim_of(steps)
     settings = {
         "model": type(model).__name__, "seed": task.seed, "runtimes": list(runtimes), "runtime": runtimes[0],
         "threads": threads, "batch": batch, "max_drop": max_drop, "version": __version__,

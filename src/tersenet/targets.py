@@ -15,10 +15,10 @@ from typing import Any
 from torch import nn
 
 from tersenet.atomic import writing
-from tersenet.errors import RunError, SettingsError
+from tersenet.errors import RecipeError, RunError, SettingsError
 from tersenet.recipe import Recipe
 from tersenet.report.report import target
-from tersenet.search.search import Search, amount, picked
+from tersenet.search.search import Search, amount
 from tersenet.step import Step
 from tersenet.task import Task
 
@@ -121,6 +121,13 @@ def share(text: str | float) -> float:
     return value
 
 
+def aim_of(steps: Sequence[Step]) -> Target:
+    """The target of a recipe that begins with a search."""
+    if steps and isinstance(steps[0], Search):
+        return Target(latency=steps[0].latency, bytes=steps[0].bytes, macs=steps[0].macs)
+    return NO_TARGET
+
+
 def searched(
     steps: Sequence[Step], model: nn.Module, task: Task, out: Path | None
 ) -> tuple[tuple[Step, ...], dict[str, Any] | None]:
@@ -137,21 +144,20 @@ def searched(
     if kept is not None and kept.exists():
         try:
             was = json.loads(kept.read_text(encoding="utf-8"))
-            picks = {int(index): places for index, places in was["picks"].items()}
-            before, said = was["asked"], was["said"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            before, said, recipe = was["asked"], was["said"], Recipe.parse(was["recipe"])
+        except (OSError, ValueError, KeyError, TypeError, RecipeError) as error:
             raise RunError(f"{kept} is damaged and cannot be read ({error}); delete {out} to start anew") from error
         if before != asked:
             raise RunError(f"{out} holds a run with another target; choose another folder with --out, or delete it")
-        return (*picked(search.steps, picks), *steps[1:]), said
+        return (*recipe.steps, *steps[1:]), said
     found = search.solve(model, task)
-    said = {"asked": asked, "picks": {str(i): p for i, p in found.picks.items()}, "said": found.said}
+    said = {"asked": asked, "recipe": Recipe(found.steps).dump(), "said": found.said}
     return (*found.steps, *steps[1:]), said
 
 
 def keep_search(said: dict[str, Any] | None, out: Path) -> dict[str, Any] | None:
     """Writes a fresh search into the run folder; what it says of itself."""
-    if said is None or "picks" not in said:
+    if said is None or "recipe" not in said:
         return said
     with writing(out / "search.json") as temporary:
         temporary.write_text(json.dumps(said, indent=1), encoding="utf-8")

@@ -40,6 +40,15 @@ def device_of(runtime: str, threads: int, batch: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def check_runtime(runtime: str) -> None:
+    """Raises SettingsError on a runtime that there is not, or that does not read ONNX files."""
+    able = [name for name, entry in RUNTIMES.items() if ".onnx" in entry.suffixes]
+    if runtime not in able:
+        raise SettingsError(
+            f"a search times its candidates as ONNX files, which {runtime} does not read; use {' or '.join(able)}"
+        )
+
+
 class Bench:
     """One network before its search, as files whose shape can be changed.
 
@@ -47,8 +56,6 @@ class Bench:
         steps: those of the search; what trains is left out here, what has no choices is part of every file.
         sites: where the steps can pick.
         runtime: one that reads ONNX files.
-    Raises:
-        SettingsError: for a runtime that reads none.
     """
 
     def __init__(
@@ -64,11 +71,6 @@ class Bench:
         folder: Path,
         progress: bool = False,
     ) -> None:
-        if ".onnx" not in RUNTIMES[runtime].suffixes:
-            able = ", ".join(name for name, entry in RUNTIMES.items() if ".onnx" in entry.suffixes)
-            raise SettingsError(
-                f"a search times its candidates as ONNX files, which {runtime} does not read; use {able}"
-            )
         self.steps, self.sites, self.model, self.task = steps, {site.key: site for site in sites}, model, task
         self.runtime, self.threads, self.batch, self.folder = runtime, threads, batch, folder
         self.progress = progress

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from torch import nn
 
 from tersenet.cache import cache_folder
 from tersenet.errors import SettingsError
-from tersenet.search.bench import Bench, device_of, images_of, working_folder
+from tersenet.search.bench import Bench, check_runtime, device_of, images_of, working_folder
 from tersenet.search.costs import Costs, exact_costs, latency_costs
 from tersenet.search.proposals import Proposal, cheapest, compare, propose
 from tersenet.search.sensitivity import find_losses
@@ -36,12 +37,14 @@ class Found:
     Args:
         steps: the steps with their settings picked; a recipe.
         picks: what was picked.
+        left_out: names of steps that do not pay here.
         met: whether the budget is met by what was measured.
         said: everything that a reader would ask, as JSON.
     """
 
     steps: tuple[Step, ...]
     picks: Picks
+    left_out: tuple[str, ...]
     met: bool
     said: dict[str, Any] = field(repr=False)
 
@@ -57,6 +60,11 @@ class _Ground:
     original: float
     kind: str
     table: Table | None
+
+    def not_paying(self, steps: tuple[Step, ...]) -> tuple[str, ...]:
+        """Names of the steps that quantize, where what they make is slower than the float file."""
+        rounding = tuple(step.name for step in steps if step.family == "quantize")
+        return rounding if self.kind == "latency" and self.costs.base >= self.original else ()
 
     def measured(self, candidates: list[Picks]) -> list[float]:
         """The real costs of some picks; predicted ones where the table is another device's."""
@@ -79,7 +87,7 @@ class Search(Step):
         latency: "0.25x" or "3ms".
         bytes: of the ONNX file, "0.1x" or "200000".
         macs: "0.5x" or "40000000".
-        runtime: where latency is measured; one that reads ONNX files.
+        runtime: where latency is measured; one that reads ONNX files: onnxruntime or openvino.
         threads, batch: for latency.
         table: a latency table that was filled on another device, in place of this machine's own.
         images: how many calibration inputs judge a candidate; 0 for noise, where only the shares taken away count.
@@ -108,6 +116,7 @@ class Search(Step):
         if not any(tunable(step) for step in self.steps):
             raise SettingsError("a search needs a step with choices, such as drop_blocks or prune_channels")
         amount(given[0], str(getattr(self, given[0])))
+        check_runtime(self.runtime)
         for name in ("threads", "batch"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -133,15 +142,15 @@ class Search(Step):
         steps = tuple(dataclasses.replace(step, **_inside(self, step)) for step in self.steps)
         images = images_of(task, 2 * self.images) if self.images else None
         kind, notes = self.budget[0], []
+        left_out: tuple[str, ...] = ()
         with working_folder() as folder:
             ground = self._ground(steps, model, task, folder, say)
-            rounding = [step for step in steps if step.family == "quantize"]
-            if kind == "latency" and rounding and ground.costs.base >= ground.original:
+            left_out = ground.not_paying(steps)
+            if left_out:
                 slower = ground.costs.base / ground.original
-                names = ", ".join(step.name for step in rounding)
-                notes.append(f"{names} makes the network {slower:.2f}x slower than float here, so it is left out")
+                notes.append(f"{', '.join(left_out)} makes the network {slower:.2f}x slower than float here: left out")
                 say(notes[-1])
-                steps = tuple(step for step in steps if step.family != "quantize")
+                steps = without(steps, left_out)
                 ground = self._ground(steps, model, task, folder, say)
             sites, costs, budget = ground.sites, ground.costs, ground.budget
             judges = None if images is None else images[: self.images]
@@ -163,7 +172,7 @@ class Search(Step):
             "met": best.cost <= budget, "note": "; ".join(notes),
             "places": len(sites), "seconds": round(time.monotonic() - started, 1),
         }  # fmt: skip
-        return Found(tuple(picked(steps, best.picks)), best.picks, best.cost <= budget, said)
+        return Found(tuple(picked(steps, best.picks)), best.picks, left_out, best.cost <= budget, said)
 
     def _ground(self, steps: tuple[Step, ...], model: nn.Module, task: Task, folder: Path, say: Any) -> _Ground:
         """What can be picked and what it costs."""
@@ -207,6 +216,9 @@ class Search(Step):
         started = time.monotonic()
         with working_folder() as folder:
             ground = self._ground(self.steps, model, task, folder, _sayer(task.quiet))
+            left_out = ground.not_paying(self.steps)
+            if left_out:  # a search here will want the float entries too
+                ground = self._ground(without(self.steps, left_out), model, task, folder, _sayer(task.quiet))
         assert ground.table is not None, "only a latency has a table"
         return ground.table, ground.costs, round(time.monotonic() - started, 1)
 
@@ -217,18 +229,24 @@ class Search(Step):
 
     def _plan(self, found: Found, inner: Plan) -> Plan:
         picks = {str(index): places for index, places in found.picks.items()}
-        return {"picks": picks, "plan": inner} if inner else {}
+        return {"picks": picks, "left_out": list(found.left_out), "plan": inner} if inner else {}
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         if not plan:
             return model
         picks = {int(index): places for index, places in plan["picks"].items()}
-        return Chain(steps=tuple(picked(self.steps, picks))).apply(model, plan["plan"])
+        steps = picked(without(self.steps, plan["left_out"]), picks)
+        return Chain(steps=tuple(steps)).apply(model, plan["plan"])
 
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
         found = self.solve(model, task)
         model, inner = Chain(steps=found.steps).run(model, task)
         return model, self._plan(found, inner)
+
+
+def without(steps: tuple[Step, ...], names: Collection[str]) -> tuple[Step, ...]:
+    """The steps but those of some names."""
+    return tuple(step for step in steps if step.name not in names)
 
 
 def tunable(step: Step) -> bool:

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def find_losses(
         return {site.key: [_by_share(site, index) for index in range(len(site.settings))] for site in sites}
     path = None if folder is None else folder / f"{_digest(steps, sites, model, images)}.json"
     if path is not None and path.exists():
-        with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, OSError, KeyError, TypeError, RecursionError):
             saved = json.loads(path.read_text(encoding="utf-8"))
             return {site.key: _checked(saved[f"{site.step}:{site.place}"], site) for site in sites}
         say(f"the kept sensitivities {path} are damaged; they are found anew")
@@ -111,7 +112,10 @@ def _by_share(site: Site, index: int) -> float:
 def _checked(row: Any, site: Site) -> list[float]:
     if len(row) != len(site.settings):
         raise ValueError("another number of settings")
-    return [float(value) for value in row]
+    values = [float(value) for value in row]
+    if not all(0 <= value < math.inf for value in values):
+        raise ValueError("no divergence")
+    return values
 
 
 def _digest(steps: Sequence[Step], sites: Sequence[Site], model: nn.Module, images: Tensor) -> str:

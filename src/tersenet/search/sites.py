@@ -28,7 +28,8 @@ class Site:
         place: path in the model.
         settings: JSON; the first leaves the place as it is.
         layers: paths of the layers that change.
-        kind: what these layers are; sites of one kind cost the same. A hash of the layers' types, sizes and shapes.
+        kind: what these layers are; sites of one kind cost the same, setting by setting. A hash of the layers' types,
+            sizes and shapes, of the settings, and of the steps around.
         said: the same in words.
     """
 
@@ -59,7 +60,7 @@ def find_sites(steps: Sequence[Step], model: nn.Module, task: Task) -> list[Site
                 continue
             layers = _reached(step, place, settings[-1], model, task, known)
             said = " + ".join(known[path] for path in layers)
-            digest = hashlib.sha256(f"{step.name}|{said}|{around}".encode()).hexdigest()[:16]
+            digest = hashlib.sha256(f"{step.name}|{said}|{around}|{settings}".encode()).hexdigest()[:16]
             found.append(Site(index, place, tuple(settings), layers, digest, said))
     return found
 
