@@ -19,12 +19,14 @@ from tersenet.options import (
     Bytes,
     Columns,
     Data,
+    Device,
     Epochs,
     ImageSize,
     Json,
     Latency,
     Macs,
     MaxDrop,
+    MaxHours,
     Mean,
     Model,
     OnBadImage,
@@ -179,6 +181,8 @@ def compress(
     seed: Seed = 0,
     epochs: Epochs = 6,
     table: TableFile = None,
+    device: Device = "auto",
+    max_hours: MaxHours = None,
     validate: Validate = None,
     mean: Mean = None,
     std: Std = None,
@@ -198,8 +202,9 @@ def compress(
     target, runtimes = Target(latency, bytes_, macs), names_in(runtime)
     check_runtimes(runtimes, threads)
     steps = recipe_of(
-        recipe, target, epochs=epochs, data=data, runtime=runtimes[0], threads=threads, batch=batch, table=table
-    )
+        recipe, target, epochs=epochs, data=data, runtime=runtimes[0], threads=threads, batch=batch, table=table,
+        device=device, max_hours=max_hours,
+    )  # fmt: skip
     if resume and not (out / "run.json").exists():
         raise SettingsError(f"--resume found no run in {out}; leave it out to start one")
     network, task = _open(model, weights, data, validate, seed, mean, std, image_size, columns, on_bad_image, quiet)
@@ -239,6 +244,8 @@ def plan(
     seed: Seed = 0,
     epochs: Epochs = 6,
     table: TableFile = None,
+    device: Device = "auto",
+    max_hours: MaxHours = None,
     validate: Validate = None,
     mean: Mean = None,
     std: Std = None,
@@ -258,8 +265,9 @@ def plan(
     target, runtimes = Target(latency, bytes_, macs), names_in(runtime)
     check_runtimes(runtimes, threads)
     steps = recipe_of(
-        recipe, target, epochs=epochs, data=data, runtime=runtimes[0], threads=threads, batch=batch, table=table
-    )
+        recipe, target, epochs=epochs, data=data, runtime=runtimes[0], threads=threads, batch=batch, table=table,
+        device=device, max_hours=max_hours,
+    )  # fmt: skip
     network, task = _open(model, weights, data, validate, seed, mean, std, image_size, columns, on_bad_image, quiet)
     found = dry_run(network, task, steps, runtimes=runtimes, threads=threads, batch=batch, target=target)
     show(found, json_, lambda: dry_run_table(found))

@@ -23,6 +23,10 @@ Data = Annotated[
 ]
 Validate = Annotated[str | None, typer.Option(help="a held-out set to choose by, in the form of --data")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="a YAML file with the steps")]
+Device = Annotated[str, typer.Option(help="where a target trains: auto, cpu, cuda or mps")]
+MaxHours = Annotated[
+    float | None, typer.Option(help="refuse a training that would take longer (the estimate is printed)")
+]
 Macs = Annotated[str | None, typer.Option(help="target: this share of the multiply-adds, such as 0.5x")]
 Latency = Annotated[
     str | None,

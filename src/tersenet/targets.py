@@ -62,6 +62,8 @@ def recipe_of(
     threads: int = 1,
     batch: int = 1,
     table: Path | str | None = None,
+    device: str = "auto",
+    max_hours: float | None = None,
 ) -> Recipe:
     """The recipe of a file, or the one that aims at a target.
 
@@ -69,6 +71,7 @@ def recipe_of(
         epochs: of recovery; on random data nothing is trained.
         data: as typed, to know random data.
         runtime, threads, batch, table: for a latency target.
+        device, max_hours: for the training of a target.
     Raises:
         SettingsError: when both or neither are given.
     """
@@ -86,13 +89,16 @@ def recipe_of(
     from tersenet.train import Train
 
     noise = data.startswith("random:")
+    where: dict[str, Any] = {"accelerator": device, "max_hours": max_hours}
     if target.macs is not None:
         # A margin, because int8 replaces parameter-free shortcuts by small convolutions, which count.
         kept = round(0.985 * share(target.macs), 4)
-        recovery = (Train(epochs=epochs, companions=(SoftTargets(),)),) if epochs and not noise else ()
+        recovery = (Train(epochs=epochs, companions=(SoftTargets(),), **where),) if epochs and not noise else ()
         return Recipe((PruneChannels(macs=kept), *recovery, FoldBatchNorm(), Quantize()))
     # A high rate, because whole blocks are gone: what is left has to find another solution, not the old one again.
-    recovery = (Train(epochs=epochs, learning_rate=0.05, warmup=0.02, precision="auto", companions=(SoftTargets(),)),)
+    recovery = (
+        Train(epochs=epochs, learning_rate=0.05, warmup=0.02, precision="auto", companions=(SoftTargets(),), **where),
+    )
     steps: tuple[Step, ...] = (
         DropBlocks(refit=not noise),
         PruneChannels(importance="l2" if noise else "reconstruction", refit=not noise),

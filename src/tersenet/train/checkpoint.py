@@ -23,7 +23,7 @@ from tersenet.step import Companion, Step
 from tersenet.task import Task
 
 # These change how a training is watched or stored, not what it computes.
-_FREE = ("save_every_s", "logger")
+_FREE = ("save_every_s", "logger", "max_hours")
 
 
 class Checkpoint:

@@ -21,6 +21,7 @@ from tersenet.task import Task, batch_target, default_loss, to_device
 from tersenet.train.batches import channels_last, check_labels, count_batches, samples_of, split, training_data
 from tersenet.train.chance import chance_kept, reseed, seeded_batches
 from tersenet.train.checkpoint import Checkpoint, fingerprint, numbers_of, put_numbers
+from tersenet.train.estimate import Estimate
 from tersenet.train.loggers import make_loggers
 from tersenet.train.precision import FLOAT, Chosen, faster, for_device, unsaid
 from tersenet.train.progress import Display, Meter
@@ -181,12 +182,15 @@ class _Training:
     def run(self, data: Iterable[Any]) -> None:
         settings, task, device = self.settings, self.task, self.fabric.device
         first, skip = self.start
+        left = (settings.epochs - first) * self.batches - skip
+        estimate = Estimate(left, self.batches, settings.max_hours, task.quiet or not self.fabric.is_global_zero)
         with Display(settings.epochs, self.batches, task.quiet, self.fabric.is_global_zero) as display:
             for epoch in range(first, settings.epochs):
                 index = skip - 1
                 for index, batch in seeded_batches(data, epoch, skip, task.seed, device):
                     self.batch(epoch, index, batch)
                     display.batch(epoch, index, self.meter)
+                    estimate.batch()
                     if self.checkpoint is not None and time.monotonic() - self.saved_at >= settings.save_every_s:
                         self.save(epoch, index + 1)
                 if index < 0:

@@ -56,6 +56,7 @@ class Train(Step):
         channels_last: keep images and weights as (N, H, W, C) in memory while training. Measured on a ResNet-20,
             batch 128, two CPU cores: 150 ms a batch against 216.
         save_every_s: seconds between two saves in the middle of an epoch; each epoch ends with one.
+        max_hours: stop with an error, after some batches, when the training would take longer; None allows all.
         logger: csv (files in the task's folder), tensorboard, mlflow, wandb or none.
         only, skip: train only the layers that match; the others stand still, their norm statistics too.
     """
@@ -84,6 +85,7 @@ class Train(Step):
     channels_last: bool = True
     save_every_s: float = 60.0
     logger: Logger = "csv"
+    max_hours: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,6 +105,8 @@ class Train(Step):
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in get_args(allowed):
                 raise SettingsError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(get_args(allowed))}")
+        if self.max_hours is not None and not self.max_hours > 0:
+            raise SettingsError(f"max_hours must be above 0, got {self.max_hours}; leave it out for no limit")
         for companion in self.companions:
             if not isinstance(companion, Companion):
                 raise SettingsError(f"companions must be Companion objects, got {companion!r}")
