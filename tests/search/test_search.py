@@ -108,7 +108,7 @@ def test_plan_apply_and_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     task = residual_task(model)
     search = Search(steps=STEPS, macs="0.6x", images=32)
     made, plan = search.run(copy.deepcopy(model), task)
-    assert set(plan) == {"picks", "plan"}
+    assert set(plan) == {"picks", "left_out", "plan"}
     assert json.loads(json.dumps(plan)) == plan
     monkeypatch.setattr(Search, "solve", None)  # replaying searches for nothing
     torch.manual_seed(7)
@@ -335,7 +335,8 @@ def test_int8_that_is_slower_is_left_out(monkeypatch: pytest.MonkeyPatch) -> Non
     found = search.solve(model, task)
     assert found.met
     assert [step.name for step in found.steps if step.family == "quantize"] == []
-    assert found.said["note"] == "quantize makes the network 1.30x slower than float here, so it is left out"
+    assert found.said["note"] == "quantize makes the network 1.30x slower than float here: left out"
+    assert plan["left_out"] == ["quantize"]
     # The plan replays what was found, which has no rounding either.
     again = search.apply(residual_net(seed=3), json.loads(json.dumps(plan)))
     again.load_state_dict(made.state_dict())
