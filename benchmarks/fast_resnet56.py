@@ -1,6 +1,6 @@
 """The files of zoo/cifar10-resnet56-fast against the float ResNet-56 and two int8 networks, timed in one run each.
 
-    python benchmarks/fast_resnet56.py --float FLOAT.onnx --files FILE.onnx ... --out benchmarks/results/fast_resnet56.json
+    python benchmarks/fast_resnet56.py --float FLOAT.onnx --files FILE.onnx ... --out LOG.json
 
 One thread and two, batch 1 and 32, in ONNX Runtime and OpenVINO; each file in its own pinned process, in turns.
 """
