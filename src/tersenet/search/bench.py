@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tersenet.deploy.machine import machine
-from tersenet.deploy.measure import Contender, measure
+from tersenet.deploy.measure import LEAST_TURNS, Contender, measure
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.runtimes import RUNTIMES, open_file
 from tersenet.deploy.variants import Variants
@@ -28,6 +28,8 @@ from tersenet.task import Task, batch_input
 # Files that take turns at once, the unchanged network among them; more would push each other out of the caches.
 _GROUP = 10
 _CALLS, _DISCARD = 30, 6
+# Of one file in one turn; slow networks get 5 calls all the same.
+_TURN_S = 0.025
 
 
 def device_of(runtime: str, threads: int, batch: int) -> dict[str, Any]:
@@ -140,7 +142,10 @@ class Bench:
         contenders = [
             Contender(name, open_file(path, self.runtime, self.threads), self.x) for name, path in paths.items()
         ]
-        return measure(contenders, batch=self.batch, threads=self.threads, calls=_CALLS, discard=_DISCARD)
+        budget = LEAST_TURNS * len(contenders) * _TURN_S
+        return measure(
+            contenders, batch=self.batch, threads=self.threads, calls=_CALLS, discard=_DISCARD, budget_s=budget
+        )
 
     @contextlib.contextmanager
     def _bar(self, said: str, done: int, total: int) -> Iterator[None]:
