@@ -15,6 +15,7 @@ from tersenet.deploy.machine import machine
 from tersenet.graph.costs import totals
 from tersenet.recipe import Recipe
 from tersenet.report.words import bytes_text, count_text, percent
+from tersenet.search.search import Search
 from tersenet.ship import READS, check_runtimes, ship, time_files
 from tersenet.step import Chain, Step
 from tersenet.targets import NO_TARGET, Target, aim_of, judged, searched
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def without_training(step: Step) -> Step | None:
     """The step with everything that trains taken out of it; None when nothing is left."""
-    if isinstance(step, Chain):
+    if isinstance(step, Chain | Search):
         inner = tuple(kept for kept in map(without_training, step.steps) if kept is not None)
         return dataclasses.replace(step, steps=inner) if inner else None
     return None if step.family == "train" else step

@@ -30,7 +30,7 @@ class Target:
     Args:
         latency: "0.25x" of the original's float ONNX file on the same runtime, threads and batch, or "3ms".
         bytes: "0.1x" of that file, or "200000"; judged on the .terse file.
-        macs: "0.5x".
+        macs: "0.5x" by the same share of the channels everywhere, or "40000000" by a search.
     """
 
     latency: str | None = None
@@ -90,7 +90,7 @@ def recipe_of(
 
     noise = data.startswith("random:")
     where: dict[str, Any] = {"accelerator": device, "max_hours": max_hours}
-    if target.macs is not None:
+    if target.macs is not None and amount("macs", target.macs)[1]:
         # A margin, because int8 replaces parameter-free shortcuts by small convolutions, which count.
         kept = round(0.985 * share(target.macs), 4)
         recovery = (Train(epochs=epochs, companions=(SoftTargets(),), **where),) if epochs and not noise else ()
@@ -109,7 +109,8 @@ def recipe_of(
     return Recipe(
         (
             Search(
-                steps=steps, latency=target.latency, bytes=target.bytes, runtime=runtime, threads=threads, batch=batch,
+                steps=steps, latency=target.latency, bytes=target.bytes, macs=target.macs, runtime=runtime,
+                threads=threads, batch=batch,
                 table=None if table is None else str(table), images=0 if noise else 256,
             ),
         )
@@ -130,7 +131,9 @@ def share(text: str | float) -> float:
 def aim_of(steps: Sequence[Step]) -> Target:
     """The target of a recipe that begins with a search."""
     if steps and isinstance(steps[0], Search):
-        return Target(latency=steps[0].latency, bytes=steps[0].bytes, macs=steps[0].macs)
+        search = steps[0]
+        bytes_, macs = (None if value is None else str(value) for value in (search.bytes, search.macs))
+        return Target(latency=search.latency, bytes=bytes_, macs=macs)
     return NO_TARGET
 
 
@@ -175,8 +178,9 @@ def judged(wanted: Target, rows: Sequence[dict[str, Any]], runtime: str) -> list
     first, last = rows[0], rows[-1]
     found = []
     if wanted.macs is not None:
-        got = last["macs"] / first["macs"]
-        found.append(target("macs", wanted.macs, f"{got:.3f}x", got <= share(wanted.macs)))
+        value, is_share = amount("macs", wanted.macs)
+        got = last["macs"] / first["macs"] if is_share else last["macs"]
+        found.append(target("macs", wanted.macs, f"{got:.3f}x" if is_share else f"{got}", got <= value))
     if wanted.latency is not None:
         value, is_share = amount("latency", wanted.latency)
         after, before = (row["latency_ms"][runtime]["median"] for row in (last, first))

@@ -224,14 +224,12 @@ BAD = [
     ("latency", "nanms"), ("latency", "3"), ("latency", ""), ("latency", "x"), ("latency", "ms"), ("latency", "3s"),
     ("bytes", "2x"), ("bytes", "-1"), ("bytes", "abc"), ("bytes", "3ms"), ("bytes", "0"),
     ("bytes", "nan"), ("macs", "0x"), ("macs", "1.01x"), ("macs", "infx"),
+    # Half a byte is a share without its x, and what is not finite makes no strict JSON.
+    ("latency", "infms"), ("bytes", "inf"), ("bytes", "1e400"), ("bytes", "0.5"), ("macs", "0.5"),
 ]  # fmt: skip
 
-# Known: these are taken for amounts, of which a report cannot be strict JSON, or which no file can meet.
-KNOWN = [("latency", "infms"), ("bytes", "inf"), ("bytes", "1e400"), ("bytes", "0.5"), ("macs", "0.5")]
-_TAKEN = pytest.mark.xfail(strict=True, reason="amount() takes what is not finite, and fractions of one byte")
 
-
-@pytest.mark.parametrize(("kind", "text"), [*BAD, *(pytest.param(*each, marks=_TAKEN) for each in KNOWN)])
+@pytest.mark.parametrize(("kind", "text"), BAD)
 def test_bad_amounts(kind: str, text: str) -> None:
     with pytest.raises(SettingsError, match=f"{kind} must be a share such as 0.5x, or an amount such as") as refused:
         amount(kind, text)
@@ -346,7 +344,6 @@ def test_int8_that_is_slower_is_left_out(monkeypatch: pytest.MonkeyPatch) -> Non
     again.load_state_dict(made.state_dict())
 
 
-@pytest.mark.xfail(strict=True, reason="the key of a network's checks does not hold its sites")
 def test_checks_are_of_the_sites_they_were_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random candidates of other sites are other candidates, so that their kept times must not be compared."""
     Clock(monkeypatch)

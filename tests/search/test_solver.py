@@ -134,7 +134,6 @@ print("{}")
 """
 
 
-@pytest.mark.xfail(strict=True, reason="quiet_native does not flush C's buffer before it gives the descriptor back")
 def test_a_loud_solver_does_not_spoil_json() -> None:
     """What native code left in its buffer when it returned must not come out when the process ends."""
     ended = subprocess.run(

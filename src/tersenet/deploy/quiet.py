@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import sys
@@ -25,6 +26,8 @@ def quiet_native() -> Iterator[None]:
             with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
                 yield
     finally:
+        if os.name == "posix":
+            ctypes.CDLL(None).fflush(None)  # what C still holds back would come out after the block
         for number, copy in kept.items():
             os.dup2(copy, number)
             os.close(copy)

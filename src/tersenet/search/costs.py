@@ -95,6 +95,8 @@ def fit_line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     if not apart.any():
         return 0.0, float(np.median(got / said))
     slope = float(np.median((got[columns] - got[rows])[apart] / runs[apart]))
+    if slope <= 0:  # nothing but noise: more cannot cost less
+        return 0.0, float(np.median(got / said))
     return float(np.median(got - slope * said)), slope
 
 

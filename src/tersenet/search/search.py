@@ -8,6 +8,7 @@ What a pick saves is measured in the runtime (table.py, costs.py), what it hurts
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -99,8 +100,8 @@ class Search(Step):
 
     steps: tuple[Step, ...] = ()
     latency: str | None = None
-    bytes: str | None = None
-    macs: str | None = None
+    bytes: str | int | None = None
+    macs: str | int | None = None
     runtime: str = "onnxruntime"
     threads: int = 1
     batch: int = 1
@@ -161,7 +162,8 @@ class Search(Step):
                 picks = cheapest(sites, costs)
                 fitting = [Proposal("cheapest", picks, costs.predict(picks, sites), ground.measured([picks])[0])]
                 proposals += fitting
-                notes.append(_binding(sites, fitting[0], budget, kind))
+                if fitting[0].cost > budget:
+                    notes.append(_binding(sites, fitting[0], budget, kind))
             compare(proposals, steps, model, task, images, sites, losses)
             best = min(fitting, key=lambda each: each.loss if each.loss is not None else 0.0)
         said = {
@@ -191,7 +193,7 @@ class Search(Step):
             table = None
         else:
             table = self._table()
-            network = fingerprint(describe(model, task.example), context(steps))
+            network = fingerprint(describe(model, task.example), sites, context(steps))
             costs = latency_costs(bench, sites, table, network)
             original = float(table.networks[network]["float_ms"])
         return _Ground(sites, bench, costs, value * original if is_share else value, original, kind, table)
@@ -262,7 +264,9 @@ def amount(kind: str, text: str) -> tuple[float, bool]:
         value = float(text.removesuffix("x") if is_share else text.removesuffix(unit) if unit else text)
     except ValueError:
         value = -1.0
-    if not value > 0 or (is_share and value > 1) or (unit and not is_share and not text.endswith(unit)):
+    least = 0.0 if unit or is_share else 1.0  # half a byte is a forgotten x
+    wrong_unit = bool(unit) and not is_share and not text.endswith(unit)
+    if not math.isfinite(value) or value <= 0 or value < least or (is_share and value > 1) or wrong_unit:
         plain = "3ms" if unit else "200000"
         raise SettingsError(f"{kind} must be a share such as 0.5x, or an amount such as {plain}, got {text!r}")
     return value, is_share

@@ -131,6 +131,12 @@ def complete(picks: Picks, sites: Sequence[Site]) -> Picks:
     return full
 
 
-def fingerprint(known: Mapping[str, str], files: str = "") -> str:
-    """What a network is by its layers' types, sizes and shapes; weights do not count."""
-    return hashlib.sha256(json.dumps([known, files], sort_keys=True).encode()).hexdigest()[:16]
+def fingerprint(known: Mapping[str, str], sites: Sequence[Site], around: str) -> str:
+    """What a network and its choices are, by the layers' types, sizes and shapes; weights do not count.
+
+    Args:
+        known: of `describe`.
+        around: of `context`.
+    """
+    choices = [(site.key, site.settings) for site in sites]
+    return hashlib.sha256(json.dumps([known, choices, around], sort_keys=True).encode()).hexdigest()[:16]
