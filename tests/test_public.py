@@ -7,9 +7,10 @@ import pytest
 import tersenet
 
 PROMISED = {
-    "Chain", "Companion", "DropBlocks", "FoldBatchNorm", "NoEffect", "Plan", "Preparation", "PruneChannels", "Quantize", "Recipe",
-    "Recover", "Run", "Score", "Search", "Settle", "SoftTargets", "Step", "Target", "Task", "TersenetError", "Train", "__version__",
-    "compress", "costs", "dry_run", "load", "measure", "open_model", "open_task", "trace",
+    "Chain", "Companion", "DropBlocks", "FoldBatchNorm", "NoEffect", "Plan", "Preparation", "PruneChannels",
+    "Quantize", "Recipe", "Recover", "Run", "Score", "Search", "Settle", "SoftTargets", "Step", "Target",
+    "Task", "TersenetError", "Train", "__version__", "compress", "costs", "dry_run", "load", "measure",
+    "open_model", "open_task", "trace",
 }  # fmt: skip
 
 

@@ -127,6 +127,15 @@ def _target_line(target: dict[str, Any]) -> str:
     return f"target {target['what']} {target['wanted']}: {target['got']}, {'met' if target['met'] else 'missed'}"
 
 
+def places_text(places: dict[str, int]) -> str:
+    """
+    >>> places_text({"drop_blocks": 7, "prune_channels": 9})
+    'drop_blocks at 7 places, prune_channels at 9'
+    """
+    parts = [f"{name} at {count}{' places' if not i else ''}" for i, (name, count) in enumerate(places.items())]
+    return ", ".join(parts) or "nothing picked"
+
+
 def search_lines(said: dict[str, Any]) -> list[str]:
     """What a search found, in words, one answer per line; the uniform policy among them."""
     unit, checks = said["target"]["unit"], said["checks"]
@@ -140,6 +149,6 @@ def search_lines(said: dict[str, Any]) -> list[str]:
         loss = "" if each["divergence"] is None else f", divergence before training {each['divergence']:.3g}"
         lines.append(
             f"{mark} {each['name']}: predicted {each['predicted']:.4g}, measured {each['measured']:.4g} {unit}; "
-            f"{each['blocks_dropped']} blocks gone, {each['changed'] - each['blocks_dropped']} layers thinner{loss}"
+            f"{places_text(each['places'])}{loss}"
         )
     return [*lines, said["note"]] if said["note"] else lines

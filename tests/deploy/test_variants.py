@@ -112,6 +112,18 @@ def test_a_variant_is_what_the_exporter_would_write(
     assert count_macs(file, (1, 3, 8, 8)) == count_macs(real, (1, 3, 8, 8)) == macs
 
 
+def test_the_first_layer_left_in_float(bases: dict[str, Variants], tmp_path: Path) -> None:
+    """Nothing is rounded in front of it; the runtime is left with the operators of the real export."""
+    file = bases["int8"].make({}, (), ("conv",))
+    real, _ = exported((Quantize(skip=("conv",)),), tmp_path / "real.onnx")
+    graph, wanted = (optimised(each, tmp_path) for each in (file, real.read_bytes()))
+    assert Counter(node.op_type for node in graph.node) == Counter(node.op_type for node in wanted.node)
+    assert Counter(node.op_type for node in graph.node) != Counter(
+        node.op_type for node in optimised(bases["int8"].make({}), tmp_path).node
+    )
+    assert outputs(file).shape == (3, 6)
+
+
 def test_float_variants_give_the_networks_outputs(bases: dict[str, Variants], tmp_path: Path) -> None:
     """Nothing asks for the numbers, but sliced and bypassed float tensors are those of the cut network, so that every
     slice is seen to be the right one."""

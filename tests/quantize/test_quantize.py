@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cases import batches, task_for, tiny
 from tersenet.bricks.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.shortcut import PadShortcut
@@ -246,3 +247,26 @@ def test_matching_nothing_after_weights_leaves_the_weights() -> None:
     with pytest.warns(NoEffect):
         after, _ = Quantize(only=("no such layer",)).run(weights, task_of())
     assert torch.equal(before, after(X))
+
+
+def test_choices_are_the_layers_at_the_input() -> None:
+    """What lies between two rounded values is rounded by ONNX Runtime anyway, and so is no choice."""
+    model = tiny()
+    task = task_for(model)
+    assert Quantize().choices(model, task) == {"conv1": ["int8", "float"]}
+    assert Quantize(skip=("conv1",)).choices(model, task) == {}
+    assert Quantize(activations=None).choices(model, task) == {}
+    step = Quantize(skip=("linear",)).chosen({"conv1": "float"})
+    assert step == Quantize(skip=("linear", "conv1"))
+    assert "conv1" in step.plan(model, task)["float"]
+    assert Quantize().chosen({"conv1": "int8"}) == Quantize().chosen({}) == Quantize()
+
+
+def test_sensitivities_are_those_of_rounding_one_layer() -> None:
+    model = tiny()
+    task = task_for(model)
+    images = batches()[0][0]
+    found = Quantize().sensitivities(model, task, images)
+    assert set(found) == {"conv1"}
+    assert found["conv1"]["float"] == 0.0
+    assert 0 < found["conv1"]["int8"] < 0.05

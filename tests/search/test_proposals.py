@@ -64,10 +64,10 @@ def test_the_cheapest() -> None:
 
 
 def test_in_words() -> None:
-    sites = [width("a.one", 8, 4, 2), block("a"), block("b")]
-    said = Proposal("searched", {0: {"a.one": 4}, 1: {"b": "drop"}}, 1.0, 1.1, 0.5).to_json(sites)
-    assert said == {
-        "name": "searched", "predicted": 1.0, "measured": 1.1, "divergence": 0.5, "changed": 2, "blocks_dropped": 1,
+    said = Proposal("searched", {1: {"a.one": 4, "a.two": 2}, 0: {"b": "drop"}, 2: {}}, 1.0, 1.1, 0.5)
+    assert said.to_json((DropBlocks(), PruneChannels(), FoldBatchNorm())) == {
+        "name": "searched", "predicted": 1.0, "measured": 1.1, "divergence": 0.5,
+        "places": {"drop_blocks": 1, "prune_channels": 2},
     }  # fmt: skip
 
 

@@ -60,13 +60,14 @@ class Variants:
             name = self.model.graph.node[self.maker[name]].input[0]
         return name
 
-    def make(self, kept: Cut, dropped: Collection[str] = ()) -> bytes:
+    def make(self, kept: Cut, dropped: Collection[str] = (), floated: Collection[str] = ()) -> bytes:
         """The file of a variant.
 
         Args:
             kept: {layer path: {role: kept indices}}, as `graph.surgery.cut` takes it; layers not in the file are left
                 out, such as norms that were folded.
             dropped: paths of blocks that add something to their input.
+            floated: paths of int8 layers that are to be float; one that reads the input then reads it unrounded.
         Raises:
             ExportError: when a layer or block cannot be changed in the file.
         """
@@ -79,6 +80,9 @@ class Variants:
                 self._shrink(graph, index, path, roles, fresh)
         for block in dropped:
             self._bypass(graph, block)
+        for path in floated:
+            for index in self.layers.get(path, ()):
+                self._float(graph, graph.node[index], path, fresh)
         _sweep(graph)
         if dropped:
             self._fit_biases(graph, fresh)
@@ -107,6 +111,24 @@ class Variants:
             if value.ndim == 0 and bias.shape == weight.shape and bias.ndim == 1:
                 fresh[f"{node.output[0]}|bias_scale"] = (value * weight).astype(np.float32)
                 parts[2].input[1] = f"{node.output[0]}|bias_scale"
+
+    def _float(self, graph: Any, node: Any, path: str, fresh: dict[str, np.ndarray]) -> None:
+        """Puts float weights in place of dequantized ones, and the file's input in place of the rounded one."""
+        makers = {name: each for each in graph.node for name in each.output}
+        inputs = {each.name for each in graph.input}
+        for place, name in enumerate(node.input):
+            rounding = makers.get(name)
+            if rounding is None or rounding.op_type != "DequantizeLinear":
+                continue
+            value = fresh.get(rounding.input[0], self.tensors.get(rounding.input[0]))
+            if value is not None:
+                scale = fresh.get(rounding.input[1], self.tensors.get(rounding.input[1]))
+                assert scale is not None, f"the scale of {path} is no constant"
+                made = f"{path}|{place}.float"
+                fresh[made] = (value * scale.reshape(-1, *(1,) * (value.ndim - 1))).astype(np.float32)
+                node.input[place] = made
+            elif makers[rounding.input[0]].input[0] in inputs:
+                node.input[place] = makers[rounding.input[0]].input[0]
 
     def _shrink(
         self, graph: Any, index: int, path: str, roles: Mapping[str, Sequence[int]], fresh: dict[str, np.ndarray]

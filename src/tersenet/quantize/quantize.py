@@ -8,14 +8,19 @@ ties in rounding. How activations are calibrated is in quantize/calibrate.py.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tersenet.bricks.quantized import QuantizedLayer, quantized_kind
 from tersenet.errors import ModelError, SettingsError
+from tersenet.graph.trace import trace
+from tersenet.numerics.divergence import divergence
 from tersenet.numerics.ranges import weight_scales
 from tersenet.step import Plan, Step, replace
 from tersenet.task import Task
@@ -68,6 +73,39 @@ class Quantize(Step):
 
     def data_needed(self) -> str:
         return "nothing" if self.activations is None else "inputs"
+
+    def choices(self, model: nn.Module, task: Task) -> dict[str, list[Any]]:
+        """Path of a layer that reads the model's input -> "int8" or "float".
+
+        Float pays there now and then: a convolution of three channels has no good int8 kernel. Layers between two
+        rounded values are no choice, because ONNX Runtime rounds them whatever the file says.
+        """
+        if self.activations is None:
+            return {}
+        graph = trace(model, task.example)
+        found = []
+        for node in graph.graph.nodes:
+            if node.op != "call_module" or all(source.op != "placeholder" for source in node.all_input_nodes):
+                continue
+            path, layer = str(node.target), graph.get_submodule(str(node.target))
+            if quantized_kind(layer) is not None and self.matches(path, layer):
+                found.append(path)
+        return {path: ["int8", "float"] for path in dict.fromkeys(found)}
+
+    def sensitivities(self, model: nn.Module, task: Task, images: Tensor) -> dict[str, dict[Any, float]]:
+        """path -> {"int8": divergence when this layer alone is rounded, "float": 0}."""
+        few = dataclasses.replace(task, calibrate=[images], test=None, quiet=True)
+        found = {}
+        with torch.no_grad():
+            wanted = model(images)
+            for path in self.choices(model, task):
+                alone, _ = dataclasses.replace(self, only=(path,), skip=()).run(copy.deepcopy(model), few)
+                found[path] = {"int8": divergence(wanted, alone(images)), "float": 0.0}
+        return found
+
+    def chosen(self, picked: Mapping[str, Any]) -> Quantize:
+        floats = tuple(path for path, precision in picked.items() if precision == "float")
+        return dataclasses.replace(self, skip=(*self.skip, *floats))
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"layers": {path: scheme}}, and with activations the input, the points and what stays float."""

@@ -44,12 +44,12 @@ class Proposal:
     cost: float
     loss: float | None = None
 
-    def to_json(self, sites: Sequence[Site]) -> dict[str, Any]:
-        changed = sum(len(places) for places in self.picks.values())
-        dropped = sum(1 for site in sites if len(site.settings) == 2 and site.place in self.picks.get(site.step, {}))
+    def to_json(self, steps: Sequence[Step]) -> dict[str, Any]:
+        """With how many places each step picked something at."""
+        counts = {steps[index].name: len(places) for index, places in sorted(self.picks.items()) if places}
         return {
             "name": self.name, "predicted": self.predicted, "measured": self.cost, "divergence": self.loss,
-            "changed": changed, "blocks_dropped": dropped,
+            "places": counts,
         }  # fmt: skip
 
 

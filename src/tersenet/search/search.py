@@ -28,6 +28,8 @@ from tersenet.search.table import Table
 from tersenet.step import Chain, Plan, Step
 from tersenet.task import Task
 
+# A latency is measured again on the file that ships, and no two measurements are equal.
+_MARGIN = 0.015
 _UNITS = {"latency": "ms", "bytes": "bytes", "macs": "multiply-adds"}
 
 
@@ -156,8 +158,9 @@ class Search(Step):
             sites, costs, budget = ground.sites, ground.costs, ground.budget
             judges = None if images is None else images[: self.images]
             losses = find_losses(steps, sites, model, task, judges, cache_folder() / "sensitivities", say)
-            proposals = propose(sites, costs, losses, budget, ground.measured)
-            fitting = [each for each in proposals if each.cost <= budget]
+            aim = budget * (1 - _MARGIN) if kind == "latency" else budget
+            proposals = propose(sites, costs, losses, aim, ground.measured)
+            fitting = [each for each in proposals if each.cost <= aim]
             if not fitting:
                 picks = cheapest(sites, costs)
                 fitting = [Proposal("cheapest", picks, costs.predict(picks, sites), ground.measured([picks])[0])]
@@ -168,8 +171,8 @@ class Search(Step):
             best = min(fitting, key=lambda each: each.loss if each.loss is not None else 0.0)
         said = {
             "target": {"kind": kind, "asked": getattr(self, kind), "budget": budget, "unit": _UNITS[kind]},
-            "original": ground.original, "unchanged": costs.base, "picked": best.to_json(sites),
-            "proposals": [each.to_json(sites) for each in proposals],
+            "original": ground.original, "unchanged": costs.base, "picked": best.to_json(steps),
+            "proposals": [each.to_json(steps) for each in proposals],
             "checks": {"candidates": len(costs.checks), "error": costs.error, "fitted_error": costs.fitted_error},
             "met": best.cost <= budget, "note": "; ".join(notes),
             "places": len(sites), "seconds": round(time.monotonic() - started, 1),

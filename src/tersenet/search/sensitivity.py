@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,8 +73,8 @@ def find_losses(
             losses |= _of_step(step, own, model, task, images, say)
     for site in sites:  # more taken away never hurts less; what says so is noise
         row = losses[site.key]
-        for i in range(1, len(row)):
-            row[i] = max(row[i], row[i - 1], 0.0)
+        if gone(site, len(row) - 1) > 0:
+            losses[site.key] = np.maximum.accumulate(np.maximum(row, 0.0)).tolist()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing(path) as temporary:
