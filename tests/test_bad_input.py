@@ -199,7 +199,7 @@ def test_a_missing_recipe(here: Path) -> None:
         ("", ("either", "--recipe", "--macs")),
         ("--recipe fold.yaml --macs 0.5x", ("either", "--recipe", "--macs")),
         ("--macs half", ("'half'", "0.5x")),
-        ("--macs 1.5x", ("1.5x", "(0, 1]")),
+        ("--macs 1.5x", ("1.5x", "0.5x")),
         ("--macs 0x", ("0x",)),
         ("--macs nanx", ("nanx",)),
         ("--macs 0.5x --runtime tensorrt", ("'tensorrt'", "onnxruntime", "openvino")),

@@ -83,7 +83,7 @@ def test_the_version() -> None:
         ("compres", ("no such command 'compres'", "'compress'")),
         ("compress", ("missing argument 'MODEL'", "tersenet compress --help")),
         ("compress resnet20", ("missing option '--data'",)),
-        ("compress resnet20 --data digits --latency 1", ("no such option", "--latency")),
+        ("compress resnet20 --data digits --memory 1", ("no such option", "--memory")),
         ("compress resnet20 --data digits --macs 0.5x --threads 0", ("--threads", "1")),
         ("compress resnet20 --data digits --macs 0.5x --epochs many", ("--epochs", "integer")),
         ("unpack a.terse", ("missing option '--output'",)),

@@ -101,10 +101,12 @@ def test_judged(target: Target, got: str, met: bool) -> None:
     assert judged(Target(), ROWS, "r") == []
 
 
-def test_multiply_adds_are_a_share() -> None:
-    """A recipe of a target spends a share of them; a search takes an amount too."""
-    with pytest.raises(SettingsError, match="share to keep must be in"):
-        recipe_of(target=Target(macs="40000000"), data="random:3x8x8")
+def test_multiply_adds_are_a_share_or_an_amount() -> None:
+    """A share is cut everywhere alike; an amount is spent by a search."""
+    (search,) = recipe_of(target=Target(macs="40000000"), data="random:3x8x8").steps
+    assert isinstance(search, Search)
+    assert search.budget == ("macs", 40e6, False)
+    assert not any(isinstance(step, Search) for step in recipe_of(target=Target(macs="0.5x"), data="digits").steps)
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def profile(
     on_bad_image: OnBadImage = "stop",
     json_: Json = False,
 ) -> None:
-    """Where time, bytes and multiply-adds go, per layer, what limits each, and what to try. MODEL may also be an .onnx
+    """Where time, bytes and multiply-adds go, and what to try. Per layer, with what limits it; MODEL may also be an .onnx
     file, float or quantized."""
     from tersenet.deploy.causes import explained
     from tersenet.deploy.profile import profile_file, profile_model
@@ -450,7 +450,7 @@ def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="do not measure the peak and the bandwidth")] = False,
     json_: Json = False,
 ) -> None:
-    """What is installed, what this processor can do (its measured peak and bandwidth too), what is missing."""
+    """What is installed, what this processor can do, what is missing. Measures its peak and its bandwidth too."""
     from tersenet.deploy.causes import figures
     from tersenet.deploy.machine import doctor as examine
     from tersenet.deploy.machine import doctor_table

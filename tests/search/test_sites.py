@@ -26,7 +26,8 @@ def test_sites_of_a_net() -> None:
     before = copy.deepcopy(model.state_dict())
     sites = {site.key: site for site in find_sites(STEPS, model, residual_task(model))}
     assert list(sites) == [
-        (1, "first"), (1, "last"), (2, "first.conv1"), (2, "down.conv1"), (2, "last.conv1"), (2, "last.conv2")
+        (1, "first"), (1, "last"), (2, "first.conv1"), (2, "down.conv1"), (2, "last.conv1"), (2, "last.conv2"),
+        (3, "conv"),
     ]  # fmt: skip
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert sites[1, "first"].settings == ("keep", "drop")
@@ -104,8 +105,10 @@ def test_touched() -> None:
 
 def test_fingerprints() -> None:
     known = {"a": "Conv2d 3>8", "b": "Linear 8>2"}
-    assert fingerprint(known) == fingerprint(dict(reversed(known.items())))
-    assert len({fingerprint(known), fingerprint(known, "int8"), fingerprint({**known, "b": "Linear 8>3"})}) == 3
+    few, more = [block("first")], [block("first"), width("x", 8, 4)]
+    assert fingerprint(known, few, "") == fingerprint(dict(reversed(known.items())), few, "")
+    others = [(known, few, ""), (known, few, "int8"), ({**known, "b": "Linear 8>3"}, few, ""), (known, more, "")]
+    assert len({fingerprint(*each) for each in others}) == 4
 
 
 def test_configured() -> None:
@@ -128,7 +131,7 @@ def test_a_place_with_one_setting_is_none() -> None:
     assert find_sites((Lone(),), model, residual_task(model)) == []
 
 
-@pytest.mark.parametrize("step", [FoldBatchNorm(), Quantize()])
+@pytest.mark.parametrize("step", [FoldBatchNorm(), Quantize(activations=None)])
 def test_a_step_without_choices_has_no_sites(step: Step) -> None:
     model = residual_net()
     assert find_sites((step,), model, residual_task(model)) == []

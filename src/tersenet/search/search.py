@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tersenet.cache import cache_folder
-from tersenet.errors import SettingsError
+from tersenet.errors import NoEffect, SettingsError
 from tersenet.search.bench import Bench, check_runtime, device_of, images_of, working_folder
 from tersenet.search.costs import Costs, exact_costs, latency_costs
 from tersenet.search.proposals import Proposal, cheapest, compare, propose
@@ -50,6 +51,10 @@ class Found:
     left_out: tuple[str, ...]
     met: bool
     said: dict[str, Any] = field(repr=False)
+
+
+class NoChoice(SettingsError):
+    """There is nothing to pick."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ class Search(Step):
         """What can be picked and what it costs."""
         sites = find_sites(steps, model, task)
         if not sites:
-            raise SettingsError("no step of the search has a choice in this model; use a recipe instead of a target")
+            raise NoChoice("no step of the search has a choice in this model; use a recipe instead of a target")
         say(f"{len(sites)} places with {sum(len(site.settings) for site in sites)} settings")
         bench = Bench(
             steps, sites, model, task, runtime=self.runtime, threads=self.threads, batch=self.batch, folder=folder,
@@ -229,7 +234,10 @@ class Search(Step):
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"picks": what was picked, "plan": the steps' plans}; runs the search, and the steps on a copy."""
-        found = self.solve(model, task)
+        try:
+            found = self.solve(model, task)
+        except NoChoice:
+            return {}
         return self._plan(found, Chain(steps=found.steps).plan(model, task))
 
     def _plan(self, found: Found, inner: Plan) -> Plan:
@@ -244,7 +252,12 @@ class Search(Step):
         return Chain(steps=tuple(steps)).apply(model, plan["plan"])
 
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
-        found = self.solve(model, task)
+        """Where nothing can be picked, the model stays as it is and `NoEffect` is warned of."""
+        try:
+            found = self.solve(model, task)
+        except NoChoice as error:
+            warnings.warn(str(error), NoEffect, stacklevel=2)
+            return model, {}
         model, inner = Chain(steps=found.steps).run(model, task)
         return model, self._plan(found, inner)
 

@@ -135,4 +135,4 @@ def uniform(sites: Sequence[Site], costs: Costs, budget: float) -> Picks | None:
                 picks.setdefault(site.step, {})[site.place] = site.settings[index]
         if costs.predict(picks, sites) <= budget:
             break
-    return picks or None
+    return picks if wide else None
