@@ -136,8 +136,8 @@ def profile(
     on_bad_image: OnBadImage = "stop",
     json_: Json = False,
 ) -> None:
-    """Where time, bytes and multiply-adds go, and what to try. Per layer, with what limits it; MODEL may also be an .onnx
-    file, float or quantized."""
+    """Where time, bytes and multiply-adds go, and what to try. Per layer, with what limits it; MODEL may also be an
+    .onnx file, float or quantized."""
     from tersenet.deploy.causes import explained
     from tersenet.deploy.profile import profile_file, profile_model
     from tersenet.deploy.profile_table import ProfilesTable, ProfileTable

@@ -71,7 +71,11 @@ def propose(
             if name not in aims:
                 continue
             picks = uniform(sites, costs, aims[name]) if weights is None else solve(sites, costs, weights, aims[name])
-            if picks is not None and all(picks != each.picks for each in found) and all(picks != each for _, each in asked):
+            if (
+                picks is not None
+                and all(picks != each.picks for each in found)
+                and all(picks != each for _, each in asked)
+            ):
                 asked.append((name, picks))
         if not asked:
             break
