@@ -1,0 +1,385 @@
+"""Which networks can be cut to half of their channels: all of torchvision's classifiers, many of timm's, and others.
+
+Every network is opened with random weights at its own input size, in a process of its own with a time limit, on one
+core. It is captured (torch.export, timed apart), its channels are coupled, half of every bundle goes by chance, also of
+those that pass through residual additions, and the cut network runs. Then three things are compared with the network
+as it was: the shapes of the outputs, the numbers of parameters, and the outputs themselves: they must be those of the
+uncut graph in which every removed channel is zero wherever it appears (norms see what is left).
+
+    python benchmarks/coverage.py                     what is missing in benchmarks/results/coverage.json
+    python benchmarks/coverage.py --only 'timm:*'     these again
+
+Writes docs/coverage.md from all results, old and new.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import importlib.util
+import json
+import multiprocessing
+import re
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from tersenet.deploy.machine import machine
+from tersenet.graph import trace as capture
+from tersenet.graph.coupling import Coupling, coupling
+from tersenet.graph.surgery import cut
+from tersenet.models.sources import open_model
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
+TIMM = (
+    "convnext_atto convnextv2_atto efficientnet_b0 efficientnetv2_rw_t mobilenetv3_large_100 mobilenetv4_conv_small "
+    "mobilenetv4_hybrid_medium regnetx_002 regnety_002 regnetz_b16 resnest14d dla34 hrnet_w18_small ghostnet_050 "
+    "ghostnetv2_100 vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 swin_tiny_patch4_window7_224 "
+    "swinv2_cr_tiny_224 maxvit_nano_rw_256 mobilevit_xxs mobilevitv2_050 poolformer_s12 mixer_s32_224 gmlp_ti16_224 "
+    "resmlp_12_224 coatnet_nano_rw_224 edgenext_xx_small fastvit_t8 repvgg_a0 repvit_m0_9 tiny_vit_5m_224 levit_128s "
+    "efficientformer_l1 efficientformerv2_s0 pvt_v2_b0 twins_svt_small cspresnet50 cspdarknet53 ese_vovnet19b_slim "
+    "res2net50_14w_8s seresnet18 skresnet18 nf_regnet_b0 densenetblur121d xception41 inception_v4 nasnetalarge "
+    "pnasnet5large beit_base_patch16_224 cait_xxs24_224 xcit_nano_12_p16_224 convmixer_768_32 visformer_tiny "
+    "caformer_s18 focalnet_tiny_srf"
+).split()
+SEGMENTATION = (
+    "deeplabv3_mobilenet_v3_large deeplabv3_resnet50 deeplabv3_resnet101 fcn_resnet50 fcn_resnet101 "
+    "lraspp_mobilenet_v3_large"
+).split()
+
+
+def names() -> list[str]:
+    """Everything on the list, in the order of the table."""
+    open_model("torchvision:resnet18")
+    import torchvision
+
+    classifiers = torchvision.models.list_models(module=torchvision.models)
+    return [
+        *(f"torchvision:{name}" for name in classifiers),
+        *(f"timm:{name}" for name in TIMM),
+        *(f"torchvision:{name}" for name in SEGMENTATION),
+        "torchvision:ssdlite320_mobilenet_v3_large",
+        "yolo",
+    ]
+
+
+class Raw(nn.Module):
+    """A detector's backbone and heads, up to the raw outputs of the heads: no anchors, no suppression."""
+
+    def __init__(self, detector: Any) -> None:
+        super().__init__()
+        self.backbone, self.head = detector.backbone, detector.head
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.head(list(self.backbone(images).values()))
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """The network with random numbers, also in its norms, and an input."""
+    torch.manual_seed(0)
+    family, _, short = name.partition(":")
+    if name == "yolo":
+        spec = importlib.util.spec_from_file_location("yolo", ROOT / "tests" / "graph" / "yolo.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        model, size = module.Yolo(), (256, 256)
+    elif short in SEGMENTATION or short.startswith("ssdlite"):
+        open_model("torchvision:resnet18")
+        import torchvision
+
+        model = torchvision.models.get_model(short, weights=None, weights_backbone=None)
+        model, size = (Raw(model), (320, 320)) if short.startswith("ssdlite") else (model, (224, 224))
+    else:
+        model, preparation = open_model(name)
+        size = preparation.size
+    settle(model)
+    return model.eval(), torch.randn(1, 3, *size)
+
+
+def settle(model: nn.Module) -> None:
+    """Random numbers where a fresh network has equal ones: a layer scale of 1e-6 would hide a whole block."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+            nn.init.uniform_(module.running_mean, -0.3, 0.3)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    for parameter in model.parameters():
+        if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+            if parameter.dim() > 1 or bool((parameter == 0).all()):
+                nn.init.normal_(parameter, std=0.1)
+            else:
+                nn.init.uniform_(parameter, 0.5, 1.5)
+
+
+# --- one network ---------------------------------------------------------------------------------------------------
+
+
+def one(name: str) -> dict[str, Any]:
+    """What happens to one network; "error" says what stopped it."""
+    model, example = build(name)
+    spent: list[float] = []
+    own = capture.export
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        program = own(*args, **kwargs)
+        spent.append(time.perf_counter() - started)
+        return program
+
+    capture.export = timed
+    row: dict[str, Any] = {"input": list(example.shape[1:]), "parameters": count(model)}
+    started = time.perf_counter()
+    known = coupling(model, example)
+    row["coupling_seconds"] = time.perf_counter() - started - sum(spent)
+    row["export_seconds"] = sum(spent)
+    removed = half(known)
+    with torch.no_grad():
+        before = leaves(model(example))
+        expected = leaves(Zeroed(known, removed).run(example))
+        started = time.perf_counter()
+        kept = known.kept(removed)
+        cut(model, kept)
+        row["cut_seconds"] = time.perf_counter() - started
+        row["stays"] = stays(model, known, row["parameters"])
+        row["left"] = count(model)
+        after = leaves(model(example))
+    row["same_shapes"] = [tuple(t.shape) for t in before] == [tuple(t.shape) for t in after]
+    if row["same_shapes"]:
+        row["difference"] = max(difference(a, b) for a, b in zip(after, expected, strict=True))
+    return row
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def leaves(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, as a share of the largest expected value."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def half(known: Coupling) -> np.ndarray:
+    """Half of the channels of every bundle, by chance, never all."""
+    rng = np.random.default_rng(0)
+    chosen = [rng.permutation(bundle.classes)[: len(bundle.classes) // 2] for bundle in known.bundles]
+    return np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
+
+
+def stays(model: nn.Module, known: Coupling, total: int) -> dict[str, float]:
+    """Reason -> share of the parameters that are in layers of which nothing can go, the outputs' own layer left out."""
+    free = {path for (path, _), classes in known.slots.items() if classes.any()}
+    called = {str(node.target) for node in known.graph.graph.nodes if node.op in ("call_module", "get_attr")}
+    shares: Counter[str] = Counter()
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen.update(map(id, own))
+        size = sum(parameter.numel() for parameter in own)
+        if not size or path in free:
+            continue
+        inside = any(name == path or name.startswith(path + ".") for name in called)
+        why = known.frozen.get(path, "parameters of no layer" if inside else "not called in evaluation mode")
+        if "is the model's output" not in why and "are the model's output" not in why:
+            shares[shorter(why)] += size / total  # type: ignore[assignment]
+    return {why: round(share, 4) for why, share in shares.most_common() if share >= 0.0005}
+
+
+def shorter(why: str) -> str:
+    """A reason without the place: the same reason in many layers is one."""
+    return re.sub(r"^(\S+) in .* ((?:has|is|meets|works|takes|moves|merges|pads|repeats|reads)\b.*)$", r"\1 \2", why)
+
+
+class Zeroed(fx.Interpreter):
+    """Runs the uncut graph with zeros where channels were removed; what is normalised over channels sees the others."""
+
+    def __init__(self, known: Coupling, removed: np.ndarray) -> None:
+        super().__init__(known.graph)
+        self.states, self.removed = known.states, removed
+
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        if node.op in ("call_function", "call_module") and isinstance(result, Tensor):
+            masks = self.masks(node)
+            if self.normalises(node):
+                result = self.again(node, masks, result)
+            for dim, mask in enumerate(masks):
+                if mask is not None:
+                    result = result * mask.view([-1 if d == dim else 1 for d in range(result.dim())])
+        return result
+
+    def masks(self, node: fx.Node) -> list[Tensor | None]:
+        state = self.states[node]
+        return [
+            None if labels is None else torch.from_numpy(~np.isin(labels, self.removed))
+            for labels in (state if isinstance(state, tuple) else ())
+        ]
+
+    def normalises(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self.module.get_submodule(str(node.target))
+            return hasattr(module, "normalized_shape") or hasattr(module, "num_groups")
+        return False
+
+    def again(self, node: fx.Node, masks: list[Tensor | None], result: Tensor) -> Tensor:
+        """A norm over the channels that are left, put back in their places."""
+        module: Any = copy.copy(self.module.get_submodule(str(node.target)))
+        (value,) = self.fetch_args_kwargs_from_env(node)[0]
+        dim = value.dim() - 1 if hasattr(module, "normalized_shape") else 1
+        mask = masks[dim]
+        if mask is None or bool(mask.all()):
+            return result
+        index = mask.nonzero().flatten()
+        value = value.index_select(dim, index)
+        weight = None if module.weight is None else module.weight[index]
+        bias = None if getattr(module, "bias", None) is None else module.bias[index]
+        if hasattr(module, "num_groups"):
+            groups = module.num_groups if module.num_groups < module.num_channels else len(index)
+            small = nn.functional.group_norm(value, groups, weight, bias, module.eps)
+        elif isinstance(module, nn.RMSNorm):
+            small = nn.functional.rms_norm(value, (len(index),), weight, module.eps)
+        else:
+            small = nn.functional.layer_norm(value, (len(index),), weight, bias, module.eps)
+        return torch.zeros_like(result).index_copy(dim, index, small)
+
+
+# --- all of them ---------------------------------------------------------------------------------------------------
+
+
+def _child(name: str, pipe: Any) -> None:
+    warnings.simplefilter("ignore")
+    try:
+        pipe.send(one(name))
+    except Exception as error:  # noqa: BLE001 - whatever stops a network is its result
+        text = str(error).strip().splitlines() or [""]
+        pipe.send({"error": f"{type(error).__name__}: {text[0][:400]}", "traceback": traceback.format_exc()[-3000:]})
+
+
+def apart(name: str, limit: float) -> dict[str, Any]:
+    """`one` in a process of its own."""
+    context = multiprocessing.get_context("fork")  # what was imported need not be imported again
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(name, theirs))
+    started = time.perf_counter()
+    child.start()
+    theirs.close()
+    row: dict[str, Any] = {"error": f"took longer than {limit:g} s"}
+    try:
+        if ours.poll(limit):
+            row = ours.recv()
+    except EOFError:
+        row = {"error": "the process died"}
+    child.kill()
+    child.join()
+    return {**row, "all_seconds": time.perf_counter() - started}
+
+
+def warm() -> None:
+    """Imports once what torch.export needs."""
+    coupling(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval(), torch.zeros(1, 3, 8, 8))
+
+
+# --- the page ------------------------------------------------------------------------------------------------------
+
+
+def passed(row: dict[str, Any]) -> bool:
+    return bool(row.get("same_shapes")) and row.get("difference", 1.0) < 1e-2
+
+
+def page(log: dict[str, Any], wanted: list[str]) -> str:
+    """docs/coverage.md."""
+    rows = {name: log["networks"][name] for name in wanted if name in log["networks"]}
+    good = {name: row for name, row in rows.items() if passed(row)}
+    times = [row["parameters"] / row["left"] for row in good.values()]
+    seconds = [row["coupling_seconds"] + row["cut_seconds"] for row in good.values()]
+    lines = [
+        "# Coverage: half of all channels",
+        "",
+        "Made by `python benchmarks/coverage.py`. Every network has random weights and its own input size; half of the",
+        "channels of every bundle go by chance, residual ones too. It passes when it runs, its outputs have their old",
+        "shapes, and they are those of the uncut network with zeros in place of the removed channels (norms over channels",
+        "see what is left). Seconds: coupling, its trial and the cut, on one core, besides `torch.export`.",
+        "What stays: share of the parameters in layers of which nothing can go, by reason; the layers that make the",
+        "outputs are not counted.",
+        "",
+        f"**{len(good)} of {len(rows)} pass.** Parameters: {np.median(times):.2f} times fewer (median), "
+        f"{sum(t >= 2.5 for t in times)} networks at least 2.5 times. Seconds: median {np.median(seconds):.1f}, "
+        f"longest {max(seconds):.1f}."
+        if good
+        else "Nothing passes.",
+        "",
+        "| network | parameters (M) | left (M) | times fewer | seconds | export | what stays, and why |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for name, row in rows.items():
+        if "left" not in row:
+            lines.append(f"| {name} | | | | | | **fails**: {_cell(row.get('error', ''))} |")
+            continue
+        why = "; ".join(f"{share:.1%} {_cell(reason)}" for reason, share in list(row["stays"].items())[:3])
+        bad = "" if passed(row) else "**wrong outputs** " if row["same_shapes"] else "**other output shapes** "
+        lines.append(
+            f"| {name} | {row['parameters'] / 1e6:.2f} | {row['left'] / 1e6:.2f} | {row['parameters'] / row['left']:.2f} "
+            f"| {row['coupling_seconds'] + row['cut_seconds']:.1f} | {row['export_seconds']:.1f} | {bad}{why} |"
+        )
+    found: dict[str, list[float]] = {}
+    for row in rows.values():
+        for reason, share in row.get("stays", {}).items():
+            found.setdefault(reason, []).append(share)
+    lines += ["", "## Reasons, by number of networks", "", "| networks | median share | reason |", "|---:|---:|---|"]
+    lines += [
+        f"| {len(shares)} | {np.median(shares):.1%} | {_cell(reason)} |"
+        for reason, shares in sorted(found.items(), key=lambda item: -len(item[1]))
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="networks that match this pattern, also those that are there already")
+    parser.add_argument("--failed", action="store_true", help="those that do not pass, again")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for one network")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    log: dict[str, Any] = {"networks": {}}
+    if arguments.results.exists():
+        log = json.loads(arguments.results.read_text())
+    everything = names()
+    import timm  # noqa: F401 - once, before the processes part
+
+    warm()
+    if arguments.only:
+        chosen = [name for name in everything if fnmatch.fnmatch(name, arguments.only)]
+    else:
+        again: Callable[[str], bool] = lambda name: arguments.failed and not passed(log["networks"][name])  # noqa: E731
+        chosen = [name for name in everything if name not in log["networks"] or again(name)]
+    for name in chosen:
+        row = apart(name, arguments.limit)
+        log["networks"][name] = row
+        log.update(machine=machine(), threads=1)
+        arguments.results.write_text(json.dumps(log, indent=1) + "\n")
+        print(name, json.dumps({k: v for k, v in row.items() if k != "traceback"}), flush=True)
+    arguments.out.write_text(page(log, everything))
+
+
+if __name__ == "__main__":
+    main()
