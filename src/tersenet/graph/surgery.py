@@ -52,8 +52,8 @@ class Axis:
 
 def axes(module: Any) -> dict[str, Axis]:
     """role -> axis of a layer; {} when it is of no kind that can be cut."""
-    if parametrize.is_parametrized(module) or next(module.children(), None) is not None:
-        return {}
+    if parametrize.is_parametrized(module) or any(child.state_dict() for child in module.children()):
+        return {}  # children without numbers, such as the activation inside of timm's norms, are no hindrance
     if all(hasattr(module, name) for name in ("in_channels", "out_channels", "groups", "weight")):
         found = _convolution(module)
     elif all(hasattr(module, name) for name in ("in_features", "out_features", "weight")):
