@@ -1,40 +1,58 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from tersenet.numerics.compensation import least_squares
-from tersenet.numerics.saliency import chance, class_magnitude, magnitude
+from tersenet.numerics.saliency import fisher, gradient, l1, l2, lamp, obd, obs, taylor
+from tersenet.numerics.second_order import surgeon
 
 
-@pytest.mark.parametrize("power", [1, 2])
-@pytest.mark.parametrize("dim", [0, 1, 3])
-def test_magnitude_is_a_sum_over_a_slice(dim: int, power: int) -> None:
-    weight = torch.randn(4, 3, 2, 5)
-    expected = [
-        sum(abs(v) ** power for v in weight.select(dim, i).flatten().tolist()) for i in range(weight.shape[dim])
-    ]
-    torch.testing.assert_close(magnitude(weight, dim, power), torch.tensor(expected, dtype=torch.float64))
+def test_magnitudes() -> None:
+    weight = torch.tensor([[1.0, -2.0], [0.0, 3.0]])
+    assert l1(weight).tolist() == [[1.0, 2.0], [0.0, 3.0]]
+    assert l2(weight).tolist() == [[1.0, 4.0], [0.0, 9.0]]
 
 
-def test_magnitude_of_a_vector() -> None:
-    assert magnitude(torch.tensor([1.0, -3.0]), 0, 2).tolist() == [1.0, 9.0]
+def test_lamp_is_what_is_left_of_the_layer_when_the_smaller_are_gone() -> None:
+    weight = torch.randn(3, 4, 2, dtype=torch.float64)
+    expected = [v * v / sum(u * u for u in weight.flatten().tolist() if abs(u) >= abs(v)) for v in weight.flatten()]
+    torch.testing.assert_close(lamp(weight).flatten(), torch.tensor(expected, dtype=torch.float64))
+    assert lamp(weight).max() == 1
+    assert lamp(torch.tensor([1.0, 1.0, 1.0])).tolist() == pytest.approx([1 / 3, 1 / 2, 1])
+    assert lamp(torch.zeros(3)).tolist() == [0, 0, 0]
 
 
-def test_layers_count_alike_whatever_their_size() -> None:
-    small, large = np.array([1.0, 3.0]), np.array([3000.0, 1000.0])
-    both = class_magnitude([(small, np.array([0, 1])), (large, np.array([0, 1]))], 2, power=1)
-    assert both.tolist() == [2.0, 2.0]
-    # a channel that owns several positions of a layer has their sum
-    spread = class_magnitude([(np.array([1.0, 1.0, 2.0, 4.0]), np.array([0, 0, 1, 1]))], 3, power=2)
-    np.testing.assert_allclose(spread, [np.sqrt(0.5), np.sqrt(1.5), 0.0])
-    assert class_magnitude([], 2, power=2).tolist() == [0.0, 0.0]
+def test_first_order_is_exact_for_a_linear_loss() -> None:
+    """The loss of a sample is x w, so taking w away changes it by |x w|."""
+    x, weight = torch.randn(50, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    gradients = x
+    change = (x * weight).abs().mean(dim=0)
+    torch.testing.assert_close(taylor(weight, gradients.abs().mean(dim=0)), change)
+    assert torch.equal(gradient(gradients.abs().mean(dim=0)), x.abs().mean(dim=0))
 
 
-def test_chance_is_repeatable() -> None:
-    assert (chance(5, 1) == chance(5, 1)).all()
-    assert (chance(5, 1) != chance(5, 2)).all()
+def quadratic() -> tuple[Tensor, Tensor]:
+    """A Hessian, (6, 6), and a weight that its quadratic form has its minimum at."""
+    torch.manual_seed(0)
+    root = torch.randn(6, 6, dtype=torch.float64)
+    return root @ root.T + torch.eye(6), torch.randn(6, dtype=torch.float64)
+
+
+def test_obd_and_obs_are_exact_for_a_quadratic_loss() -> None:
+    hessian, weight = quadratic()
+    inverse = torch.linalg.inv(hessian)
+    for place in range(6):
+        alone = weight.clone()
+        alone[place] = 0
+        change = 0.5 * (alone - weight) @ hessian @ (alone - weight)
+        torch.testing.assert_close(obd(weight, hessian.diagonal())[place], change)
+        stays = torch.arange(6) != place
+        made_up = surgeon(weight, stays, inverse[None])
+        change = 0.5 * (made_up - weight) @ hessian @ (made_up - weight)
+        torch.testing.assert_close(obs(weight, inverse.diagonal())[place], change)
+    assert torch.equal(fisher(weight, hessian.diagonal()), obd(weight, hessian.diagonal()))
 
 
 @pytest.mark.parametrize("rows", [200, 12])

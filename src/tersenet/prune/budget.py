@@ -14,7 +14,8 @@ from torch import nn
 from tersenet.errors import SettingsError
 from tersenet.graph.coupling import Bundle, Coupling
 from tersenet.graph.surgery import axes
-from tersenet.numerics.saliency import chance, class_magnitude, magnitude
+from tersenet.numerics.channel_saliency import chance, class_magnitude, slices
+from tersenet.numerics.saliency import l1, l2
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def rank(
     found = []
     power = 1 if importance == "l1" else 2
     random = chance(size, seed)
-    slices = (
+    parts = (
         {}
         if importance == "random"
         else {
@@ -93,7 +94,7 @@ def rank(
             scores = np.empty(len(order))
             scores[order] = ordered
         else:
-            scores = random[bundle.classes] if importance == "random" else _magnitudes(known, bundle, slices, power)
+            scores = random[bundle.classes] if importance == "random" else _magnitudes(known, bundle, parts, power)
             order = np.argsort(scores, kind="stable")
         scores = scores / scores.mean() if scores.mean() > 0 else scores
         width = max(
@@ -109,13 +110,13 @@ def rank(
 
 
 def _magnitudes(
-    known: Coupling, bundle: Bundle, slices: Mapping[tuple[str, str], list[np.ndarray]], power: int
+    known: Coupling, bundle: Bundle, found: Mapping[tuple[str, str], list[np.ndarray]], power: int
 ) -> np.ndarray:
     parts = []
     for slot in bundle.members:
         classes = known.slots[slot]
         here = np.isin(classes, bundle.classes)
-        if slots := slices[slot]:
+        if slots := found[slot]:
             parts.append((slots[0][here], np.searchsorted(bundle.classes, classes[here])))
     return class_magnitude(parts, len(bundle.classes), power)
 
@@ -129,7 +130,7 @@ def _slices(module: nn.Module, role: str, power: int) -> list[np.ndarray]:
     scale: Any = getattr(module, "weight_scale", None)
     if not weight.is_floating_point() and scale is not None:  # integers of a settled layer, with a scale per output
         weight = weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
-    values = magnitude(weight.cpu(), axis.tensors["weight"], power).numpy()
+    values = slices((l1 if power == 1 else l2)(weight.cpu()), axis.tensors["weight"]).numpy()
     if axis.shared:  # a slice holds the same place of every group
         values = np.tile(values / axis.groups, axis.groups)
     return [values.reshape(-1, axis.repeat).sum(axis=1)]
