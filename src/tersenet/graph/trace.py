@@ -159,8 +159,9 @@ class _Folder:
         return new
 
     def _lift(self, node: fx.Node) -> fx.Node | None:
-        """A convolution, linear or batch norm operator on plain parameters becomes the layer that it is."""
-        weight = node.args[1] if len(node.args) > 1 else None
+        """A convolution, linear or norm operator on plain parameters becomes the layer that it is."""
+        place = 2 if node.target in (aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default) else 1
+        weight = node.args[place] if len(node.args) > place else None
         if not isinstance(weight, fx.Node) or weight.name not in self.parameters:
             return None
         path, _, leaf = self.parameters[weight.name].rpartition(".")
@@ -226,6 +227,19 @@ def _layer_of(node: fx.Node, value: Any) -> nn.Module | None:
             return None
         layer = nn.BatchNorm2d(len(weight), eps=eps, momentum=momentum)
         layer.running_mean, layer.running_var = mean, variance
+    elif node.target is aten.layer_norm.default:
+        shape, weight, bias, eps = (args + [None] * 5)[1:5]
+        layer = nn.LayerNorm(shape, eps=1e-5 if eps is None else eps, bias=bias is not None)
+    elif node.target is aten.group_norm.default:
+        groups, weight, bias, eps = (args + [None] * 5)[1:5]
+        if bias is None:
+            return None
+        layer = nn.GroupNorm(groups, len(weight), eps=1e-5 if eps is None else eps)
+    elif node.target is aten.rms_norm.default:
+        shape, weight, eps = (args + [None] * 4)[1:4]
+        layer = nn.RMSNorm(shape, eps=eps)
+        layer.weight = weight
+        return layer.eval()
     else:
         return None
     layer.weight, layer.bias = weight, bias
