@@ -1,0 +1,173 @@
+"""`Repeat`: prune, retrain, prune, ... until a given drop in points of score; the last state within it is kept.
+
+Iterative pruning as in Han et al., "Learning both weights and connections", arXiv:1506.02626, section 3.4; with a
+`rewind` in each round the lottery tickets of Frankle & Carbin, arXiv:1803.03635. Departures: the number of rounds is
+not set beforehand, and what ends them is measured on data that is not the test set.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tersenet.errors import DataError, NoEffect, SettingsError
+from tersenet.step import Chain, Plan, Step
+from tersenet.task import Task, batch_input, batches_at, score_model
+
+# An epoch that no training reaches, so that its augmentation is new to the model.
+_UNSEEN_EPOCH = 1_000_003
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeat(Step):
+    """Runs its steps over and over on what they made, until a round loses too much; that round is thrown away.
+
+    A step that removes a share of what is left takes that share of ever less: 20 % a round leave 0.8^n after n rounds.
+
+    What is lost is counted against the model as it came into this step, in points, and judged by one of two things:
+
+    - `task.validate`, where there is a held-out set: points of score lost on it.
+    - Else agreement on unseen augmentations of the training images (the calibration images where there is no training
+      data): the share of them whose most likely class is no longer the same, in points. Labels cannot serve, because a
+      model is nearly always right on images that it was trained on. The points of score that can have been lost on
+      these images are at most this many, so it stops early rather than late; it promises nothing about other images.
+
+    With a folder in the task, trainings of rounds that are done are not repeated after a cut, and the one under way
+    goes on inside its epochs; what does not train is computed again, and comes out the same.
+
+    Args:
+        steps: one round.
+        until_drop: points that may be lost at most, 0 or more; None runs `at_most` rounds and judges nothing.
+        at_most: rounds, at least 1.
+        images: how many images judge the agreement; 2,000 tell half a point from a whole one.
+    """
+
+    family: ClassVar[str] = "chain"
+    summary: ClassVar[str] = "repeats its steps until a given drop in points of score, and keeps the last good round"
+    serves: ClassVar[tuple[str, ...]] = ("what its steps serve",)
+
+    steps: tuple[Step, ...] = ()
+    until_drop: float | None = 0.5
+    at_most: int = 10
+    images: int = 2000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "steps", tuple(self.steps))
+        if not self.steps:
+            raise SettingsError("repeat has no steps; give those of one round, such as prune_channels and train")
+        if self.until_drop is not None and not 0 <= self.until_drop < math.inf:
+            raise SettingsError(f"until_drop must be at least 0 points, got {self.until_drop}; 0.5 is half a point")
+        for name in ("at_most", "images"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def data_needed(self) -> str:
+        needs = {step.data_needed() for step in self.steps} | ({"inputs"} if self.until_drop is not None else set())
+        return "labels" if "labels" in needs else "inputs" if "inputs" in needs else "nothing"
+
+    def plan(self, model: nn.Module, task: Task) -> Plan:
+        """Each round is planned on what the ones before it made, so this runs them all on a copy."""
+        return self.run(copy.deepcopy(model), task)[1]
+
+    def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Replays the rounds that were kept, in order. Raises SettingsError when the plan is of other steps."""
+        for entry in plan.get("rounds", []):
+            model = Chain(steps=self.steps).apply(model, entry["plan"])
+        return model
+
+    def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
+        """The model after the last round within the drop, and
+        {"judged_by": ..., "rounds": [{"plan": of the chain, "drop": points or None}], "ended_by": ...}.
+
+        Warns `NoEffect` where not one round was kept; the model is then as it was.
+
+        Raises:
+            DataError: when there is nothing to judge by.
+            SettingsError: when agreement cannot be told, because the outputs are no logits (N, classes).
+        """
+        judged_by, lost = ("nothing", None) if self.until_drop is None else _judge(model, task, self.images)
+        say = _sayer(task.quiet)
+        rounds: list[Plan] = []
+        ended_by = f"{self.at_most} rounds were asked for"
+        for number in range(1, self.at_most + 1):
+            with warnings.catch_warnings():
+                if rounds:  # to find nothing more is how a repetition ends, and no news
+                    warnings.simplefilter("ignore", NoEffect)
+                candidate, plan = Chain(steps=self.steps).run(copy.deepcopy(model), task)
+            if not plan:
+                ended_by = f"round {number} changed nothing"
+                break
+            drop = None if lost is None else round(lost(candidate), 6)  # 100 * (1 - 0.97) is above 3
+            if drop is not None:
+                say(f"round {number}: {drop:.2f} of {self.until_drop} points lost, judged by {judged_by}")
+                if drop > self.until_drop:  # type: ignore[operator]
+                    ended_by = f"round {number} lost {drop:.2f} points"
+                    break
+            model = candidate
+            rounds.append({"plan": plan, "drop": drop})
+        if not rounds:
+            warnings.warn(f"repeat left the model as it was: {ended_by}", NoEffect, stacklevel=2)
+            return model, {}
+        return model, {"judged_by": judged_by, "rounds": rounds, "ended_by": ended_by}
+
+
+def _judge(model: nn.Module, task: Task, images: int) -> tuple[str, Callable[[nn.Module], float]]:
+    """(what it is judged by, model -> points lost against `model` as it is now)."""
+    if task.validate is not None:
+        held_out = task.validate
+        before = score_model(model, task, held_out).value
+        return "score on the held-out set", lambda found: 100 * (before - score_model(found, task, held_out).value)
+    data = task.train if task.train is not None else task.calibrate
+    if data is None:
+        raise DataError("repeat has nothing to judge by; give a held-out set (--validate DATA) or training data")
+    reference = copy.deepcopy(model).eval()
+
+    def agrees(outputs: Any, batch: Any) -> Tensor:
+        """(N,) 1 where the most likely class is that of the reference."""
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or task.metric is not None:
+            raise SettingsError(
+                "repeat can tell agreement of logits (N, classes) under top-1 accuracy only; give a held-out set "
+                "(--validate DATA) to be judged by"
+            )
+        return (outputs.argmax(1) == task.forward(reference, batch).argmax(1)).double()
+
+    compared = dataclasses.replace(task, metric=agrees)
+
+    def lost(found: nn.Module) -> float:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(task.seed)  # the same images again, from a loader that shuffles
+            return 100 * (1 - score_model(found, compared, _Few(data, images)).value)
+
+    return "agreement on training images", lost
+
+
+@dataclass(frozen=True)
+class _Few:
+    """The first batches of an epoch that no training reads, about `images` samples in all."""
+
+    data: Iterable[Any]
+    images: int
+
+    def __iter__(self) -> Iterator[Any]:
+        seen = 0
+        for batch in batches_at(self.data, _UNSEEN_EPOCH):
+            yield batch
+            seen += len(batch_input(batch))
+            if seen >= self.images:
+                return
+
+
+def _sayer(quiet: bool) -> Callable[[str], None]:
+    from rich.console import Console
+
+    console = Console(stderr=True, quiet=quiet, highlight=False)
+    return lambda text: console.print(f"    {text}", soft_wrap=True)
