@@ -33,7 +33,7 @@ def test_a_prediction_that_holds_is_asked_once_per_kind() -> None:
     assert [each.picks for each in found] == asked
     assert all(asked[i] != asked[j] for i in range(len(asked)) for j in range(i))
     assert "uniform" in [each.name for each in found]
-    assert all(each.cost == each.predicted for each in found)
+    assert [each.cost for each in found] == pytest.approx([each.predicted for each in found])
     fitting = [each for each in found if each.cost <= budget]
     best = solve(sites, costs, losses, budget)
     assert best is not None
@@ -52,7 +52,8 @@ def test_a_prediction_that_misses_is_corrected(off: float) -> None:
     found = [each for each in propose(sites, costs, losses, budget, measured) if each.name == "searched"]
     assert abs(found[0].cost / budget - 1) > 0.1
     assert any(0.9 * budget <= each.cost <= budget for each in found)
-    assert all(each.cost == pytest.approx(off * each.predicted) for each in found)
+    assert found[0].cost == pytest.approx(off * found[0].predicted)
+    assert abs(found[-1].cost / found[-1].predicted - 1) < 0.05
 
 
 def test_the_cheapest() -> None:

@@ -33,6 +33,7 @@ class Costs:
         pairs: (site, site) -> k of the term above.
         line: (a, b) with measured ~ a + b * sum, fitted on random candidates; (0, 1) until then.
         checks: (predicted, measured) of random candidates, predicted before the line was fitted.
+        seen: (picks, measured) of the same candidates.
     """
 
     base: float
@@ -40,6 +41,7 @@ class Costs:
     pairs: dict[tuple[tuple[int, str], tuple[int, str]], float] = field(default_factory=dict)
     line: tuple[float, float] = (0.0, 1.0)
     checks: list[tuple[float, float]] = field(default_factory=list)
+    seen: list[tuple[Picks, float]] = field(default_factory=list)
 
     def predict(self, picks: Picks, sites: Sequence[Site]) -> float:
         """The cost of some picks."""
@@ -195,6 +197,7 @@ def _check(costs: Costs, bench: Bench, sites: Sequence[Site], table: Table, entr
         table.write()
     if len(entry["checks"]) == CHECKS:
         costs.checks = [(costs.sum(picks, sites), got) for picks, got in zip(candidates, entry["checks"], strict=True)]
+        costs.seen = list(zip(candidates, entry["checks"], strict=True))
         costs.line = fit_line(costs.checks)
 
 

@@ -1,5 +1,5 @@
 """From a budget to the picks that are best when measured: proposals of the solver, timed for real, the table corrected
-where it was wrong, and what is left compared with the original on images."""
+where it was wrong (correction.py), and what is left compared with the original on images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,17 @@ import torch
 from torch import nn
 
 from tersenet.numerics.divergence import divergence
+from tersenet.search.correction import corrected
 from tersenet.search.costs import Costs, gone
-from tersenet.search.sensitivity import Losses, outputs_of
-from tersenet.search.sites import Picks, Site, configured
+from tersenet.search.sensitivity import Losses, digest_of, kept_row, outputs_of
+from tersenet.search.sites import Picks, Site, configured, picks_key
 from tersenet.search.solver import solve, uniform
 from tersenet.step import Chain, Step
 from tersenet.task import Task
 
-_ROUNDS = 3
+_ROUNDS = 5
+# Times that an aim is lowered where the same answer comes up again.
+_AGAIN = 4
 # A proposal this far under the budget leaves something unspent.
 _SLACK = 0.03
 
@@ -64,28 +68,40 @@ def propose(
         Distinct proposals; those that need not fit are in it too, for the report.
     """
     found: list[Proposal] = []
+    seen = list(costs.seen)
     aims = {name: budget for name, _ in _kinds(sites, losses)}
     for _ in range(_ROUNDS):
+        learned = corrected(costs, sites, seen)
         asked: list[tuple[str, Picks]] = []
         for name, weights in _kinds(sites, losses):
-            if name not in aims:
-                continue
-            picks = uniform(sites, costs, aims[name]) if weights is None else solve(sites, costs, weights, aims[name])
-            if (
-                picks is not None
-                and all(picks != each.picks for each in found)
-                and all(picks != each for _, each in asked)
-            ):
+            picks = _new(sites, learned, weights, aims[name], found) if name in aims else None
+            if picks is not None and all(picks != other for _, other in asked):
                 asked.append((name, picks))
         if not asked:
             break
-        for (name, picks), cost in zip(asked, measured([picks for _, picks in asked]), strict=True):
-            found.append(Proposal(name, picks, costs.predict(picks, sites), cost))
+        costed = list(zip(asked, measured([picks for _, picks in asked]), strict=True))
+        found += [Proposal(name, picks, learned.predict(picks, sites), cost) for (name, picks), cost in costed]
+        seen += [(picks, cost) for (_, picks), cost in costed]
+        learned = corrected(costs, sites, seen)
+        for (name, picks), cost in costed:
             if budget * (1 - _SLACK) <= cost <= budget:
                 aims.pop(name)
-            else:  # the next answer lies near this one, and so does its error
-                aims[name] *= budget * (1 - _SLACK / 3) / cost
+            else:  # the next answer lies near this one, and so does what is left of its error
+                aims[name] = budget * (1 - _SLACK / 3) * learned.predict(picks, sites) / cost
     return found
+
+
+def _new(
+    sites: Sequence[Site], costs: Costs, losses: Losses | None, aim: float, found: Sequence[Proposal]
+) -> Picks | None:
+    """The best picks within the aim that were not measured yet; None where none come up. What comes up again missed the
+    budget when it was measured, or is the answer already, so the aim is lowered a little."""
+    for lower in range(_AGAIN):
+        within = aim * (1 - _SLACK / 2) ** lower
+        picks = uniform(sites, costs, within) if losses is None else solve(sites, costs, losses, within)
+        if picks is None or all(picks != each.picks for each in found):
+            return picks
+    return None
 
 
 def _kinds(sites: Sequence[Site], losses: Losses) -> list[tuple[str, Losses | None]]:
@@ -119,8 +135,13 @@ def compare(
     images: torch.Tensor | None,
     sites: Sequence[Site],
     losses: Losses,
+    folder: Path | None = None,
 ) -> None:
-    """Fills in each proposal's loss: built, repaired, compared with the original; without images, the summed one."""
+    """Fills in each proposal's loss: built, repaired, compared with the original; without images, the summed one.
+
+    Args:
+        folder: where results are kept, because building takes long; None keeps none.
+    """
     if images is None:
         for each in proposals:
             each.loss = sum(
@@ -132,9 +153,14 @@ def compare(
     half = len(images) // 2
     task = dataclasses.replace(task, calibrate=[images[:half]], train=None)
     wanted = outputs_of(model, images[half:])
+    digest = digest_of(steps, sites, model, images)
     for each in proposals:
-        changed = structure(steps, each.picks, sites, model, task)
-        each.loss = divergence(wanted, outputs_of(changed, images[half:]))
+
+        def built(picks: Picks = each.picks) -> list[float]:
+            changed = structure(steps, picks, sites, model, task)
+            return [divergence(wanted, outputs_of(changed, images[half:]))]
+
+        each.loss = kept_row(folder, f"{digest}-{picks_key(each.picks)}", built)[0]
 
 
 def structure(steps: Sequence[Step], picks: Picks, sites: Sequence[Site], model: nn.Module, task: Task) -> nn.Module:

@@ -21,10 +21,11 @@ from torch import nn
 from tersenet.cache import cache_folder
 from tersenet.errors import NoEffect, SettingsError
 from tersenet.search.bench import Bench, check_runtime, device_of, images_of, working_folder
+from tersenet.search.correction import corrected
 from tersenet.search.costs import Costs, exact_costs, latency_costs
 from tersenet.search.proposals import Proposal, cheapest, compare, propose
 from tersenet.search.sensitivity import find_losses
-from tersenet.search.sites import Picks, Site, configured, context, describe, find_sites, fingerprint
+from tersenet.search.sites import Picks, Site, configured, context, describe, find_sites, fingerprint, picks_key
 from tersenet.search.table import Table
 from tersenet.step import Chain, Plan, Step
 from tersenet.task import Task
@@ -59,7 +60,8 @@ class NoChoice(SettingsError):
 
 @dataclass(frozen=True)
 class _Ground:
-    """What a search stands on: what can be picked, what it costs, and the budget in the same unit."""
+    """What a search stands on: what can be picked, what it costs, the budget in the same unit; for a latency the table,
+    and the network's key in it."""
 
     sites: list[Site]
     bench: Bench
@@ -68,6 +70,7 @@ class _Ground:
     original: float
     kind: str
     table: Table | None
+    network: str = ""
 
     def not_paying(self, steps: tuple[Step, ...]) -> tuple[str, ...]:
         """Names of the steps that quantize, where what they make is slower than the float file."""
@@ -75,12 +78,17 @@ class _Ground:
         return rounding if self.kind == "latency" and self.costs.base >= self.original else ()
 
     def measured(self, candidates: list[Picks]) -> list[float]:
-        """The real costs of some picks; predicted ones where the table is another device's."""
+        """The real costs of some picks, timed once; predicted ones where the table is another device's."""
         if self.table is None:
             return [self.bench.weight(picks, self.kind) for picks in candidates]
         if self.table.frozen:
             return [self.costs.predict(picks, self.sites) for picks in candidates]
-        return [self.costs.base * share for _, share in self.bench.times(candidates, "timing the best")]
+        known = self.table.networks[self.network].setdefault("timed", {})
+        new = [picks for picks in candidates if picks_key(picks) not in known]
+        for picks, (_, share) in zip(new, self.bench.times(new, "timing the best"), strict=True):
+            known[picks_key(picks)] = self.costs.base * share
+        self.table.write()
+        return [known[picks_key(picks)] for picks in candidates]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,14 +173,15 @@ class Search(Step):
             losses = find_losses(steps, sites, model, task, judges, cache_folder() / "sensitivities", say)
             aim = budget * (1 - _MARGIN) if kind == "latency" else budget
             proposals = propose(sites, costs, losses, aim, ground.measured)
+            learned = corrected(costs, sites, [*costs.seen, *((each.picks, each.cost) for each in proposals)])
             fitting = [each for each in proposals if each.cost <= aim]
             if not fitting:
-                picks = cheapest(sites, costs)
-                fitting = [Proposal("cheapest", picks, costs.predict(picks, sites), ground.measured([picks])[0])]
+                picks = cheapest(sites, learned)
+                fitting = [Proposal("cheapest", picks, learned.predict(picks, sites), ground.measured([picks])[0])]
                 proposals += fitting
                 if fitting[0].cost > budget:
                     notes.append(_binding(sites, fitting[0], budget, kind))
-            compare(proposals, steps, model, task, images, sites, losses)
+            compare(proposals, steps, model, task, images, sites, losses, cache_folder() / "sensitivities")
             best = min(fitting, key=lambda each: each.loss if each.loss is not None else 0.0)
         said = {
             "target": {"kind": kind, "asked": getattr(self, kind), "budget": budget, "unit": _UNITS[kind]},
@@ -196,7 +205,7 @@ class Search(Step):
         )  # fmt: skip
         kind, value, is_share = self.budget
         if kind != "latency":
-            costs = exact_costs(bench, sites, kind)
+            costs, network = exact_costs(bench, sites, kind), ""
             original = float(bench.float_path.stat().st_size) if kind == "bytes" else costs.base
             table = None
         else:
@@ -204,7 +213,7 @@ class Search(Step):
             network = fingerprint(describe(model, task.example), sites, context(steps))
             costs = latency_costs(bench, sites, table, network)
             original = float(table.networks[network]["float_ms"])
-        return _Ground(sites, bench, costs, value * original if is_share else value, original, kind, table)
+        return _Ground(sites, bench, costs, value * original if is_share else value, original, kind, table, network)
 
     def _table(self) -> Table:
         """This device's table, or the one that was given."""

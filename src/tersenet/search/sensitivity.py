@@ -60,7 +60,7 @@ def find_losses(
     """
     if images is None:
         return {site.key: [_by_share(site, index) for index in range(len(site.settings))] for site in sites}
-    path = None if folder is None else folder / f"{_digest(steps, sites, model, images)}.json"
+    path = None if folder is None else folder / f"{digest_of(steps, sites, model, images)}.json"
     if path is not None and path.exists():
         with contextlib.suppress(ValueError, OSError, KeyError, TypeError, RecursionError):
             saved = json.loads(path.read_text(encoding="utf-8"))
@@ -119,7 +119,24 @@ def _checked(row: Any, site: Site) -> list[float]:
     return values
 
 
-def _digest(steps: Sequence[Step], sites: Sequence[Site], model: nn.Module, images: Tensor) -> str:
+def kept_row(folder: Path | None, name: str, make: Callable[[], list[float]]) -> list[float]:
+    """Numbers from the folder, or made and kept there; a damaged file is made anew."""
+    path = None if folder is None else folder / f"{name}.json"
+    if path is not None and path.exists():
+        with contextlib.suppress(ValueError, OSError, TypeError, RecursionError):
+            row = [float(value) for value in json.loads(path.read_text(encoding="utf-8"))]
+            if row and all(map(math.isfinite, row)):
+                return row
+    row = make()
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path) as temporary:
+            temporary.write_text(json.dumps(row), encoding="utf-8")
+    return row
+
+
+def digest_of(steps: Sequence[Step], sites: Sequence[Site], model: nn.Module, images: Tensor) -> str:
+    """What results on some images depend on: weights, images, choices, and the settings of the steps that pick."""
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
         digest.update(f"{key} {tuple(value.shape)}".encode())

@@ -131,6 +131,12 @@ def complete(picks: Picks, sites: Sequence[Site]) -> Picks:
     return full
 
 
+def picks_key(picks: Picks) -> str:
+    """Picks in short, equal for equal picks: a hash."""
+    picked = {str(index): places for index, places in picks.items() if places}
+    return hashlib.sha256(json.dumps(picked, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def fingerprint(known: Mapping[str, str], sites: Sequence[Site], around: str) -> str:
     """What a network and its choices are, by the layers' types, sizes and shapes; weights do not count.
 
