@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from tersenet.errors import SettingsError
 from tersenet.graph.coupling import Bundle, Coupling
 from tersenet.graph.surgery import axes
-from tersenet.numerics.channel_saliency import chance, class_magnitude, slices
-from tersenet.numerics.saliency import l1, l2
+from tersenet.prune.channel_scores import ranked
+from tersenet.prune.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Candidate:
         name: path of the first layer that makes the bundle.
         bundle: the coupled channels.
         order: (n,) classes, least important first.
-        scores: (n,) in that order, their mean over the bundle is 1.
+        scores: (n,) in that order, as channel_scores.py gives them.
         each: how many channels of that layer a class stands for; 1 but for grouped layers.
         unit: how many of its classes make a width that is a multiple of what was asked.
     """
@@ -60,80 +58,20 @@ def name_of(bundle: Bundle) -> str:
     return makers[0] if makers else bundle.members[0][0]
 
 
-def rank(
-    model: nn.Module,
-    known: Coupling,
-    bundles: list[Bundle],
-    importance: str,
-    multiple_of: int,
-    seed: int,
-    orders: Mapping[str, tuple[np.ndarray, np.ndarray]] = MappingProxyType({}),
-) -> list[Candidate]:
-    """Scores the channels of some bundles by "l1" or "l2" magnitude, or at "random".
-
-    Args:
-        orders: name of a bundle -> (its channels by number, least important first; their scores), decided already.
-            Any other `importance` than these three means that: bundles that are not in it are scored by "l2".
-    """
-    size = 1 + max(int(bundle.classes.max()) for bundle in bundles)
+def rank(subject: Subject, importance: str, multiple_of: int) -> list[Candidate]:
+    """The bundles of a subject with their channels in order, by an importance of channel_scores.py."""
     found = []
-    power = 1 if importance == "l1" else 2
-    random = chance(size, seed)
-    parts = (
-        {}
-        if importance == "random"
-        else {
-            slot: _slices(model.get_submodule(slot[0]), slot[1], power)
-            for slot in {slot for bundle in bundles for slot in bundle.members}
-        }
-    )
-    for bundle in bundles:
+    for bundle, (order, scores) in zip(subject.bundles, ranked(subject, importance), strict=True):
         name = name_of(bundle)
-        if name in orders:
-            order, ordered = orders[name]
-            scores = np.empty(len(order))
-            scores[order] = ordered
-        else:
-            scores = random[bundle.classes] if importance == "random" else _magnitudes(known, bundle, parts, power)
-            order = np.argsort(scores, kind="stable")
-        scores = scores / scores.mean() if scores.mean() > 0 else scores
-        width = max(
-            int(np.isin(known.slots[slot], bundle.classes).sum()) // len(bundle.classes)
+        positions = {
+            slot: int(np.isin(subject.known.slots[slot], bundle.classes).sum()) // len(bundle.classes)
             for slot in bundle.members
-            if slot[1] in ("out", "channel")
-        )
+        }
+        width = max(count for (_, role), count in positions.items() if role in ("out", "channel"))
         unit = multiple_of // math.gcd(multiple_of, max(width, 1))
         maker = next(slot for slot in bundle.members if slot[0] == name and slot[1] != "in")
-        each = max(1, int(np.isin(known.slots[maker], bundle.classes).sum()) // len(bundle.classes))
-        found.append(Candidate(name, bundle, bundle.classes[order], scores[order], each, unit))
+        found.append(Candidate(name, bundle, bundle.classes[order], scores[order], max(1, positions[maker]), unit))
     return found
-
-
-def _magnitudes(
-    known: Coupling, bundle: Bundle, found: Mapping[tuple[str, str], list[np.ndarray]], power: int
-) -> np.ndarray:
-    parts = []
-    for slot in bundle.members:
-        classes = known.slots[slot]
-        here = np.isin(classes, bundle.classes)
-        if slots := found[slot]:
-            parts.append((slots[0][here], np.searchsorted(bundle.classes, classes[here])))
-    return class_magnitude(parts, len(bundle.classes), power)
-
-
-def _slices(module: nn.Module, role: str, power: int) -> list[np.ndarray]:
-    """Magnitude of the weights of each position of a slot, in a list; empty where the slot has none."""
-    axis = axes(module)[role]
-    weight: Any = getattr(module, "weight", None)
-    if weight is None or "weight" not in axis.tensors:
-        return []
-    scale: Any = getattr(module, "weight_scale", None)
-    if not weight.is_floating_point() and scale is not None:  # integers of a settled layer, with a scale per output
-        weight = weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
-    values = slices((l1 if power == 1 else l2)(weight.cpu()), axis.tensors["weight"]).numpy()
-    if axis.shared:  # a slice holds the same place of every group
-        values = np.tile(values / axis.groups, axis.groups)
-    return [values.reshape(-1, axis.repeat).sum(axis=1)]
 
 
 def shares(candidates: Sequence[Candidate], sparsity: float, scope: str) -> list[int]:
@@ -145,6 +83,21 @@ def shares(candidates: Sequence[Candidate], sparsity: float, scope: str) -> list
     every = np.sort(np.concatenate([candidate.scores for candidate in candidates]))
     bar = every[min(len(every) - 1, round(sparsity * len(every)))]
     return [candidate.kept(int((candidate.scores >= bar).sum())) for candidate in candidates]
+
+
+def above(candidates: Sequence[Candidate], scope: str, percentile: float | None, threshold: float) -> list[int]:
+    """How many classes each bundle keeps when everything below a score goes; at least one multiple.
+
+    Args:
+        percentile: the score is this percentile of the bundle's scores, or with scope "global" of all scores.
+        threshold: the score itself where there is no percentile.
+    """
+    bars = [threshold] * len(candidates)
+    if percentile is not None and scope == "global":
+        bars = [float(np.percentile(np.concatenate([c.scores for c in candidates]), percentile))] * len(candidates)
+    elif percentile is not None:
+        bars = [float(np.percentile(candidate.scores, percentile)) for candidate in candidates]
+    return [c.kept(int((c.scores >= bar).sum())) for c, bar in zip(candidates, bars, strict=True)]
 
 
 def chosen_counts(candidates: Sequence[Candidate], widths: Mapping[str, int]) -> list[int]:

@@ -1,16 +1,17 @@
 """Takes whole channels out, with everything that is coupled to them.
 
-Magnitude of filters: Li et al., arXiv:1608.08710. What is coupled: graph/coupling.py. Repair without training: least
-squares (He et al., arXiv:1707.06168), in prune/repair.py. Channels by what their readers lose: ZipLM (Kurtic et al.,
-arXiv:2302.04089), in prune/reconstruction.py. Departures: channels that pass through a residual addition stay unless
-asked for, because one of them lives in every block of a stage.
+What is coupled: graph/coupling.py. What channels matter: prune/channel_scores.py, which names the papers. Repair
+without training: least squares (He et al., arXiv:1707.06168), in prune/repair.py. Plans that are edited by hand:
+prune/edited.py. Departures: channels that pass through a residual addition stay unless asked for, because one of them
+lives in every block of a stage.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,23 +26,27 @@ from tersenet.graph.surgery import cut
 from tersenet.prune.budget import (
     Candidate,
     LayerMacs,
+    above,
     cheapest,
     chosen_counts,
-    name_of,
     rank,
     removed,
     shares,
     sparsity_for,
 )
-from tersenet.prune.known import known_coupling, numbers_of, remembered, structure_of
-from tersenet.prune.reconstruction import folded, orders_of
+from tersenet.prune.by_data import CALIBRATION, images_of
+from tersenet.prune.channel_scores import FROM_WEIGHTS, SCORES
+from tersenet.prune.edited import cut_of, plan_of, removed_by
+from tersenet.prune.known import known_coupling
+from tersenet.prune.reconstruction import folded
 from tersenet.prune.repair import repair
 from tersenet.prune.sensitivity import compared, divergences
+from tersenet.prune.subject import Subject
 from tersenet.step import Plan, Step
-from tersenet.task import Task, batch_input
+from tersenet.task import Task
 
 # 1,024 images in all, of which some only judge.
-_CALIBRATION, _JUDGES = 768, 256
+_CALIBRATION, _JUDGES = CALIBRATION, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +57,10 @@ class PruneChannels(Step):
         sparsity: share of the prunable channels to remove, 0 <= sparsity < 1. With scope "layer" of every bundle of
             coupled layers alike.
         importance: "l2" or "l1" magnitude of a channel's weights; "reconstruction", the error that is left in the
-            layers that read it once they make up for it, which needs calibration data (where the readers are no plain
-            layers, "l2" serves); or "random" as the control.
+            layers that read it once they make up for it, which needs calibration data; "random" as the control; and
+            the others of prune/channel_scores.py: lamp, fpgm, batch_norm, activation, zeros, weighted, product,
+            gradient, taylor, fisher, obd, obs, thinet, lasso. Where one says nothing about a layer, "l2" serves.
+        balance: of importance "weighted": 1 counts the weights only, 0 the activations only.
         multiple_of: keep numbers of channels that are multiples of this, rounded to the nearest, at least one
             multiple; bundles that are smaller stay whole. Runtimes like 8 or 16.
         scope: "layer" removes the same share everywhere; "global" the least important of the whole model;
@@ -63,6 +70,11 @@ class PruneChannels(Step):
         macs: in place of `sparsity`, the share of multiply-adds to be left at most: the least sparsity that does.
         widths: in place of `sparsity` and `macs`, the number of channels to keep by bundle, each named by the first
             layer that makes it ({"layer1.0.conv1": 8}); the others stay whole.
+        percentile: in place of `sparsity`: every channel goes whose score lies under this percentile (0 to 100) of
+            the scores of its bundle, or with scope "global" of all; at least one multiple stays.
+        threshold: in place of `sparsity`: every channel goes whose score lies under this. Scores are relative to the
+            layer's mean or absolute, as channel_scores.py says.
+        keep: in place of all of these, the channels to keep by layer ({"layer1.0.conv1": [0, 2]}), as in a plan.
         residual: also cut channels that pass through a residual addition.
         only: cut only channels that are made by layers which match.
         skip: cut no channel that is made by a layer which matches.
@@ -80,6 +92,10 @@ class PruneChannels(Step):
     macs: float | None = None
     residual: bool = False
     widths: Mapping[str, int] | None = None
+    balance: float = 0.5
+    percentile: float | None = None
+    threshold: float | None = None
+    keep: Mapping[str, Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,8 +103,8 @@ class PruneChannels(Step):
             raise SettingsError(
                 f"sparsity must lie in [0, 1), got {self.sparsity}; it is the share of channels removed"
             )
-        if self.importance not in ("l1", "l2", "reconstruction", "random"):
-            raise SettingsError(f"importance must be one of l1, l2, reconstruction, random, got {self.importance!r}")
+        if self.importance not in SCORES:
+            raise SettingsError(f"importance must be one of {', '.join(SCORES)}, got {self.importance!r}")
         if self.scope not in ("layer", "global", "sensitivity"):
             raise SettingsError(f"scope must be layer, global or sensitivity, got {self.scope!r}")
         if self.scope == "sensitivity" and self.macs is None and self.widths is None:
@@ -99,6 +115,17 @@ class PruneChannels(Step):
             raise SettingsError(
                 f"macs must lie in (0, 1], got {self.macs}; it is the share of multiply-adds to be left"
             )
+        if not 0 <= self.balance <= 1:
+            raise SettingsError(f"balance must lie in [0, 1], got {self.balance}; 1 counts weights only")
+        if self.percentile is not None and not 0 <= self.percentile < 100:
+            raise SettingsError(f"percentile must lie in [0, 100), got {self.percentile}; what lies under it goes")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise SettingsError(f"threshold must be a finite number, got {self.threshold}; what lies under it goes")
+        rivals = [name for name in ("macs", "percentile", "threshold") if getattr(self, name) is not None]
+        if len(rivals) > 1 and self.widths is None:
+            raise SettingsError(f"{' and '.join(rivals)} each say how much to remove; give one of them")
+        if self.keep is not None:
+            object.__setattr__(self, "keep", {path: list(places) for path, places in self.keep.items()})
         if self.widths is not None:
             wrong = [f"{key}: {value!r}" for key, value in self.widths.items() if type(value) is not int or value < 1]
             if wrong:
@@ -106,10 +133,14 @@ class PruneChannels(Step):
             object.__setattr__(self, "widths", dict(self.widths))
 
     def data_needed(self) -> str:
-        return "inputs" if self.importance == "reconstruction" or self.scope == "sensitivity" else self.needs
+        if self.keep is not None:
+            return self.needs
+        return "inputs" if self.importance not in FROM_WEIGHTS or self.scope == "sensitivity" else self.needs
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
-        """{"kept": {layer path: {role: indices}}}; the roles are those of graph/surgery.py.
+        """{"keep": {first layer of a bundle: indices}, "kept": {layer path: {role: indices}}, ...}.
+
+        `keep` is for reading and editing, prune/edited.py; `kept` is what follows, with the roles of graph/surgery.py.
 
         Raises:
             SettingsError: when no sparsity leaves as few multiply-adds as `macs` asks for, or `widths` names what
@@ -117,6 +148,8 @@ class PruneChannels(Step):
             DataError: without calibration data, where the settings need it.
         """
         known = known_coupling(model, task.example)
+        if self.keep is not None:
+            return plan_of(known, removed_by(model, known, self.keep), task.example)
         bundles = self._bundles(model, known)
         if not bundles:
             if self.widths:
@@ -127,12 +160,13 @@ class PruneChannels(Step):
         candidates = self._ranked(model, known, bundles, task)
         if self.widths is not None:
             counts = chosen_counts(candidates, self.widths)
+        elif self.percentile is not None or self.threshold is not None:
+            counts = above(candidates, self.scope, self.percentile, self.threshold or 0.0)
         elif self.macs is None:
             counts = shares(candidates, self.sparsity, self.scope)
         else:
             counts = self._within(self.macs, model, known, candidates, task, twin)
-        gone = removed(candidates, counts)
-        return {"kept": known.kept(gone)} if len(gone) else {}
+        return plan_of(known, removed(candidates, counts), task.example)
 
     def choices(self, model: nn.Module, task: Task) -> dict[str, list[Any]]:
         """Path of the first layer that makes a bundle -> numbers of channels, the whole one first.
@@ -141,7 +175,8 @@ class PruneChannels(Step):
         """
         known = known_coupling(model, task.example)
         bundles = self._bundles(model, known)
-        candidates = rank(model, known, bundles, "random", self.multiple_of, task.seed) if bundles else []
+        subject = Subject(model, known, bundles, task)
+        candidates = rank(subject, "random", self.multiple_of) if bundles else []
         found = {candidate.name: candidate.choices(self.multiple_of) for candidate in candidates}
         return {name: widths for name, widths in found.items() if len(widths) > 1}
 
@@ -171,18 +206,7 @@ class PruneChannels(Step):
         return wanted and (self.residual or not bundle.residual)
 
     def _ranked(self, model: nn.Module, known: Coupling, bundles: list[Bundle], task: Task) -> list[Candidate]:
-        orders: Mapping[str, Any] = {}
-        if self.importance == "reconstruction":
-            names = [name_of(bundle) for bundle in bundles]
-            data = id(task.calibrate if task.calibrate is not None else task.train)
-            key = (structure_of(model, task.example), numbers_of(model), data, tuple(names))
-            orders = remembered(
-                model, "orders", key,
-                lambda: orders_of(
-                    known, bundles, names, folded(model, task.example), _images(model, task, _CALIBRATION)
-                ),
-            )  # fmt: skip
-        return rank(model, known, bundles, self.importance, self.multiple_of, task.seed, orders)
+        return rank(Subject(model, known, bundles, task, self.balance), self.importance, self.multiple_of)
 
     def _within(
         self, share: float, model: nn.Module, known: Coupling, candidates: list[Candidate], task: Task, twin: Any
@@ -194,7 +218,7 @@ class PruneChannels(Step):
         if self.scope == "sensitivity":
             if macs.at(macs.sizes) <= share * total:
                 return [len(candidate.order) for candidate in candidates]
-            judges = _images(model, dataclasses.replace(task, calibrate=task.train or task.calibrate), _JUDGES)
+            judges = images_of(model, dataclasses.replace(task, calibrate=task.train or task.calibrate), _JUDGES)
             curves = self._curves(model, known, candidates, task, twin, judges)
             hurts = [
                 {width // candidate.each: cost for width, cost in curve.items()}
@@ -217,7 +241,7 @@ class PruneChannels(Step):
         widths = [candidate.choices(self.multiple_of) for candidate in candidates]
         sizes = [[width // c.each for width in row[1:]] for row, c in zip(widths, candidates, strict=True)]
         orders = [np.searchsorted(c.bundle.classes, c.order).tolist() for c in candidates]
-        calibration = _images(model, task, _CALIBRATION)
+        calibration = images_of(model, task, _CALIBRATION)
         curves = []
         for candidate, row, curve in zip(
             candidates, widths, divergences(known, bundles, sizes, orders, twin, calibration, images), strict=True
@@ -236,8 +260,9 @@ class PruneChannels(Step):
         return compared(model, cut, images)
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
-        """Raises SurgeryError when the plan is another model's; the model is then as it was."""
-        return cut(model, plan["kept"]) if plan else model
+        """Raises SurgeryError when the plan is another model's or was edited into one that cannot be; the model is then
+        as it was."""
+        return cut(model, cut_of(model, plan)) if plan else model
 
     def fit(self, model: nn.Module, task: Task) -> None:
         """Repairs a freshly cut model on up to 768 calibration images; without such data it stays as it was cut.
@@ -250,7 +275,7 @@ class PruneChannels(Step):
         kept = None if task.original is None else self._kept(model, task.original, task)
         if kept == {}:
             return
-        images = _images(model, task, _CALIBRATION)
+        images = images_of(model, task, _CALIBRATION)
         repair(model, images, None if kept is None else task.original, kept or {})
 
     def _kept(self, model: nn.Module, original: nn.Module, task: Task) -> dict[str, dict[str, list[int]]] | None:
@@ -288,9 +313,3 @@ class _Running(PruneChannels):
 
     def _kept(self, model: nn.Module, original: nn.Module, task: Task) -> dict[str, dict[str, list[int]]]:
         return self.planned["plan"].get("kept", {})
-
-
-def _images(model: nn.Module, task: Task, count: int) -> Tensor:
-    """(N, ...) unlabelled images, N at most `count`."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return torch.cat([batch_input(batch) for batch in task.calibration(count)])[:count].to(device)

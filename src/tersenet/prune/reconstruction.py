@@ -8,7 +8,7 @@ reach the rest of the network. Used for choosing channels, and for how much each
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from tersenet.graph.fold import fold_all
 from tersenet.graph.trace import trace
 from tersenet.numerics.elimination import Elimination, Reader, eliminate
 from tersenet.prune import rows
+from tersenet.prune.importance import reduced, share
 
 
 def folded(model: nn.Module, example: Tensor) -> fx.GraphModule:
@@ -67,8 +68,14 @@ def read_grams(twin: fx.GraphModule, paths: set[str], images: Tensor, batch: int
             return super().run_node(node)
 
     with torch.no_grad():
-        for part in images.split(batch):
-            Record(twin).run(part)
+        for number, part in enumerate(images.split(batch)):
+            if share(number):
+                Record(twin).run(part)
+    for path in plain:
+        if path not in sums:  # a process without images
+            size = twin.get_submodule(path).weight[0].numel()  # type: ignore[index]
+            sums[path] = torch.zeros(size, size, dtype=torch.float64, device=images.device)
+        reduced(sums[path])
     return {path: total / (len(chosen[path]) * len(images)) for path, total in sums.items()}
 
 
@@ -121,26 +128,24 @@ def losses(
     """
     plain = rows.plain_calls(twin)
     places = {node: i for i, node in enumerate(twin.graph.nodes)}
-    paths = [reading(known, bundle, plain) for bundle in bundles]
-    grams = read_grams(twin, {path for found in paths for path in found or ()}, images)
     result: list[Losses | None] = []
-    for i, (bundle, readers) in enumerate(zip(bundles, paths, strict=True)):
-        if readers is None:
+    for i, maps in enumerate(readers_of(known, bundles, twin, images)):
+        if maps is None:
             result.append(None)
             continue
-        maps = bundle_readers(known, bundle, readers, twin, grams)
-        found = eliminate(maps, keep[i] if keep else (), orders[i] if orders else None)
-        result.append(Losses(readers, min((plain[path] for path in readers), key=lambda node: places[node]), found))
+        found = eliminate(list(maps.values()), keep[i] if keep else (), orders[i] if orders else None)
+        result.append(Losses(list(maps), min((plain[path] for path in maps), key=lambda node: places[node]), found))
     return result
 
 
-def orders_of(
-    known: Coupling, bundles: Sequence[Bundle], names: Sequence[str], twin: fx.GraphModule, images: Tensor
-) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
-    """name -> (channels by number, least important first; their scores: what each one adds to the error)."""
-    result = {}
-    for name, lost in zip(names, losses(known, bundles, twin, images), strict=True):
-        if lost is not None:
-            costs = np.maximum.accumulate(np.diff(lost.found.errors))  # a channel that is kept matters no less
-            result[name] = (np.array(lost.found.order), costs)
-    return result
+def readers_of(
+    known: Coupling, bundles: Sequence[Bundle], twin: fx.GraphModule, images: Tensor
+) -> list[dict[str, Reader] | None]:
+    """Per bundle, path -> the layer that reads it as a linear map; None where its readers cannot make up for a loss."""
+    plain = rows.plain_calls(twin)
+    paths = [reading(known, bundle, plain) for bundle in bundles]
+    grams = read_grams(twin, {path for found in paths for path in found or ()}, images)
+    return [
+        None if found is None else dict(zip(found, bundle_readers(known, bundle, found, twin, grams), strict=True))
+        for bundle, found in zip(bundles, paths, strict=True)
+    ]
