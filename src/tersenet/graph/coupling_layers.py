@@ -9,7 +9,8 @@ import numpy as np
 from torch import nn
 
 from tersenet.bricks.brick import Brick
-from tersenet.graph.coupling_rules import pixel_shuffle, regroup, same, spatial
+from tersenet.graph.coupling_rules import pixel_shuffle, same, spatial
+from tersenet.graph.coupling_shapes import regroup
 from tersenet.graph.labels import Call, State, nothing, unknown
 from tersenet.graph.surgery import axes
 

@@ -20,16 +20,39 @@ Shape = tuple[int, ...]
 State = tuple[Vector | None, ...]  # one entry per dimension of a tensor
 
 
+@dataclass(frozen=True)
+class Split:
+    """A dimension of channels that a reshape splits into several.
+
+    Args:
+        parents: the labels that were split.
+        axes: labels of each new dimension; of a decided split, only those of the one that shrinks.
+        likely: number of the new dimension that shrinks when nothing speaks for another.
+    """
+
+    parents: Vector
+    axes: tuple[Vector, ...]
+    likely: int
+
+
 @dataclass
 class Labels:
-    """What is known about labels while a graph is being read."""
+    """What is known about labels while a graph is being read.
 
+    Args:
+        tagging: give every dimension of a split labels of its own, to see where each of them goes.
+        orders: (node, first new dimension) of a split -> its new dimensions, the one that should shrink first.
+    """
+
+    tagging: bool = False
+    orders: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=dict)
     count: int = 1  # label 0 is taken: it is what cannot be cut
     edges: list[tuple[Vector, Vector]] = field(default_factory=list)
     freezes: list[tuple[Vector, str]] = field(default_factory=list)
     slots: dict[tuple[str, str], Vector] = field(default_factory=dict)
     added: list[Vector] = field(default_factory=list)
-    literals: list[tuple[Vector, str]] = field(default_factory=list)
+    heads: list[Vector] = field(default_factory=list)
+    splits: dict[tuple[str, int], Split] = field(default_factory=dict)
 
     def fresh(self, size: int) -> Vector:
         """Labels that nothing else has."""
@@ -41,12 +64,13 @@ class Labels:
         """Position by position, two vectors hold the same channels; what meets a fixed position stays."""
         both = (a > 0) & (b > 0)
         self.edges.append((a[both], b[both]))
-        self.freeze(np.concatenate([a[b == 0], b[a == 0]]), reason)
+        if not both.all():
+            self.freeze(np.concatenate([a[b == 0], b[a == 0]]), reason)
 
     def unite_rows(self, rows: np.ndarray, reason: str) -> None:
         """(R, size): every row holds the same channels."""
-        for row in rows[1:]:
-            self.unite(rows[0], row, reason)
+        if len(rows) > 1 and not (rows == rows[0]).all():
+            self.unite(np.broadcast_to(rows[0], rows[1:].shape).ravel(), rows[1:].ravel(), reason)
 
     def freeze(self, labels: Vector | None, reason: str) -> None:
         """These channels stay. Of several reasons the first counts."""
@@ -67,24 +91,28 @@ class Labels:
             self.slots[path, role] = labels
         return labels
 
-    def resolve(self) -> tuple[np.ndarray, dict[int, str]]:
-        """(class of every label, reason of every frozen class); a class is named by its smallest label."""
+    def resolve(self) -> tuple[np.ndarray, np.ndarray]:
+        """(class of every label, which of `freezes` holds every class, -1 for none).
+
+        A class is named by its smallest label.
+        """
         root = np.arange(self.count)
         if self.edges:
             a = np.concatenate([edge[0] for edge in self.edges])
             b = np.concatenate([edge[1] for edge in self.edges])
             while True:
                 ra, rb = root[a], root[b]
-                if (ra == rb).all():
+                apart = ra != rb
+                if not apart.any():
                     break
+                a, b, ra, rb = a[apart], b[apart], ra[apart], rb[apart]
                 np.minimum.at(root, np.maximum(ra, rb), np.minimum(ra, rb))
                 while (root[root] != root).any():
                     root = root[root]
-        frozen: dict[int, str] = {}
-        for labels, reason in self.freezes:
-            for label in np.unique(root[labels]).tolist():
-                frozen.setdefault(label, reason)
-        return root, frozen
+        held = np.full(self.count, -1)
+        for i in range(len(self.freezes) - 1, -1, -1):  # backwards, so that the first reason is what stays
+            held[root[self.freezes[i][0]]] = i
+        return root, held
 
 
 @dataclass

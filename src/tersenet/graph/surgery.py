@@ -2,8 +2,9 @@
 
 A cut is plain JSON, {layer path: {role: kept indices}}. Roles: "out" and "in" of convolutions and linear layers,
 "channel" of layers that treat every channel alone (norms, PReLU, depthwise convolutions), "pad" of shortcuts that add
-channels of zeros (the zeros before, then those after). Layers are known by their attributes and not by their class,
-so bricks that look like a convolution are cut like one.
+channels of zeros (the zeros before, then those after), and "dim0", "dim1" and so on of parameters and buffers that no
+layer owns, whose path then takes the layer's place. A mask is cut with the weight under it. Layers are known by their
+attributes and not by their class, so bricks that look like a convolution are cut like one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tersenet.bricks.mask import Mask
 from tersenet.errors import SurgeryError
 
 Cut = Mapping[str, Mapping[str, Sequence[int]]]
@@ -52,7 +54,9 @@ class Axis:
 
 def axes(module: Any) -> dict[str, Axis]:
     """role -> axis of a layer; {} when it is of no kind that can be cut."""
-    if parametrize.is_parametrized(module) or any(child.state_dict() for child in module.children()):
+    if not _only_masks(module) or any(
+        child.state_dict() for name, child in module.named_children() if name != "parametrizations"
+    ):
         return {}  # children without numbers, such as the activation inside of timm's norms, are no hindrance
     if all(hasattr(module, name) for name in ("in_channels", "out_channels", "groups", "weight")):
         found = _convolution(module)
@@ -81,6 +85,13 @@ def axes(module: Any) -> dict[str, Axis]:
     else:
         return {}
     return _with_others(module, found)
+
+
+def _only_masks(module: Any) -> bool:
+    """Whether nothing but masks stands between a layer's numbers and what it computes with."""
+    if not parametrize.is_parametrized(module):
+        return True
+    return all(isinstance(one, Mask) for chain in module.parametrizations.values() for one in chain)
 
 
 def _convolution(module: Any) -> dict[str, Axis]:
@@ -139,7 +150,8 @@ def cut(model: nn.Module, kept: Cut, example: Tensor | None = None) -> nn.Module
         SurgeryError: when an index list does not fit its layer, or the cut model does not run on the example as
             before; names the layer and its operator, and the model is as it was.
     """
-    edits = [edit for path, roles in kept.items() for edit in _edits(model, path, roles)]
+    made: dict[int, nn.Parameter] = {}
+    edits = [edit for path, roles in kept.items() for edit in _edits(model, path, roles, made)]
     before = _shape(model, example) if example is not None else None
     undo: list[tuple[Any, str, Any]] = []
     try:
@@ -159,15 +171,83 @@ def cut(model: nn.Module, kept: Cut, example: Tensor | None = None) -> nn.Module
     return model
 
 
-def _edits(model: nn.Module, path: str, roles: Mapping[str, Sequence[int]]) -> list[tuple[Any, str, Any]]:
-    """What changes in one layer: (dictionary or module, name, new value), with nothing changed yet."""
+def tensor_of(model: nn.Module, path: str) -> tuple[dict[str, Any], str] | None:
+    """Where a parameter or buffer is kept, (dictionary, name); None when there is none of this path."""
+    owner, _, name = path.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return None
+    for place in (module._parameters, module._buffers):
+        if isinstance(place.get(name), Tensor):
+            return place, name
+    return None
+
+
+def _stored(module: Any, name: str) -> list[tuple[dict[str, Any], str]]:
+    """Where the numbers of a layer's tensor are kept; with a mask in front of it, those and the mask."""
+    if parametrize.is_parametrized(module, name):
+        chain = module.parametrizations[name]
+        return [(chain._parameters, "original"), *[(mask._buffers, "mask") for mask in chain]]
+    found = tensor_of(module, name)
+    return [] if found is None else [found]
+
+
+def _edits(
+    model: nn.Module, path: str, roles: Mapping[str, Sequence[int]], made: dict[int, nn.Parameter]
+) -> list[tuple[Any, str, Any]]:
+    """What changes in one layer: (dictionary or module, name, new value), with nothing changed yet.
+
+    Args:
+        made: identity of a parameter -> what was already cut out of it, so that what is shared stays shared.
+    """
+    tensors: dict[tuple[int, str], Tensor] = {}
+    places: dict[tuple[int, str], dict[str, Any]] = {}
+
+    def take(stored: list[tuple[dict[str, Any], str]], dim: int, index: Tensor) -> None:
+        for place, name in stored:
+            key = (id(place), name)
+            places[key] = place
+            tensor = tensors.get(key, place[name])
+            tensors[key] = tensor.detach().index_select(dim, index.to(tensor.device))
+
+    attributes: list[tuple[Any, str, Any]] = []
+    if all(role.startswith("dim") for role in roles):
+        found = tensor_of(model, path)
+        if found is None:
+            raise SurgeryError(f"there is no parameter '{path}' to cut; was the plan made for another model?")
+        for role, indices in roles.items():
+            dim = int(role[3:])
+            tensor = found[0][found[1]]
+            if dim >= tensor.dim():
+                raise SurgeryError(f"parameter '{path}' has no dimension {dim} to cut; it has {tensor.dim()}")
+            take([found], dim, _checked(path, "parameter", role, Axis(tensor.shape[dim]), indices))
+    else:
+        attributes = _layer_edits(model, path, roles, take)
+    edits: list[tuple[Any, str, Any]] = []
+    for (_, name), tensor in tensors.items():
+        place = places[_, name]
+        old = place[name]
+        if isinstance(old, nn.Parameter):
+            new = made.get(id(old))
+            if new is None or new.shape != tensor.shape:
+                new = made[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+            edits.append((place, name, new))
+        else:
+            edits.append((place, name, tensor))
+    return edits + attributes
+
+
+def _layer_edits(
+    model: nn.Module, path: str, roles: Mapping[str, Sequence[int]], take: Any
+) -> list[tuple[Any, str, Any]]:
+    """Takes what stays of a layer's tensors; gives the attributes that change, (module, name, new value)."""
     try:
         module: Any = model.get_submodule(path)
     except AttributeError:
         raise SurgeryError(f"there is no layer '{path}' to cut; was the plan made for another model?") from None
     known = axes(module)
     operator = type(module).__name__
-    tensors: dict[str, Tensor] = {}
     attributes: dict[str, Any] = {}
     for role, indices in roles.items():
         if role not in known:
@@ -179,21 +259,11 @@ def _edits(model: nn.Module, path: str, roles: Mapping[str, Sequence[int]]) -> l
             attributes["before"] = int((index < module.before).sum())
             attributes["after"] = len(index) - attributes["before"]
         for name, dim in axis.tensors.items():
-            tensor = tensors.get(name, getattr(module, name, None))
-            if tensor is not None:
-                places = axis.places(index) if name == "weight" or not axis.shared else index
-                tensors[name] = tensor.detach().index_select(dim, places.to(tensor.device))
+            take(_stored(module, name), dim, axis.places(index) if name == "weight" or not axis.shared else index)
         for name, units in axis.attributes.items():
             value = len(index) * units
             attributes[name] = (value,) if isinstance(getattr(module, name), tuple) else value
-    edits: list[tuple[Any, str, Any]] = []
-    for name, tensor in tensors.items():
-        old = module._parameters.get(name)
-        if old is not None:
-            edits.append((module._parameters, name, nn.Parameter(tensor, requires_grad=old.requires_grad)))
-        else:
-            edits.append((module._buffers, name, tensor))
-    return edits + [(module, name, value) for name, value in attributes.items()]
+    return [(module, name, value) for name, value in attributes.items()]
 
 
 def _checked(path: str, operator: str, role: str, axis: Axis, indices: Sequence[int]) -> Tensor:

@@ -25,27 +25,35 @@ from tersenet.bricks.brick import Brick
 from tersenet.errors import TraceError
 
 aten = torch.ops.aten
+Example = Tensor | tuple[Tensor, ...]  # what a model is called with
 _TORCH = str(Path(torch.__file__).parent)
 
 
-def export(model: nn.Module, example: Tensor, dynamic_batch: bool = True) -> ExportedProgram:
+def inputs_of(example: Example) -> tuple[Tensor, ...]:
+    """The inputs of a model, with a batch of at least 2: torch.export would fix a batch of 1."""
+    inputs = example if isinstance(example, tuple) else (example,)
+    return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
+
+
+def export(model: nn.Module, example: Example, dynamic_batch: bool = True) -> ExportedProgram:
     """torch.export in evaluation mode, with the batch left open where the model allows it.
 
     Args:
-        model: any module of one input; its modes are put back afterwards.
-        example: (N, ...). A batch of 1 would be fixed by torch.export, so it is doubled.
+        model: its modes are put back afterwards.
+        example: (N, ...), or a tuple of all inputs, each with the batch in front. A batch of 1 is doubled, unless it
+            is to stay fixed.
     Raises:
         TraceError: when the forward cannot be captured; says where.
     """
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:
         module.training = False  # an exported module refuses eval(), and has nothing to switch
-    if dynamic_batch and len(example) == 1:
-        example = torch.cat([example, example])
-    shapes = ({0: Dim.AUTO},) if dynamic_batch else None
+    plain = example if isinstance(example, tuple) else (example,)
+    inputs = inputs_of(example) if dynamic_batch else plain
+    shapes = tuple({0: Dim.AUTO} for _ in inputs) if dynamic_batch else None
     try:
         with torch.no_grad(), _silence():
-            return torch.export.export(model, (example,), dynamic_shapes=shapes)
+            return torch.export.export(model, inputs, dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises many kinds; each becomes one sentence
         raise TraceError(_why(model, error)) from error
     finally:
@@ -53,7 +61,7 @@ def export(model: nn.Module, example: Tensor, dynamic_batch: bool = True) -> Exp
             module.training = training
 
 
-def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
+def trace(model: nn.Module, example: Example) -> fx.GraphModule:
     """The model as a graph of its own layers.
 
     Every node has `meta["shape"]` (batch as in `example`, at least 2), `meta["dtype"]` and `meta["path"]`, the
@@ -64,6 +72,11 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
     """
     program = export(model, example)
     return _Folder(model, program).graph_module()
+
+
+def has_open_batch(graph: fx.GraphModule) -> bool:
+    """Whether a traced graph takes batches of any size; some forwards fix the size that they were captured with."""
+    return all(node.meta.get("open", False) for node in graph.graph.nodes if node.op == "placeholder")
 
 
 class _Folder:
@@ -190,6 +203,7 @@ class _Folder:
         if isinstance(value, Tensor):
             new.meta["shape"] = tuple(_hint(size) for size in value.shape)
             new.meta["dtype"] = value.dtype
+            new.meta["open"] = value.dim() > 0 and not isinstance(value.shape[0], int)
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         new.meta["path"] = stack[-1][0] if stack and stack[-1][0] in self.modules else ""
         if node.meta.get("stack_trace"):

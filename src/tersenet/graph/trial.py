@@ -1,0 +1,115 @@
+"""Tries a cut on copies without data: the model's own forward, or its graph with the sizes written anew.
+
+Copies live on the "meta" device: shapes are computed, numbers are not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tersenet.graph.literals import Rewrite, resize
+from tersenet.graph.surgery import Cut, cut, tensor_of
+from tersenet.graph.trace import is_leaf
+
+Shapes = Mapping[fx.Node, tuple[int, ...]]
+
+
+class _Culprit(Exception):
+    """A node of the graph fails. Its name and what it said stay apart: torch rewrites the text of errors."""
+
+    def __init__(self, name: str, said: str) -> None:
+        super().__init__(said)
+        self.name, self.said = name, said
+
+
+def only_in_graph(model: nn.Module, kept: Cut) -> bool:
+    """Whether a cut names a tensor that belongs to no module: a constant which the capture found."""
+    return any(
+        role.startswith("dim") and tensor_of(model, path) is None for path, roles in kept.items() for role in roles
+    )
+
+
+def of_model(model: nn.Module, kept: Cut, shapes: Shapes, inputs: tuple[Tensor, ...]) -> str | None:
+    """What goes wrong when the model runs cut; None when every layer gives the shape that it should.
+
+    Args:
+        shapes: node of the model's graph -> the shape it should have.
+    """
+    if only_in_graph(model, kept):
+        return "a constant in the forward would have to be cut"
+    twin = _without_numbers(model)
+    expected: dict[str, list[tuple[int, ...]]] = {}
+    layers = dict(model.named_modules(remove_duplicate=False))
+    for node, shape in shapes.items():
+        if node.op == "call_module" and str(node.target) in layers and is_leaf(layers[str(node.target)]):
+            expected.setdefault(str(node.target), []).append(shape)
+    wrong: list[str] = []
+
+    def check(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            want = expected[path].pop(0) if expected[path] else None
+            if want is not None and tuple(output.shape) != want and not wrong:
+                wrong.append(f"{path} gives {tuple(output.shape)} in place of {want}")
+
+        return hook
+
+    for module in twin.modules():
+        module.training = False
+    for path in expected:
+        twin.get_submodule(path).register_forward_hook(check(path))
+    try:
+        cut(twin, kept)
+        with torch.device("meta"), torch.no_grad():
+            twin(*inputs)
+    except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
+        return _said(error)
+    return wrong[0] if wrong else None
+
+
+def of_graph(
+    graph: fx.GraphModule, kept: Cut, found: Mapping[str, Rewrite], shapes: Shapes, inputs: tuple[Tensor, ...]
+) -> tuple[fx.Node, str] | None:
+    """(node, what it said) of the first operator that goes wrong in a cut graph; None when none does."""
+    twin = _without_numbers(graph)
+    cut(twin, kept)
+    resize(twin, dict(found))
+    twin.eval()
+    wanted = {node.name: (node, shape) for node, shape in shapes.items()}
+    origin = {node.name: node for node in graph.graph.nodes}
+
+    class Checked(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            try:
+                value = super().run_node(node)
+            except Exception as error:
+                raise _Culprit(node.name, _said(error)) from error
+            if node.name in wanted and isinstance(value, Tensor) and tuple(value.shape) != wanted[node.name][1]:
+                said = f"it gives {tuple(value.shape)} in place of {wanted[node.name][1]}"
+                raise _Culprit(node.name, said)
+            return value
+
+    try:
+        with torch.device("meta"), torch.no_grad():
+            Checked(twin).run(*inputs)
+    except _Culprit as culprit:
+        return origin[culprit.name], culprit.said
+    return None
+
+
+def _without_numbers(model: nn.Module) -> Any:
+    """A copy on the "meta" device."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _said(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
