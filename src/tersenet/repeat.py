@@ -31,6 +31,9 @@ class Repeat(Step):
     """Runs its steps over and over on what they made, until a round loses too much; that round is thrown away.
 
     A step that removes a share of what is left takes that share of ever less: 20 % a round leave 0.8^n after n rounds.
+    So does `prune_channels: {sparsity: 0.2}`. `prune_weights` counts its sparsity over all weights, those that are gone
+    included; `prune_weights: {percentile: 20}` counts what is left. A round that takes nothing more away (the shapes
+    and masks stay as they are) ends the repetition and is thrown away too.
 
     What is lost is counted against the model as it came into this step, in points, and judged by one of two things:
 
@@ -103,8 +106,8 @@ class Repeat(Step):
                 if rounds:  # to find nothing more is how a repetition ends, and no news
                     warnings.simplefilter("ignore", NoEffect)
                 candidate, plan = Chain(steps=self.steps).run(copy.deepcopy(model), task)
-            if not plan:
-                ended_by = f"round {number} changed nothing"
+            if not plan or _same_shapes_and_masks(model, candidate):
+                ended_by = f"round {number} took nothing more away"
                 break
             drop = None if lost is None else round(lost(candidate), 6)  # 100 * (1 - 0.97) is above 3
             if drop is not None:
@@ -148,6 +151,19 @@ def _judge(model: nn.Module, task: Task, images: int) -> tuple[str, Callable[[nn
             return 100 * (1 - score_model(found, compared, _Few(data, images)).value)
 
     return "agreement on training images", lost
+
+
+def _same_shapes_and_masks(before: nn.Module, after: nn.Module) -> bool:
+    """Whether two models have the same layers, the same shapes, and the same values of what is true or false."""
+    was, now = before.state_dict(), after.state_dict()
+    # Kinds by name: a parametrized layer has a class of its own, and its copy another.
+    kinds = [[(path, type(module).__name__) for path, module in model.named_modules()] for model in (before, after)]
+    shapes = [[(key, value.shape, value.dtype) for key, value in state.items()] for state in (was, now)]
+    return (
+        kinds[0] == kinds[1]
+        and shapes[0] == shapes[1]
+        and all(torch.equal(was[key], value) for key, value in now.items() if value.dtype == torch.bool)
+    )
 
 
 @dataclass(frozen=True)

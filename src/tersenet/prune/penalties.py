@@ -65,7 +65,7 @@ class ScalePenalty(_Penalty):
 
         loss = strength * sum_c |gamma_c|        d loss / d gamma_c = strength * sign(gamma_c), 0 at 0
 
-    A channel whose scale is near 0 is near a constant, which `prune_channels` with importance bn_scale then takes out.
+    A channel whose scale is near 0 is near a constant, which `prune_channels` with importance batch_norm then takes out.
 
     Args:
         strength: at least 0; the paper takes 1e-4 for VGG and 1e-5 for ResNets.
@@ -92,6 +92,8 @@ class GroupLasso(_Penalty):
     """strength * sum over groups g of sqrt(|g|) * ||w_g||, over convolutions and linear layers.
 
         d loss / d w_g = strength * sqrt(|g|) * w_g / ||w_g||, 0 where w_g = 0
+
+    A batch norm takes back what its layer's filters lose in size: before norms push "channels", or use ScalePenalty.
 
     Args:
         strength: at least 0.
