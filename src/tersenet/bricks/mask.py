@@ -39,6 +39,7 @@ class Mask(Brick):
         self.register_buffer("mask", torch.ones(tuple(shape), dtype=torch.bool))
         self.register_buffer("round", torch.zeros((), dtype=torch.int32))
         self.regrowing = False  # only inside one batch of a training
+        self._entered: int | None = None  # `round` where this process has seen it, to not wait for a GPU
 
     def config(self) -> dict[str, Any]:
         return {"shape": list(self.mask.shape), "pattern": self.pattern}
@@ -53,6 +54,17 @@ class Mask(Brick):
         if self.regrowing and torch.is_grad_enabled() and weight.requires_grad:
             return _StraightThrough.apply(weight, self.mask)
         return torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+
+    def enter(self, round: int) -> None:
+        """Notes the round of a ramp."""
+        self.round.fill_(round)
+        self._entered = round
+
+    def entered(self) -> int:
+        """The round that was noted last, in another process too."""
+        if self._entered is None:
+            self._entered = int(self.round)
+        return self._entered
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """What `layer.weight = ...` stores under the mask."""
@@ -103,9 +115,12 @@ def attach(layer: Any, pattern: str = "weight") -> Mask:
     return found
 
 
-def detach(layer: Any) -> None:
-    """Makes the zeros of a layer's weight permanent and takes the mask away, with whatever else is on the weight."""
-    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+def release(layer: Any, name: str = "weight") -> None:
+    """Makes the zeros of a layer's mask permanent and takes the mask away, with whatever else is on the tensor."""
+    # A copy of a parametrized layer shares its class, from which torch takes the property away: so the class first.
+    kind = type(layer)
+    layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+    parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
 
 
 def only_masked(layer: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tersenet.bricks.mask import release
 from tersenet.bricks.quantized import QuantizedLayer
 
 
@@ -28,7 +29,7 @@ def settle(model: nn.Module) -> nn.Module:
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+                release(module, name)
         if not isinstance(module, QuantizedLayer):
             continue
         if module not in done:

@@ -16,13 +16,14 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from tersenet.bricks.brick import Brick
+from tersenet.bricks.mask import only_masked, stored_weight
 
 
 def foldable(graph: fx.GraphModule) -> list[tuple[str, str]]:
     """(layer, norm) paths of the batch norms that can be folded.
 
     The norm must be the only user of the layer, both must be called once, and the norm must keep running statistics.
-    A layer with a mask or another parametrization is left alone: settle it first.
+    A layer with a mask keeps it; one with another parametrization is left alone: settle it first.
     """
     calls = Counter(node.target for node in graph.graph.nodes if node.op == "call_module")
     found = []
@@ -44,7 +45,7 @@ def _fits(layer: nn.Module, norm: nn.Module) -> bool:
         and not isinstance(layer, Brick)
         and isinstance(norm, _BatchNorm)
         and norm.running_mean is not None
-        and not parametrize.is_parametrized(layer)
+        and (not parametrize.is_parametrized(layer) or only_masked(layer))
         and not parametrize.is_parametrized(norm)
     )
 
@@ -52,9 +53,10 @@ def _fits(layer: nn.Module, norm: nn.Module) -> bool:
 def fold(layer: Any, norm: Any) -> None:
     """Moves an evaluating batch norm into the weight and bias of the layer before it; gives it a bias if it has none.
 
-    weight' = weight * g / sqrt(var + eps), bias' = (bias - mean) * g / sqrt(var + eps) + b, per output channel.
+    weight' = weight * g / sqrt(var + eps), bias' = (bias - mean) * g / sqrt(var + eps) + b, per output channel. Numbers
+    under a mask are scaled like the others, so the mask still means the same.
     """
-    weight: Tensor = layer.weight
+    weight: Tensor = stored_weight(layer)
     with torch.no_grad():
         mean, variance = norm.running_mean.double(), norm.running_var.double()
         factor = torch.rsqrt(variance + norm.eps)
@@ -65,7 +67,10 @@ def fold(layer: Any, norm: Any) -> None:
             shift = norm.bias.double()
         bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.double()
         folded = (weight.double() * _beside(factor, layer)).to(weight.dtype)
-        layer.weight = nn.Parameter(folded, requires_grad=weight.requires_grad)
+        if only_masked(layer):
+            layer.parametrizations["weight"].original = nn.Parameter(folded, requires_grad=weight.requires_grad)
+        else:
+            layer.weight = nn.Parameter(folded, requires_grad=weight.requires_grad)
         layer.bias = nn.Parameter(((bias - mean) * factor + shift).to(weight.dtype))
 
 

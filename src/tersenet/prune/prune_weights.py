@@ -1,0 +1,192 @@
+"""Sets weights to zero, one by one or in patterns, and keeps them there by masks.
+
+Magnitude: Han et al., "Learning both weights and connections for efficient neural networks", arXiv:1506.02626. What
+else a weight can be judged by is in prune/weight_scores.py, what goes together in numerics/patterns.py, how much goes
+in prune/choose.py, and the repair without training in prune/refit.py. Zeros alone make no file faster, and only some
+make it smaller: prune/worth.py says what each pattern buys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from tersenet.bricks.mask import attach, masked_layers, stored_weight
+from tersenet.errors import ModelError, SettingsError
+from tersenet.numerics.patterns import Pattern, can_lose, parse
+from tersenet.prune.choose import Cutoff, Scope, Scored, choose, output_first
+from tersenet.prune.weight_scores import DATA, IMPORTANCES, scores_of
+from tersenet.step import Plan, Step
+from tersenet.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneWeights(Step):
+    """Masks the least important weights. The layers keep their shapes, and the numbers under the masks.
+
+    Layers whose weight is frozen (requires_grad=False) are left alone. A layer that has a mask already gets a tighter
+    one: what is gone stays gone. For pruning during a training set `sparsity: 0`, which attaches masks that let
+    everything through, and give the training a `ramp`.
+
+    Args:
+        sparsity: share of the weights that become zero, 0 <= sparsity < 1, counted over all weights of a layer or,
+            with scope "global", of all layers together. None is 0.5, or all that an "N:M" pattern asks for, which is
+            then also the most.
+        pattern: what goes together: "weight", "row", "column", "kernel", "filter" (masked, not cut out), blocks such as
+            "16x1" (output x input channels), or "2:4" (at most 2 of 4 along the input channels stay).
+        importance: "l1" or "l2" magnitude, "lamp", "random" as the control; with labelled data the mean "gradient",
+            "taylor" or "fisher"; with unlabelled data "obs", the error of the layer's own output once the other weights
+            make up for it. A group's importance is the mean of its weights'.
+        scope: "layer" takes the same share of every layer; "global" the least important of all.
+        percentile: in place of `sparsity`, what scores below this percentile goes, 0 to 100.
+        threshold: in place of both, what scores below this value goes; of l1 that is the mean |w| of a group.
+        refit: move the weights that stay to where the layer's output is nearest to what it was, on calibration data,
+            and measure the norms anew (optimal brain surgeon, layer by layer).
+        samples: how many calibration samples importance and refit may read.
+    """
+
+    family: ClassVar[str] = "prune"
+    summary: ClassVar[str] = "sets weights to zero, one by one or in patterns, and keeps them there by masks"
+    serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
+    special_runtime: ClassVar[bool] = True
+
+    sparsity: float | None = None
+    pattern: str = "weight"
+    importance: str = "l1"
+    scope: Scope = "layer"
+    percentile: float | None = None
+    threshold: float | None = None
+    refit: bool = False
+    samples: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pattern = parse(self.pattern)
+        if self.importance not in IMPORTANCES:
+            raise SettingsError(f"importance must be one of {', '.join(IMPORTANCES)}, got {self.importance!r}")
+        if self.scope not in ("layer", "global"):
+            raise SettingsError(f"scope must be layer or global, got {self.scope!r}")
+        given = [name for name in ("sparsity", "percentile", "threshold") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise SettingsError(f"{given[0]} and {given[1]} are both set; give one of them")
+        check_sparsity(self.sparsity, pattern)
+        if self.percentile is not None and not 0 <= self.percentile <= 100:
+            raise SettingsError(f"percentile must lie in [0, 100], got {self.percentile}; it is one of the scores")
+        if self.threshold is not None and not 0 <= self.threshold < math.inf:
+            raise SettingsError(f"threshold must be a number of at least 0, got {self.threshold}")
+        if self.samples < 1:
+            raise SettingsError(f"samples must be at least 1, got {self.samples}")
+
+    def data_needed(self) -> str:
+        needed = DATA[self.importance]
+        return "inputs" if self.refit and needed == "nothing" else needed
+
+    def plan(self, model: nn.Module, task: Task) -> Plan:
+        """{"masks": {path: pattern}}: the layers that have something to lose and something left then."""
+        pattern = parse(self.pattern)
+        found = {path: self.pattern for path, layer in maskable(model, self) if _can_lose(layer, pattern)}
+        return {"masks": found} if found else {}
+
+    def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Attaches masks that let everything through. Raises SettingsError when the plan is another model's."""
+        for path, pattern in plan.get("masks", {}).items():
+            try:
+                layer = model.get_submodule(path)
+            except AttributeError:
+                raise SettingsError(
+                    f"the plan masks {path}, which this model has not; apply it to the model it is of"
+                ) from None
+            if not _has_weight(layer):
+                raise SettingsError(
+                    f"the plan masks {path}, which is {type(layer).__name__} here; it is another model's"
+                )
+            parse(pattern)
+            attach(layer, pattern)
+        return model
+
+    def fit(self, model: nn.Module, task: Task) -> None:
+        """Chooses the masks, then moves what stays where `refit` asks for it.
+
+        Raises:
+            DataError: without the data that the importance or the refit needs.
+            ModelError: on weights that are not finite.
+        """
+        pattern = parse(self.pattern)
+        found = {
+            path: (layer, mask)
+            for path, layer, mask in masked_layers(model)
+            if mask.pattern == self.pattern and self.matches(path, layer) and _can_lose(layer, pattern)
+        }
+        if not found:
+            return
+        for path, (layer, _) in found.items():
+            if not bool(torch.isfinite(layer.weight).all()):
+                raise ModelError(f"the weights of {path or 'the layer'} hold NaN or infinity; load finite weights")
+        cutoff = self._cutoff(pattern)
+        if cutoff.share != 0.0:
+            scores = scores_of(
+                model, {path: layer for path, (layer, _) in found.items()}, task, self.importance, self.samples
+            )
+            scored = {
+                path: Scored(output_first(layer, scores[path]), output_first(layer, mask.mask), pattern)
+                for path, (layer, mask) in found.items()
+            }
+            refit = None
+            if self.refit:
+                from tersenet.prune.refit import Refit
+
+                refit = Refit(model, found, task, self.samples)
+            for path, kept in choose(scored, cutoff, self.scope).items():
+                layer, mask = found[path]
+                mask.mask.copy_(output_first(layer, kept))
+            if refit is not None:
+                refit.run()
+
+    def _cutoff(self, pattern: Pattern) -> Cutoff:
+        if self.percentile is not None:
+            return Cutoff(percentile=self.percentile)
+        if self.threshold is not None:
+            return Cutoff(value=self.threshold)
+        share = self.sparsity
+        if share is None:
+            share = 0.5 if pattern.group is None else pattern.highest
+        return Cutoff(share=share)
+
+
+def check_sparsity(sparsity: float | None, pattern: Pattern) -> None:
+    """Raises SettingsError when it is no share, or more than an N:M pattern takes."""
+    if sparsity is None:
+        return
+    if not 0 <= sparsity < 1:
+        raise SettingsError(f"sparsity must lie in [0, 1), got {sparsity}; it is the share of weights that become zero")
+    if sparsity > pattern.highest:
+        raise SettingsError(
+            f"sparsity is {sparsity}, but pattern {pattern.name} takes {pattern.highest:g} of the weights at most; "
+            "leave sparsity out, or take another pattern"
+        )
+
+
+def maskable(model: nn.Module, step: Step) -> Iterator[tuple[str, Any]]:
+    """(path, layer) of what the step may give a mask, in the model's order."""
+    for path, module in model.named_modules():
+        if _has_weight(module) and step.matches(path, module):
+            yield path, module
+
+
+def _has_weight(module: Any) -> bool:
+    """A convolution or linear layer whose weight learns. Integers of a settled layer do not, nor do constants, such as
+    the 0 and 1 of a shortcut that `quantize` made a convolution of."""
+    if not isinstance(module, _ConvNd | nn.Linear):
+        return False
+    weight: Any = stored_weight(module)
+    return isinstance(weight, nn.Parameter) and weight.requires_grad
+
+
+def _can_lose(layer: Any, pattern: Pattern) -> bool:
+    return can_lose(tuple(output_first(layer, layer.weight).shape), pattern)
