@@ -11,11 +11,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cases import task_for, tiny
 from tersenet.errors import DataError, NoEffect, SettingsError
 from tersenet.prune.prune_channels import PruneChannels
+from tersenet.prune.prune_weights import PruneWeights
+from tersenet.prune.rewind import Rewind
 from tersenet.recipe import Recipe
 from tersenet.repeat import Repeat
 from tersenet.step import Companion, Plan, Step
@@ -181,6 +184,27 @@ def test_rounds_take_ever_more_and_replay_in_order_on_a_fresh_model() -> None:
     assert torch.equal(again.eval()(task.example), changed.eval()(task.example))
     with pytest.raises(SettingsError, match="the plan is of"):
         Repeat(steps=(Train(),)).apply(copy.deepcopy(model), plan)
+
+
+def test_lottery_tickets(tmp_path: Path) -> None:
+    """A fifth of what is left goes in each round, and what stays begins again from the early weights."""
+    early = _net(50)
+    save_file(early.state_dict(), tmp_path / "early.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randn(8, 3, generator=generator), torch.arange(8) % 2)]
+    task = Task(example=data[0][0][:2], train=data, quiet=True)
+    model, _ = Train(epochs=2, learning_rate=0.1, logger="none").run(copy.deepcopy(early), task)
+    steps = (PruneWeights(percentile=20, scope="global"), Rewind(to=str(tmp_path / "early.safetensors")))
+    ticket, plan = Repeat(steps=steps, until_drop=None, at_most=3).run(copy.deepcopy(model), task)
+    layers = [(ticket[index], early[index]) for index in (0, 2)]  # type: ignore[index]
+    weights = torch.cat([layer.weight.detach().flatten() for layer, _ in layers])
+    assert float((weights != 0).double().mean()) == pytest.approx(0.8**3, abs=0.01)
+    for layer, was in layers:
+        assert torch.equal(layer.weight, torch.where(layer.weight != 0, was.weight, 0.0))
+        assert torch.equal(layer.bias, was.bias)
+    again = Repeat(steps=steps, until_drop=None).apply(_net(50), json.loads(json.dumps(plan)))
+    again.load_state_dict(ticket.state_dict())
+    assert torch.equal(again(task.example), ticket(task.example))
 
 
 @dataclass(frozen=True, kw_only=True)
