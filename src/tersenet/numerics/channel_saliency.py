@@ -92,7 +92,8 @@ def second_order(gates: np.ndarray) -> np.ndarray:
 
 def additions(reader: Reader) -> Tensor:
     """(n, n) Gram matrix of what channels add to the outputs of a layer: sum over outputs of (W_c x_c)(W_d x_d)."""
-    products = reader.gram.double() * (reader.weight.double().T @ reader.weight.double())  # (I, I)
+    weight = reader.weight.detach().double()
+    products = reader.gram.detach().double() * (weight.T @ weight)  # (I, I)
     count, each = reader.groups.shape
     flat = reader.groups.flatten()
     return products[flat][:, flat].view(count, each, count, each).sum(dim=(1, 3))

@@ -5,6 +5,8 @@
               "layer1.0.bn1": {"channel": [0, 2, 5]}, "layer1.0.conv2": {"in": [0, 2, 5]}},
      "input": "2x3x32x32", "check": "ab4cf411-91b0d1d4"}     shape of an input; checksums of `keep` and `kept`
 
+"traced" is in it where the model's own forward cannot stay, because sizes are written in it: graph/recut.py.
+
 A plan that nobody edited is applied as it stands. After an edit of `keep` the model is traced with an input of that
 shape, and the rest is found anew. `{"keep": ..., "input": ...}` alone is a plan, too. An edit that cannot be is
 refused, naming the layers; so is an edit of `kept` that coupled layers disagree about.
@@ -24,25 +26,25 @@ from torch import Tensor, nn
 
 from tersenet.errors import SurgeryError
 from tersenet.graph.coupling import Coupling, coupling
-from tersenet.graph.surgery import Cut
 from tersenet.prune.budget import name_of
 
 
-def plan_of(known: Coupling, removed: np.ndarray, example: Tensor) -> dict[str, Any]:
+def plan_of(model: nn.Module, known: Coupling, removed: np.ndarray, example: Tensor) -> dict[str, Any]:
     """The plan that removes these classes; {} when there are none."""
     if not len(removed):
         return {}
-    kept = known.kept(removed)
+    found = known.plan(model, removed)
+    kept = found["kept"]
     cut = [bundle for bundle in known.bundles if np.isin(bundle.classes, removed).any()]
     makers = dict.fromkeys(name_of(bundle) for bundle in cut)
     keep = {path: kept[path][_maker(known, path)] for path in makers}
     shape = "x".join(map(str, example.shape))
     kind = {} if example.dtype == torch.float32 else {"input_type": str(example.dtype).removeprefix("torch.")}
-    return {"keep": keep, "kept": kept, "input": shape, **kind, "check": f"{_checksum(keep)}-{_checksum(kept)}"}
+    return {"keep": keep, **found, "input": shape, **kind, "check": f"{_checksum(keep)}-{_checksum(kept)}"}
 
 
-def cut_of(model: nn.Module, plan: Mapping[str, Any]) -> Cut:
-    """What a plan, edited or not, does to a model.
+def cut_of(model: nn.Module, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What a plan, edited or not, does to a model, for graph/recut.py.
 
     Raises:
         SurgeryError: for an edit that cannot be, or another model's plan.
@@ -53,21 +55,21 @@ def cut_of(model: nn.Module, plan: Mapping[str, Any]) -> Cut:
     kept_as_written, keep_as_written = _as_written(plan)
     unedited = kept_as_written and (keep is None or keep_as_written)
     if kept is not None and (unedited or (keep is None and "input" not in plan)):
-        return kept
+        return {key: plan[key] for key in ("kept", "traced") if key in plan}
     known = coupling(model, _example(model, plan))
     if keep is None:
         assert kept is not None
-        return known.kept(
-            removed_by(model, known, {(path, role): kept[path][role] for path in kept for role in kept[path]})
-        )
-    derived = known.kept(removed_by(model, known, keep))
+        every = {(path, role): kept[path][role] for path in kept for role in kept[path]}
+        return known.plan(model, removed_by(model, known, every))
+    found = known.plan(model, removed_by(model, known, keep))
+    derived = found["kept"]
     if kept is not None and not kept_as_written and _checksum(kept) != _checksum(derived):
         path = next(path for path in {**kept, **derived} if kept.get(path) != derived.get(path))
         raise SurgeryError(
             f"the plan was edited in 'kept', which disagrees with 'keep' about layer '{path}'; edit 'keep' only, and "
             "take 'kept' out"
         )
-    return derived
+    return found
 
 
 def removed_by(model: nn.Module, known: Coupling, keep: Mapping[Any, Sequence[int]]) -> np.ndarray:

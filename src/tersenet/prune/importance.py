@@ -238,7 +238,8 @@ def _loss(model: nn.Module, task: Task, batch: Any, number: int) -> Tensor:
             "the importance needs gradients of a loss, and labels can be drawn from logits (N, classes) only, got "
             f"{_shape(outputs)}; give labelled data as task.train"
         )
-    generator = torch.Generator().manual_seed((task.seed << 32) + number)
+    mixed = int(np.random.SeedSequence([task.seed, number]).generate_state(1)[0])
+    generator = torch.Generator().manual_seed(mixed)
     drawn = torch.multinomial(outputs.detach().softmax(dim=1).cpu(), 1, generator=generator)[:, 0]
     return task.loss(outputs, (batch_input(batch), drawn.to(outputs.device)))
 
