@@ -36,26 +36,27 @@ from torch import Tensor, fx, nn
 from tersenet.deploy.machine import machine
 from tersenet.graph import trace as capture
 from tersenet.graph.coupling import Coupling, coupling
-from tersenet.graph.surgery import cut
+from tersenet.graph.recut import recut
 from tersenet.models.sources import open_model
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
-TIMM = (
-    "convnext_atto convnextv2_atto efficientnet_b0 efficientnetv2_rw_t mobilenetv3_large_100 mobilenetv4_conv_small "
-    "mobilenetv4_hybrid_medium regnetx_002 regnety_002 regnetz_b16 resnest14d dla34 hrnet_w18_small ghostnet_050 "
-    "ghostnetv2_100 vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 swin_tiny_patch4_window7_224 "
-    "swinv2_cr_tiny_224 maxvit_nano_rw_256 mobilevit_xxs mobilevitv2_050 poolformer_s12 mixer_s32_224 gmlp_ti16_224 "
-    "resmlp_12_224 coatnet_nano_rw_224 edgenext_xx_small fastvit_t8 repvgg_a0 repvit_m0_9 tiny_vit_5m_224 levit_128s "
-    "efficientformer_l1 efficientformerv2_s0 pvt_v2_b0 twins_svt_small cspresnet50 cspdarknet53 ese_vovnet19b_slim "
-    "res2net50_14w_8s seresnet18 skresnet18 nf_regnet_b0 densenetblur121d xception41 inception_v4 nasnetalarge "
-    "pnasnet5large beit_base_patch16_224 cait_xxs24_224 xcit_nano_12_p16_224 convmixer_768_32 visformer_tiny "
-    "caformer_s18 focalnet_tiny_srf"
-).split()
-SEGMENTATION = (
-    "deeplabv3_mobilenet_v3_large deeplabv3_resnet50 deeplabv3_resnet101 fcn_resnet50 fcn_resnet101 "
-    "lraspp_mobilenet_v3_large"
-).split()
+TIMM = [
+    "convnext_atto", "convnextv2_atto", "efficientnet_b0", "efficientnetv2_rw_t", "mobilenetv3_large_100",
+    "mobilenetv4_conv_small", "mobilenetv4_hybrid_medium", "regnetx_002", "regnety_002", "regnetz_b16", "resnest14d",
+    "dla34", "hrnet_w18_small", "ghostnet_050", "ghostnetv2_100", "vit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224", "swinv2_cr_tiny_224", "maxvit_nano_rw_256",
+    "mobilevit_xxs", "mobilevitv2_050", "poolformer_s12", "mixer_s32_224", "gmlp_ti16_224", "resmlp_12_224",
+    "coatnet_nano_rw_224", "edgenext_xx_small", "fastvit_t8", "repvgg_a0", "repvit_m0_9", "tiny_vit_5m_224",
+    "levit_128s", "efficientformer_l1", "efficientformerv2_s0", "pvt_v2_b0", "twins_svt_small", "cspresnet50",
+    "cspdarknet53", "ese_vovnet19b_slim", "res2net50_14w_8s", "seresnet18", "skresnet18", "nf_regnet_b0",
+    "densenetblur121d", "xception41", "inception_v4", "nasnetalarge", "pnasnet5large", "beit_base_patch16_224",
+    "cait_xxs24_224", "xcit_nano_12_p16_224", "convmixer_768_32", "visformer_tiny", "caformer_s18", "focalnet_tiny_srf",
+]  # fmt: skip
+SEGMENTATION = [
+    "deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet50", "fcn_resnet101",
+    "lraspp_mobilenet_v3_large",
+]  # fmt: skip
 
 
 def names() -> list[str]:
@@ -87,10 +88,11 @@ class Raw(nn.Module):
 def build(name: str) -> tuple[nn.Module, Tensor]:
     """The network with random numbers, also in its norms, and an input."""
     torch.manual_seed(0)
-    family, _, short = name.partition(":")
+    short = name.partition(":")[2]
     if name == "yolo":
         spec = importlib.util.spec_from_file_location("yolo", ROOT / "tests" / "graph" / "yolo.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         model, size = module.Yolo(), (256, 256)
@@ -141,21 +143,23 @@ def one(name: str) -> dict[str, Any]:
     started = time.perf_counter()
     known = coupling(model, example)
     row["coupling_seconds"] = time.perf_counter() - started - sum(spent)
-    row["export_seconds"] = sum(spent)
+    row["stays"] = stays(model, known, row["parameters"])
     removed = half(known)
     with torch.no_grad():
+        pair = torch.cat([example, torch.randn_like(example)])  # a graph is captured with a batch of 2
         before = leaves(model(example))
-        expected = leaves(Zeroed(known, removed).run(example))
+        expected = leaves(Zeroed(known, removed).run(pair))
+        exports = sum(spent)
         started = time.perf_counter()
-        kept = known.kept(removed)
-        cut(model, kept)
-        row["cut_seconds"] = time.perf_counter() - started
-        row["stays"] = stays(model, known, row["parameters"])
+        model = recut(model, known.plan(model, removed)).eval()
+        row["cut_seconds"] = time.perf_counter() - started - (sum(spent) - exports)
+        row["export_seconds"] = sum(spent)
         row["left"] = count(model)
-        after = leaves(model(example))
-    row["same_shapes"] = [tuple(t.shape) for t in before] == [tuple(t.shape) for t in after]
+        row["traced"] = isinstance(model, fx.GraphModule)
+        after, both = leaves(model(example)), leaves(model(pair))
+    row["same_shapes"] = [t.shape for t in before] == [t.shape for t in after]
     if row["same_shapes"]:
-        row["difference"] = max(difference(a, b) for a, b in zip(after, expected, strict=True))
+        row["difference"] = max(difference(a, b) for a, b in zip(both, expected, strict=True))
     return row
 
 
@@ -184,23 +188,25 @@ def stays(model: nn.Module, known: Coupling, total: int) -> dict[str, float]:
     free = {path for (path, _), classes in known.slots.items() if classes.any()}
     called = {str(node.target) for node in known.graph.graph.nodes if node.op in ("call_module", "get_attr")}
     shares: Counter[str] = Counter()
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
-        seen.update(map(id, own))
-        size = sum(parameter.numel() for parameter in own)
-        if not size or path in free:
+    for name, parameter in model.named_parameters():
+        path = name.rpartition(".")[0]
+        if path in free or name in free:
             continue
-        inside = any(name == path or name.startswith(path + ".") for name in called)
-        why = known.frozen.get(path, "parameters of no layer" if inside else "not called in evaluation mode")
-        if "is the model's output" not in why and "are the model's output" not in why:
-            shares[shorter(why)] += size / total  # type: ignore[assignment]
+        why = known.frozen.get(path) or known.frozen.get(name)
+        if why is None:
+            used = name in called or any(path == one or path.startswith(one + ".") for one in called)
+            why = "read by nothing that can be cut" if used else "not called in evaluation mode"
+        if "the model's output" not in why:
+            shares[shorter(why)] += parameter.numel() / total  # type: ignore[assignment]
     return {why: round(share, 4) for why, share in shares.most_common() if share >= 0.0005}
 
 
 def shorter(why: str) -> str:
     """A reason without the place: the same reason in many layers is one."""
     return re.sub(r"^(\S+) in .* ((?:has|is|meets|works|takes|moves|merges|pads|repeats|reads)\b.*)$", r"\1 \2", why)
+
+
+_NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")
 
 
 class Zeroed(fx.Interpreter):
@@ -212,13 +218,14 @@ class Zeroed(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
-        if node.op in ("call_function", "call_module") and isinstance(result, Tensor):
-            masks = self.masks(node)
-            if self.normalises(node):
-                result = self.again(node, masks, result)
-            for dim, mask in enumerate(masks):
-                if mask is not None:
-                    result = result * mask.view([-1 if d == dim else 1 for d in range(result.dim())])
+        if node.op not in ("call_function", "call_module") or not isinstance(result, Tensor):
+            return result
+        masks = self.masks(node)
+        if self.normalises(node):
+            result = self.again(node, result.shape)
+        for dim, mask in enumerate(masks):
+            if mask is not None:
+                result = result * mask.view([-1 if d == dim else 1 for d in range(result.dim())])
         return result
 
     def masks(self, node: fx.Node) -> list[Tensor | None]:
@@ -232,28 +239,48 @@ class Zeroed(fx.Interpreter):
         if node.op == "call_module":
             module = self.module.get_submodule(str(node.target))
             return hasattr(module, "normalized_shape") or hasattr(module, "num_groups")
-        return False
+        return str(node.target).split(".")[1:2] in ([name] for name in ("mean", "var", "std", *_NORMS))
 
-    def again(self, node: fx.Node, masks: list[Tensor | None], result: Tensor) -> Tensor:
-        """A norm over the channels that are left, put back in their places."""
-        module: Any = copy.copy(self.module.get_submodule(str(node.target)))
-        (value,) = self.fetch_args_kwargs_from_env(node)[0]
-        dim = value.dim() - 1 if hasattr(module, "normalized_shape") else 1
-        mask = masks[dim]
-        if mask is None or bool(mask.all()):
-            return result
-        index = mask.nonzero().flatten()
-        value = value.index_select(dim, index)
-        weight = None if module.weight is None else module.weight[index]
-        bias = None if getattr(module, "bias", None) is None else module.bias[index]
-        if hasattr(module, "num_groups"):
-            groups = module.num_groups if module.num_groups < module.num_channels else len(index)
-            small = nn.functional.group_norm(value, groups, weight, bias, module.eps)
-        elif isinstance(module, nn.RMSNorm):
-            small = nn.functional.rms_norm(value, (len(index),), weight, module.eps)
+    def again(self, node: fx.Node, shape: torch.Size) -> Tensor:
+        """The same over the channels that are left, put back in their places."""
+        small = {source: self.fewer(self.env[source], source) for source in node.all_input_nodes}
+        if node.op == "call_module":
+            module = copy.deepcopy(self.module.get_submodule(str(node.target)))
+            self.shrink(module, node.all_input_nodes[0])
+            result = module(*small.values())
         else:
-            small = nn.functional.layer_norm(value, (len(index),), weight, bias, module.eps)
-        return torch.zeros_like(result).index_copy(dim, index, small)
+            args = list(fx.map_arg(node.args, lambda n: small.get(n, self.env[n])))
+            if str(node.target).split(".")[1] in ("layer_norm", "rms_norm"):
+                args[1] = list(args[0].shape[-len(args[1]) :])
+            kwargs = fx.map_arg(node.kwargs, lambda n: small.get(n, self.env[n]))
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        for dim, mask in enumerate(self.masks(node)):
+            if mask is not None and result.shape[dim] < shape[dim]:
+                wide = result.new_zeros([*result.shape[:dim], shape[dim], *result.shape[dim + 1 :]])
+                result = wide.index_copy(dim, mask.nonzero().flatten(), result)
+        return result
+
+    def fewer(self, value: Any, node: fx.Node) -> Any:
+        """A tensor without its removed channels."""
+        for dim, mask in enumerate(self.masks(node)):
+            if mask is not None:
+                value = value.index_select(dim, mask.nonzero().flatten())
+        return value
+
+    def shrink(self, module: Any, source: fx.Node) -> None:
+        """A norm layer for the channels that are left of its input."""
+        mask = self.masks(source)[1 if hasattr(module, "num_groups") else -1]
+        if mask is None or bool(mask.all()):
+            return
+        index = mask.nonzero().flatten()
+        for name in ("weight", "bias"):
+            if getattr(module, name, None) is not None:
+                setattr(module, name, nn.Parameter(getattr(module, name)[index]))
+        if hasattr(module, "num_groups"):
+            module.num_groups = len(index) if module.num_groups == module.num_channels else module.num_groups
+            module.num_channels = len(index)
+        else:
+            module.normalized_shape = (len(index),)
 
 
 # --- all of them ---------------------------------------------------------------------------------------------------
@@ -308,10 +335,10 @@ def page(log: dict[str, Any], wanted: list[str]) -> str:
     lines = [
         "# Coverage: half of all channels",
         "",
-        "Made by `python benchmarks/coverage.py`. Every network has random weights and its own input size; half of the",
-        "channels of every bundle go by chance, residual ones too. It passes when it runs, its outputs have their old",
-        "shapes, and they are those of the uncut network with zeros in place of the removed channels (norms over channels",
-        "see what is left). Seconds: coupling, its trial and the cut, on one core, besides `torch.export`.",
+        "Made by `python benchmarks/coverage.py`. Every network has random weights and its own input size; half of",
+        "the channels of every bundle go by chance, residual ones too. It passes when it runs, its outputs have their",
+        "old shapes, and they are those of the uncut network with zeros in place of the removed channels (norms over",
+        "channels see what is left). Seconds: coupling, its trial and the cut, on one core, besides `torch.export`.",
         "What stays: share of the parameters in layers of which nothing can go, by reason; the layers that make the",
         "outputs are not counted.",
         "",
@@ -330,9 +357,10 @@ def page(log: dict[str, Any], wanted: list[str]) -> str:
             continue
         why = "; ".join(f"{share:.1%} {_cell(reason)}" for reason, share in list(row["stays"].items())[:3])
         bad = "" if passed(row) else "**wrong outputs** " if row["same_shapes"] else "**other output shapes** "
+        seconds_here = row["coupling_seconds"] + row["cut_seconds"]
         lines.append(
-            f"| {name} | {row['parameters'] / 1e6:.2f} | {row['left'] / 1e6:.2f} | {row['parameters'] / row['left']:.2f} "
-            f"| {row['coupling_seconds'] + row['cut_seconds']:.1f} | {row['export_seconds']:.1f} | {bad}{why} |"
+            f"| {name} | {row['parameters'] / 1e6:.2f} | {row['left'] / 1e6:.2f} "
+            f"| {row['parameters'] / row['left']:.2f} | {seconds_here:.1f} | {row['export_seconds']:.1f} | {bad}{why} |"
         )
     found: dict[str, list[float]] = {}
     for row in rows.values():

@@ -95,6 +95,16 @@ def unsqueeze(call: Call) -> State:
     return tuple(state)
 
 
+def narrow(call: Call) -> State:
+    """A range of other dimensions; which channels a range of them holds is written in the forward."""
+    state = list(call.input)
+    dim = call.arg(1, "dim")
+    if call.shape[dim] != call.source.meta["shape"][dim]:
+        call.freeze("takes some of them by their number", state[dim])
+        state[dim] = None
+    return tuple(state)
+
+
 def flip(call: Call) -> State:
     state = list(call.input)
     for dim in call.arg(1, "dims"):
@@ -162,6 +172,7 @@ _TABLE: dict[Callable[[Call], Any], str] = {
     spatial_pair: "max_pool2d_with_indices adaptive_max_pool2d adaptive_max_pool3d max_pool3d_with_indices",
     permute: "permute", transpose: "transpose t swapaxes swapdims numpy_T", movedim: "movedim moveaxis",
     swapped: "mT adjoint", unsqueeze: "unsqueeze", flip: "flip",
+    narrow: "narrow", elementwise: "expand_as",
     select: "select", concatenate: "cat concat", getitem: "getitem", pixel_shuffle: "pixel_shuffle",
     **REDUCTIONS, **SHAPES, **PRODUCTS,
 }  # fmt: skip

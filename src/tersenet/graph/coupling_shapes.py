@@ -93,7 +93,8 @@ def created(call: Call) -> State:
 
 
 def repeat(call: Call) -> State:
-    state, repeats = call.input, call.arg(1, "repeats")
+    state, repeats = call.input, list(call.arg(1, "dims" if call.name == "tile" else "repeats"))
+    repeats = [1] * (len(state) - len(repeats)) + repeats  # tile may name the last dimensions only
     lead = len(repeats) - len(state)
     found = [
         np.tile(v, n) if v is not None and isinstance(n, int) else v for v, n in zip(state, repeats[lead:], strict=True)
