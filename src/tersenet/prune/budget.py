@@ -53,9 +53,9 @@ class Candidate:
 
 
 def name_of(bundle: Bundle) -> str:
-    """Path of the first layer that makes a bundle."""
+    """Path of the first layer that makes a bundle, else of the first that carries it, or of a parameter that does."""
     makers = [path for path, role in bundle.members if role == "out"]
-    return makers[0] if makers else bundle.members[0][0]
+    return makers[0] if makers else next(path for path, role in (*bundle.members, *bundle.tensors) if role != "in")
 
 
 def rank(subject: Subject, importance: str, multiple_of: int) -> list[Candidate]:
@@ -65,11 +65,11 @@ def rank(subject: Subject, importance: str, multiple_of: int) -> list[Candidate]
         name = name_of(bundle)
         positions = {
             slot: int(np.isin(subject.known.slots[slot], bundle.classes).sum()) // len(bundle.classes)
-            for slot in bundle.members
+            for slot in (*bundle.members, *bundle.tensors)
         }
-        width = max(count for (_, role), count in positions.items() if role in ("out", "channel"))
+        width = max(count for (_, role), count in positions.items() if role != "in")
         unit = multiple_of // math.gcd(multiple_of, max(width, 1))
-        maker = next(slot for slot in bundle.members if slot[0] == name and slot[1] != "in")
+        maker = next(slot for slot in positions if slot[0] == name and slot[1] != "in")
         found.append(Candidate(name, bundle, bundle.classes[order], scores[order], max(1, positions[maker]), unit))
     return found
 

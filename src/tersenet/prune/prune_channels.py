@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tersenet.errors import SettingsError
 from tersenet.graph.costs import totals
 from tersenet.graph.coupling import Bundle, Coupling
-from tersenet.graph.surgery import cut
+from tersenet.graph.recut import recut
 from tersenet.prune.budget import (
     Candidate,
     LayerMacs,
@@ -149,7 +149,7 @@ class PruneChannels(Step):
         """
         known = known_coupling(model, task.example)
         if self.keep is not None:
-            return plan_of(known, removed_by(model, known, self.keep), task.example)
+            return plan_of(model, known, removed_by(model, known, self.keep), task.example)
         bundles = self._bundles(model, known)
         if not bundles:
             if self.widths:
@@ -166,7 +166,7 @@ class PruneChannels(Step):
             counts = shares(candidates, self.sparsity, self.scope)
         else:
             counts = self._within(self.macs, model, known, candidates, task, twin)
-        return plan_of(known, removed(candidates, counts), task.example)
+        return plan_of(model, known, removed(candidates, counts), task.example)
 
     def choices(self, model: nn.Module, task: Task) -> dict[str, list[Any]]:
         """Path of the first layer that makes a bundle -> numbers of channels, the whole one first.
@@ -262,7 +262,7 @@ class PruneChannels(Step):
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Raises SurgeryError when the plan is another model's or was edited into one that cannot be; the model is then
         as it was."""
-        return cut(model, cut_of(model, plan)) if plan else model
+        return recut(model, cut_of(model, plan)) if plan else model
 
     def fit(self, model: nn.Module, task: Task) -> None:
         """Repairs a freshly cut model on up to 768 calibration images; without such data it stays as it was cut.
