@@ -109,8 +109,9 @@ def attach(layer: Any, pattern: str = "weight") -> Mask:
     """Gives a layer a mask that lets everything through; a layer that has one keeps it, under the new pattern."""
     found = mask_of(layer)
     if found is None:
-        found = Mask(layer.weight.shape).to(layer.weight.device).train(layer.training)
+        found = Mask(layer.weight.shape).to(layer.weight.device)
         parametrize.register_parametrization(layer, "weight", found)
+        layer.parametrizations.train(layer.training)
     found.pattern = pattern
     return found
 
