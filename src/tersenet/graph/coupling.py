@@ -105,10 +105,10 @@ class Coupling:
 
     def _must_trace(self, model: nn.Module, kept: Kept, removed: Sequence[int] | np.ndarray) -> bool:
         found = self.rewrites(removed)
-        if not found and not trial.only_in_graph(model, kept):
-            return False
-        return any(not new.audible for new in found.values()) or (
-            trial.of_model(model, kept, self.shapes(removed), self.inputs) is not None
+        return (
+            any(not new.audible for new in found.values())
+            or trial.of_model(model, kept, self.shapes(removed), self.inputs) is not None
+            or trial.differs(model, self.graph, kept, found, self.inputs) is not None
         )
 
     def rewrites(self, removed: Sequence[int] | np.ndarray) -> dict[str, Rewrite]:
@@ -370,12 +370,15 @@ def _tried(
         if len(removed) == 0:
             return known
         quiet = [name for name, new in found.items() if not new.audible]
-        if not quiet and trial.of_model(model, kept, shapes, inputs) is None:
+        if (
+            not quiet
+            and trial.of_model(model, kept, shapes, inputs) is None
+            and trial.differs(model, graph, kept, found, inputs) is None
+        ):
             return known
-        if not free and found:
-            culprits = {
-                node: "has a fixed size, and the graph would fix the batch" for node in states if node.name in found
-            }
+        if not free:
+            why = "has a fixed size, and the graph would fix the batch"
+            culprits = {node: why for node in states if node.name in found or not found}
         elif (culprit := trial.of_graph(graph, kept, found, shapes, inputs)) is None:
             return replace(known, rigid=True)
         else:

@@ -6,11 +6,14 @@ Copies live on the "meta" device: shapes are computed, numbers are not.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tersenet.graph.literals import Rewrite, resize
 from tersenet.graph.surgery import Cut, cut, tensor_of
@@ -68,7 +71,17 @@ def of_model(model: nn.Module, kept: Cut, shapes: Shapes, inputs: tuple[Tensor, 
             twin(*inputs)
     except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
         return _said(error)
+    missing = [path for path, rest in expected.items() if rest]
+    if missing and not wrong:
+        return f"{missing[0]} is not called any more"
     return wrong[0] if wrong else None
+
+
+class _OnMeta(fx.Interpreter):
+    """Tensors that a graph makes on a device of its own have no numbers here either."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(target, args, {**kwargs, "device": "meta"} if "device" in kwargs else kwargs)
 
 
 def of_graph(
@@ -82,7 +95,7 @@ def of_graph(
     wanted = {node.name: (node, shape) for node, shape in shapes.items()}
     origin = {node.name: node for node in graph.graph.nodes}
 
-    class Checked(fx.Interpreter):
+    class Checked(_OnMeta):
         def run_node(self, node: fx.Node) -> Any:
             try:
                 value = super().run_node(node)
@@ -99,6 +112,54 @@ def of_graph(
     except _Culprit as culprit:
         return origin[culprit.name], culprit.said
     return None
+
+
+class _Calls(TorchDispatchMode):
+    """Counts operators by name, written floats and shapes of results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[tuple[Any, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        numbers = tuple(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, float))
+        sizes = tuple(tuple(leaf.shape) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        self.found[func.overloadpacket.__name__.rstrip("_"), numbers, sizes] += 1
+        return result
+
+
+def differs(
+    model: nn.Module, graph: fx.GraphModule, kept: Cut, found: Mapping[str, Rewrite], inputs: tuple[Tensor, ...]
+) -> str | None:
+    """Names an operator with which the cut model computes something else than its cut graph; None when there is none.
+
+    A forward may look at the number of channels: to decide, to scale, to split heads. Then it runs on fewer channels,
+    but it is another function. What model and graph do differently before the cut does not count.
+    """
+
+    def calls(one: nn.Module, before: Callable[[Any], Any]) -> Counter[tuple[Any, ...]]:
+        twin = _without_numbers(one)
+        before(twin)
+        for module in twin.modules():
+            module.training = False
+        with torch.device("meta"), torch.no_grad(), _Calls() as recorder:
+            _OnMeta(twin).run(*inputs) if one is graph else twin(*inputs)
+        return recorder.found
+
+    def missing(ours: Counter[tuple[Any, ...]], wanted: Counter[tuple[Any, ...]]) -> Counter[str]:
+        names: Counter[str] = Counter()
+        for key, count in (wanted - ours).items():
+            names[key[0]] += count
+        return names
+
+    def shrink(twin: Any) -> None:
+        cut(twin, kept)
+        resize(twin, dict(found))
+
+    as_it_was = missing(calls(model, lambda twin: None), calls(graph, lambda twin: None))
+    now = missing(calls(model, lambda twin: cut(twin, kept)), calls(graph, shrink))
+    return next(iter(now - as_it_was), None)
 
 
 def _without_numbers(model: nn.Module) -> Any:
