@@ -146,3 +146,12 @@ def test_steps_without_a_search(folder: Path) -> None:
     assert searched(recipe.steps, model, residual_task(model), folder) == (recipe.steps, None)
     assert searched((), model, residual_task(model), folder) == ((), None)
     assert keep_search(None, folder) is None
+
+
+def test_a_miss_is_never_hidden_by_rounding() -> None:
+    rows = [{"latency_ms": {"r": {"median": 2.0}}}, {"latency_ms": {"r": {"median": 0.5002}}}]
+    (found,) = judged(Target(latency="0.25x"), rows, "r")
+    assert (found["got"], found["met"]) == ("0.25010x", False)
+    rows[1]["latency_ms"]["r"]["median"] = 0.4998
+    (found,) = judged(Target(latency="0.25x"), rows, "r")
+    assert (found["got"], found["met"]) == ("0.250x", True)

@@ -28,6 +28,7 @@ from tersenet.options import (
     MaxDrop,
     MaxHours,
     Mean,
+    Memory,
     Model,
     OnBadImage,
     Out,
@@ -172,6 +173,7 @@ def compress(
     latency: Latency = None,
     bytes_: Bytes = None,
     macs: Macs = None,
+    memory: Memory = None,
     max_drop: MaxDrop = None,
     runtime: Runtime = "onnxruntime",
     threads: Threads = 1,
@@ -199,7 +201,7 @@ def compress(
     from tersenet.targets import Target, recipe_of
 
     # What is cheap to check comes before the data is read.
-    target, runtimes = Target(latency, bytes_, macs), names_in(runtime)
+    target, runtimes = Target(latency, bytes_, macs, memory), names_in(runtime)
     check_runtimes(runtimes, threads)
     steps = recipe_of(
         recipe, target, epochs=epochs, data=data, runtime=runtimes[0], threads=threads, batch=batch, table=table,
@@ -235,6 +237,7 @@ def plan(
     latency: Latency = None,
     bytes_: Bytes = None,
     macs: Macs = None,
+    memory: Memory = None,
     max_drop: Annotated[float | None, typer.Option(hidden=True)] = None,
     runtime: Runtime = "onnxruntime",
     threads: Threads = 1,
@@ -262,7 +265,7 @@ def plan(
     from tersenet.targets import Target, recipe_of
 
     # The hidden options do nothing here; they let a compress command be planned as it stands.
-    target, runtimes = Target(latency, bytes_, macs), names_in(runtime)
+    target, runtimes = Target(latency, bytes_, macs, memory), names_in(runtime)
     check_runtimes(runtimes, threads)
     steps = recipe_of(
         recipe, target, epochs=epochs, data=data, runtime=runtimes[0], threads=threads, batch=batch, table=table,

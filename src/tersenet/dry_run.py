@@ -16,7 +16,7 @@ from tersenet.graph.costs import totals
 from tersenet.recipe import Recipe
 from tersenet.report.words import bytes_text, count_text, percent
 from tersenet.search.search import Search
-from tersenet.ship import READS, check_runtimes, ship, time_files
+from tersenet.ship import READS, check_runtimes, peaks, ship, time_files
 from tersenet.step import Chain, Step
 from tersenet.targets import NO_TARGET, Target, aim_of, judged, searched
 from tersenet.task import Task
@@ -46,7 +46,8 @@ def dry_run(
     """Shapes, file sizes and measured latency after each step, without training; says which change does not pay.
 
     Returns:
-        {"machine": ..., "rows": [{"step", "params", "macs", "file_bytes", "latency_ms": {runtime: {...}}, "notes"}],
+        {"machine": ..., "rows": [{"step", "params", "macs", "file_bytes", "latency_ms": {runtime: {...}}, "peak_bytes":
+        {runtime: bytes}, "notes"}],
         "left_out": names of the steps that train, "search": what a search says of itself or None, "recipe": what it
         found, "targets": [...], "met": whether all are met}.
     """
@@ -75,7 +76,8 @@ def dry_run(
             cost = totals(each, task.example)
             row: dict[str, Any] = {
                 "step": name, "params": cost.params, "macs": cost.macs, "file_bytes": shipped[index].file_bytes,
-                "latency_ms": {runtime: found.latency(name) for runtime, found in timed.items()}, "notes": [],
+                "latency_ms": {runtime: found.latency(name) for runtime, found in timed.items()},
+                "peak_bytes": peaks(timed, name), "notes": [],
             }  # fmt: skip
             if index:
                 for runtime, found in timed.items():

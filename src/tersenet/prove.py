@@ -23,7 +23,7 @@ from tersenet.report.card import write_card
 from tersenet.report.page import write_html
 from tersenet.report.report import new_report, row, target, write_json
 from tersenet.run import Journal
-from tersenet.ship import READS, Shipped, describe_file, inputs, preparation_dict, ship, time_files
+from tersenet.ship import READS, Shipped, describe_file, inputs, peaks, preparation_dict, ship, time_files
 from tersenet.targets import Target, judged
 from tersenet.task import Score, Task, score_model
 
@@ -115,6 +115,7 @@ def _row(
         param_bytes=cost.param_bytes,
         file_bytes=shipped.file_bytes,
         latency_ms=latency,
+        peak_bytes=peaks(latencies, name),
         layers=[
             {
                 "path": layer.path,

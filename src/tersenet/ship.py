@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,12 @@ def time_files(
     array = x[:1].repeat(batch, *[1] * (x.dim() - 1)).float().numpy()
     entries = [Entry(name, path, runtime) for name, path in files.items()]
     return measure_apart(entries, x=array, turns=turns, batch=batch, threads=threads, progress=not quiet, energy=False)
+
+
+def peaks(timed: Mapping[str, Measurement], name: str) -> dict[str, int]:
+    """runtime -> bytes of memory at the peak of one file; runtimes where it was not measured are left out."""
+    found = {runtime: each.peak_bytes(name) for runtime, each in timed.items()}
+    return {runtime: value for runtime, value in found.items() if value is not None}
 
 
 def describe_file(path: Path, score: Score | None, agreement: Agreement | None, runtime: str | None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """From a target ("a quarter of the latency") to the recipe that aims at it, and whether it was met.
 
-A target is a share of the original's or an amount. Latency and bytes are spent by a search, multiply-adds by the same
+A target is a share of the original's or an amount. Latency, bytes and memory are spent by a search, multiply-adds by the same
 share of the channels everywhere. What follows is the same: recovery with the original as teacher, folded norms, int8.
 """
 
@@ -23,6 +23,9 @@ from tersenet.step import Step
 from tersenet.task import Task
 
 
+_KINDS = ("latency", "bytes", "macs", "memory")
+
+
 @dataclass(frozen=True)
 class Target:
     """What to aim at; at most one is given.
@@ -31,14 +34,16 @@ class Target:
         latency: "0.25x" of the original's float ONNX file on the same runtime, threads and batch, or "3ms".
         bytes: "0.1x" of that file, or "200000"; judged on the .terse file.
         macs: "0.5x" by the same share of the channels everywhere, or "40000000" by a search.
+        memory: "0.5x" of the memory that running that file takes at its peak, or "30000000" bytes.
     """
 
     latency: str | None = None
     bytes: str | None = None
     macs: str | None = None
+    memory: str | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("latency", "bytes", "macs") if getattr(self, name) is not None]
+        given = [name for name in _KINDS if getattr(self, name) is not None]
         if len(given) > 1:
             raise SettingsError(f"give one target, got {' and '.join(given)}; a recipe can hold several searches")
         for name in given:
@@ -46,7 +51,7 @@ class Target:
 
     @property
     def given(self) -> bool:
-        return any(value is not None for value in (self.latency, self.bytes, self.macs))
+        return any(getattr(self, name) is not None for name in _KINDS)
 
 
 NO_TARGET = Target()
@@ -77,7 +82,7 @@ def recipe_of(
     """
     if (path is None) == (not target.given):
         raise SettingsError(
-            "give either a recipe (--recipe FILE) or a target (--latency 0.5x, --bytes 0.1x, --macs 0.5x)"
+            "give either a recipe (--recipe FILE) or a target (--latency 0.5x, --bytes 0.1x, --macs 0.5x, --memory 0.5x)"
         )
     if path is not None:
         return Recipe.read(path)
@@ -109,8 +114,8 @@ def recipe_of(
     return Recipe(
         (
             Search(
-                steps=steps, latency=target.latency, bytes=target.bytes, macs=target.macs, runtime=runtime,
-                threads=threads, batch=batch,
+                steps=steps, latency=target.latency, bytes=target.bytes, macs=target.macs, memory=target.memory,
+                runtime=runtime, threads=threads, batch=batch,
                 table=None if table is None else str(table), images=0 if noise else 256,
             ),
         )
@@ -132,8 +137,8 @@ def aim_of(steps: Sequence[Step]) -> Target:
     """The target of a recipe that begins with a search."""
     if steps and isinstance(steps[0], Search):
         search = steps[0]
-        bytes_, macs = (None if value is None else str(value) for value in (search.bytes, search.macs))
-        return Target(latency=search.latency, bytes=bytes_, macs=macs)
+        values = {name: getattr(search, name) for name in _KINDS}
+        return Target(**{name: None if value is None else str(value) for name, value in values.items()})
     return NO_TARGET
 
 
@@ -180,15 +185,26 @@ def judged(wanted: Target, rows: Sequence[dict[str, Any]], runtime: str) -> list
     if wanted.macs is not None:
         value, is_share = amount("macs", wanted.macs)
         got = last["macs"] / first["macs"] if is_share else last["macs"]
-        found.append(target("macs", wanted.macs, f"{got:.3f}x" if is_share else f"{got}", got <= value))
+        found.append(target("macs", wanted.macs, _said(got, value, "x") if is_share else f"{got}", got <= value))
     if wanted.latency is not None:
         value, is_share = amount("latency", wanted.latency)
         after, before = (row["latency_ms"][runtime]["median"] for row in (last, first))
         got = after / before if is_share else after
-        found.append(target("latency", wanted.latency, f"{got:.3f}{'x' if is_share else 'ms'}", got <= value))
+        found.append(target("latency", wanted.latency, _said(got, value, "x" if is_share else "ms"), got <= value))
+    if wanted.memory is not None and runtime in last.get("peak_bytes", {}):  # else it cannot be measured here
+        value, is_share = amount("memory", wanted.memory)
+        peak, before = last["peak_bytes"][runtime], first["peak_bytes"][runtime]
+        got = peak / before if is_share else peak
+        found.append(target("memory", wanted.memory, _said(got, value, "x") if is_share else f"{got}", got <= value))
     if wanted.bytes is not None:
         value, is_share = amount("bytes", wanted.bytes)
         size = last["file_bytes"]["terse"]
         got = size / first["file_bytes"].get("onnx", first["file_bytes"]["terse"]) if is_share else size
-        found.append(target("bytes", wanted.bytes, f"{got:.3f}x" if is_share else f"{got}", got <= value))
+        found.append(target("bytes", wanted.bytes, _said(got, value, "x") if is_share else f"{got}", got <= value))
     return found
+
+
+def _said(got: float, wanted: float, unit: str) -> str:
+    """Three digits; five where these would hide that the target was missed."""
+    hidden = got > wanted >= float(f"{got:.3f}")
+    return f"{got:.5f}{unit}" if hidden else f"{got:.3f}{unit}"

@@ -23,7 +23,7 @@ from tersenet.prune.drop_blocks import DropBlocks
 from tersenet.prune.prune_channels import PruneChannels
 from tersenet.quantize.quantize import Quantize
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
-from tersenet.search.bench import count_macs
+from tersenet.search.weigh import count_macs
 from tersenet.step import Chain, Step
 
 onnx = pytest.importorskip("onnx")

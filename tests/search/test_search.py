@@ -22,10 +22,11 @@ from tersenet.prune.prune_channels import PruneChannels
 from tersenet.quantize.quantize import Quantize
 from tersenet.recipe import Recipe
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
-from tersenet.search.bench import Bench
+from tersenet.search.bench import Bench, memory_line
 from tersenet.search.search import Found, Search, amount
 from tersenet.search.sites import Picks
 from tersenet.search.table import Table
+from tersenet.search.weigh import memory_bytes
 from tersenet.step import Chain, Step
 from tersenet.task import Task
 
@@ -127,6 +128,38 @@ def test_a_plan_leaves_the_model_as_it_was() -> None:
     plan = Search(steps=(PruneChannels(),), macs="0.7x", images=0).plan(model, residual_task(model))
     assert same(model, residual_net())
     assert plan["plan"]["steps"][0]["step"] == "prune_channels"
+
+
+def test_a_budget_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read off the files, put onto a line through what was measured of the whole network and the float file."""
+    model = residual_net()
+    task = residual_task(model)
+    asked: list[float] = []
+
+    def memories(bench: Bench) -> list[tuple[float, float]]:
+        asked[:] = [memory_bytes(path.read_bytes(), bench.x.shape) for path in (bench.base_path, bench.float_path)]
+        return [(said, 1e5 + 1.5 * said) for said in asked]
+
+    monkeypatch.setattr(Bench, "memories", memories)
+    found = Search(steps=(DropBlocks(), PruneChannels(), Quantize()), memory="0.8x", images=0).solve(model, task)
+    assert asked[0] < asked[1]  # int8 and float
+    assert found.said["original"] == pytest.approx(1e5 + 1.5 * asked[1])
+    assert found.said["unchanged"] == pytest.approx(1e5 + 1.5 * asked[0])
+    assert found.said["target"]["budget"] == pytest.approx(0.8 * found.said["original"])
+    assert found.met
+    assert found.said["picked"]["measured"] <= found.said["target"]["budget"] < found.said["unchanged"]
+
+
+def test_the_line_of_memory() -> None:
+    assert memory_line([]) == (0.0, 1.0)
+    assert memory_line([(100.0, 1200.0), (200.0, 1400.0)]) == pytest.approx((1000.0, 2.0))
+    assert memory_line([(100.0, 1200.0), (200.0, 9400.0)])[1] == 3.0  # no line through noise
+
+
+def test_memory_measured_for_real() -> None:
+    model = residual_net()
+    found = Search(steps=(PruneChannels(),), memory="1.0x", images=0).solve(model, residual_task(model))
+    assert found.said["original"] > 0
 
 
 def test_a_budget_of_bytes(tmp_path: Path) -> None:

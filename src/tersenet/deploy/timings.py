@@ -61,6 +61,11 @@ class Measurement:
         median, low, high = bootstrap_median(self.turns[self._key(contender)])
         return {"median": median, "low": low, "high": high, "threads": self.threads, "batch": self.batch}
 
+    def peak_bytes(self, contender: Key) -> int | None:
+        """Bytes of memory at the peak, beyond the runtime's own; None where that was not measured."""
+        found = self.footprints.get(self._key(contender))
+        return None if found is None else found.peak_bytes
+
     def throughput(self, contender: Key) -> dict[str, Any]:
         """Samples a second at this batch: {"median", "low", "high", "threads", "batch"}."""
         found = self.latency(contender)

@@ -34,6 +34,7 @@ def row(
     param_bytes: int | None = None,
     file_bytes: Mapping[str, int] | None = None,
     latency_ms: Mapping[str, Mapping[str, Any]] | None = None,
+    peak_bytes: Mapping[str, int] | None = None,
     layers: Sequence[Mapping[str, Any]] | None = None,
     notes: Sequence[str] | None = None,
     seconds: float | None = None,
@@ -49,6 +50,7 @@ def row(
         file_bytes: by format, such as {"onnx": 3616431, "terse": 3300000}.
         latency_ms: by runtime, each {"median", "low", "high", "threads", "batch"}, and where turns were shared with
             the original "left_interval", of the share of its time that is left.
+        peak_bytes: by runtime, memory beyond the runtime's own while the file runs.
         layers: per layer {"path", "kind", "params", "macs", "bytes", "note"}.
         notes: what the step's plan says, in words.
         seconds: what the step took.
@@ -66,6 +68,7 @@ def row(
         "param_bytes": param_bytes,
         "file_bytes": None if file_bytes is None else dict(file_bytes),
         "latency_ms": None if latency_ms is None else {name: dict(value) for name, value in latency_ms.items()},
+        "peak_bytes": None if not peak_bytes else dict(peak_bytes),
         "layers": None if layers is None else [dict(layer) for layer in layers],
         "notes": None if notes is None else list(notes),
         "seconds": seconds,

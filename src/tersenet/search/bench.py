@@ -23,6 +23,7 @@ from tersenet.deploy.runtimes import RUNTIMES, open_file
 from tersenet.deploy.variants import Variants
 from tersenet.errors import SettingsError
 from tersenet.search.sites import Picks, Site
+from tersenet.search.weigh import count_macs, memory_bytes
 from tersenet.step import Step
 from tersenet.task import Task, batch_input
 
@@ -80,6 +81,7 @@ class Bench:
         self.float_path = export_onnx(model, task.example, folder / "float.onnx")
         self.base_path = export_onnx(self._unchanged(), task.example, folder / "base.onnx")
         self.variants = Variants(self.base_path)
+        self._memory: tuple[float, float] | None = None
         self._plans: dict[tuple[int, str, int], dict[str, Any]] = {}
         x = batch_input(next(iter(task.calibration(1)))) if task.calibrate is not None or task.train else task.example
         self.x = x[:1].repeat(batch, *[1] * (x.dim() - 1)).float().numpy()
@@ -162,35 +164,47 @@ class Bench:
         yield
 
     def weight(self, picks: Picks, kind: str) -> float:
-        """Bytes or multiply-adds of a candidate's file; both are exact, up to what training does not change."""
-        file = self.file(picks)
-        return float(len(file)) if kind == "bytes" else float(count_macs(file, self.x.shape))
+        """Bytes, multiply-adds or bytes of memory of a candidate's file, read off the file."""
+        return self._weighed(self.file(picks), kind)
+
+    def weight_of_original(self, kind: str) -> float:
+        """The same of the original's float file."""
+        return self._weighed(self.float_path.read_bytes(), kind)
+
+    def _weighed(self, file: bytes, kind: str) -> float:
+        if kind == "bytes":
+            return float(len(file))
+        if kind == "macs":
+            return float(count_macs(file, self.x.shape))
+        if self._memory is None:
+            self._memory = memory_line(self.memories())
+        rest, times = self._memory
+        return rest + times * memory_bytes(file, self.x.shape)
+
+    def memories(self) -> list[tuple[float, float]]:
+        """(read off the file, measured) bytes of memory of the unchanged network and of the float file; () where memory
+        cannot be measured."""
+        entries = [Entry("base", self.base_path, self.runtime), Entry("float", self.float_path, self.runtime)]
+        found = measure_apart(
+            entries, x=self.x, batch=self.batch, threads=self.threads, budget_s=0.5, energy=False
+        )  # fmt: skip
+        peaks = [found.peak_bytes(entry.key) for entry in entries]
+        said = [memory_bytes(Path(entry.path).read_bytes(), self.x.shape) for entry in entries]
+        return [(float(a), float(b)) for a, b in zip(said, peaks, strict=True) if b is not None]
 
 
-def count_macs(file: bytes, shape: Sequence[int]) -> int:
-    """Multiply-adds of the convolutions and linear layers of an ONNX file for one sample."""
-    import onnx
+def memory_line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(a, b) so that measured ~ a + b * read off the file: what a runtime needs beside the file's own tensors.
 
-    model = onnx.load_from_string(file)
-    dims = model.graph.input[0].type.tensor_type.shape.dim
-    for dim, size in zip(dims, (1, *shape[1:]), strict=True):
-        dim.ClearField("dim_param")
-        dim.dim_value = size
-    del model.graph.output[0].type.tensor_type.shape.dim[:]
-    model = onnx.shape_inference.infer_shapes(model)
-    sizes = {each.name: [dim.dim_value for dim in each.type.tensor_type.shape.dim] for each in model.graph.value_info}
-    sizes |= {each.name: [dim.dim_value for dim in each.type.tensor_type.shape.dim] for each in model.graph.output}
-    sizes |= {each.name: list(each.dims) for each in model.graph.initializer}
-    total = 0
-    for node in model.graph.node:
-        if node.op_type == "Conv":
-            weight = sizes[node.input[1]]
-            total += int(np.prod(sizes[node.output[0]][2:])) * int(np.prod(weight))
-        elif node.op_type in ("Gemm", "MatMul") and node.input[1] in sizes:
-            weight = sizes[node.input[1]]
-            rows = sizes[node.output[0]][1:-1] if node.op_type == "MatMul" else []
-            total += int(np.prod(weight)) * int(np.prod(rows))
-    return total
+    Args:
+        pairs: of `Bench.memories`.
+    """
+    if len(pairs) < 2:
+        return 0.0, 1.0
+    (said, got), (float_said, float_got) = pairs
+    slope = (float_got - got) / (float_said - said) if float_said > 1.2 * said else float_got / float_said
+    slope = min(max(slope, 0.8), 3.0)  # a runtime may hold constants twice; a page more or less is no slope
+    return got - slope * said, slope
 
 
 def _has_data(task: Task) -> bool:

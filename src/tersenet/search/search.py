@@ -1,4 +1,4 @@
-"""`Search`: one budget of latency, bytes or multiply-adds, spent over the choices of several steps.
+"""`Search`: one budget of latency, bytes, multiply-adds or memory, spent over the choices of several steps.
 
 What a pick saves is measured in the runtime (table.py, costs.py), what it hurts is the divergence that it causes alone
 (sensitivity.py), the picks come from an integer program (solver.py), and the best few are timed and compared for real
@@ -32,7 +32,7 @@ from tersenet.task import Task
 
 # A latency is measured again on the file that ships, and no two measurements are equal.
 _MARGIN = 0.015
-_UNITS = {"latency": "ms", "bytes": "bytes", "macs": "multiply-adds"}
+_UNITS = {"latency": "ms", "bytes": "bytes", "macs": "multiply-adds", "memory": "bytes of memory"}
 
 
 @dataclass(frozen=True)
@@ -103,20 +103,22 @@ class Search(Step):
         latency: "0.25x" or "3ms".
         bytes: of the ONNX file, "0.1x" or "200000".
         macs: "0.5x" or "40000000".
+        memory: of the process that runs the file, beyond the runtime's own, at its peak: "0.5x" or "30000000" bytes.
         runtime: where latency is measured; one that reads ONNX files: onnxruntime or openvino.
-        threads, batch: for latency.
+        threads, batch: for latency and memory.
         table: a latency table that was filled on another device, in place of this machine's own.
         images: how many calibration inputs judge a candidate; 0 for noise, where only the shares taken away count.
     """
 
     family: ClassVar[str] = "search"
-    summary: ClassVar[str] = "spends a budget of latency, bytes or multiply-adds over the choices of its steps"
+    summary: ClassVar[str] = "spends a budget of latency, bytes, multiply-adds or memory over the choices of its steps"
     serves: ClassVar[tuple[str, ...]] = ("what its steps serve",)
 
     steps: tuple[Step, ...] = ()
     latency: str | None = None
     bytes: str | int | None = None
     macs: str | int | None = None
+    memory: str | int | None = None
     runtime: str = "onnxruntime"
     threads: int = 1
     batch: int = 1
@@ -128,7 +130,7 @@ class Search(Step):
         object.__setattr__(self, "steps", tuple(self.steps))
         given = [name for name in _UNITS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise SettingsError(f"give one budget of latency, bytes and macs, got {', '.join(given) or 'none'}")
+            raise SettingsError(f"give one budget of latency, bytes, macs and memory, got {', '.join(given) or 'none'}")
         if not any(tunable(step) for step in self.steps):
             raise SettingsError("a search needs a step with choices, such as drop_blocks or prune_channels")
         amount(given[0], str(getattr(self, given[0])))
@@ -206,7 +208,7 @@ class Search(Step):
         kind, value, is_share = self.budget
         if kind != "latency":
             costs, network = exact_costs(bench, sites, kind), ""
-            original = float(bench.float_path.stat().st_size) if kind == "bytes" else costs.base
+            original = costs.base if kind == "macs" else bench.weight_of_original(kind)
             table = None
         else:
             table = self._table()
