@@ -17,6 +17,7 @@ from tersenet.bricks.brick import Brick
 from tersenet.bricks.quantized import Int8Conv2d, Int8Linear
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.shortcut import PadShortcut
+from tersenet.bricks.threshold import Threshold
 from tersenet.errors import ExportError
 
 # Bricks that a file may hold, built by their own `config`. One line adds one.
@@ -25,6 +26,7 @@ BRICKS: dict[str, type[Brick]] = {
     "Int8Linear": Int8Linear,
     "PadShortcut": PadShortcut,
     "Quantizer": Quantizer,
+    "Threshold": Threshold,
 }
 
 _CONV = (
