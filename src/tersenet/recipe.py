@@ -15,7 +15,7 @@ import difflib
 import importlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Union
@@ -32,13 +32,21 @@ STEPS = {
     "chain": "tersenet.step:Chain",
     "drop_blocks": "tersenet.prune.drop_blocks:DropBlocks",
     "fold_batch_norm": "tersenet.rewrite.fold_batch_norm:FoldBatchNorm",
+    "prune_activations": "tersenet.prune.prune_activations:PruneActivations",
     "prune_channels": "tersenet.prune.prune_channels:PruneChannels",
+    "prune_weights": "tersenet.prune.prune_weights:PruneWeights",
     "quantize": "tersenet.quantize.quantize:Quantize",
+    "repeat": "tersenet.repeat:Repeat",
+    "rewind": "tersenet.prune.rewind:Rewind",
     "search": "tersenet.search.search:Search",
     "settle": "tersenet.rewrite.settle:Settle",
     "train": "tersenet.train:Train",
 }
 COMPANIONS = {
+    "group_lasso": "tersenet.prune.penalties:GroupLasso",
+    "keep_early": "tersenet.prune.rewind:KeepEarly",
+    "ramp": "tersenet.prune.ramp:Ramp",
+    "scale_penalty": "tersenet.prune.penalties:ScalePenalty",
     "soft_targets": "tersenet.distill.soft_targets:SoftTargets",
 }
 # YAML says `with`, which is a keyword in Python.
@@ -184,6 +192,8 @@ def _value(where: str, hint: Any, value: Any, own: Own | None) -> Any:
     elif origin is tuple and isinstance(value, list):
         inner = args[0] if args else Any
         return tuple(_value(f"{where}[{i}]", inner, item, own) for i, item in enumerate(value))
+    elif origin is Sequence and isinstance(value, list):
+        return [_value(f"{where}[{i}]", args[0], item, own) for i, item in enumerate(value)]
     elif origin is Mapping and isinstance(value, dict):
         return {
             _value(f"{where}: key {key!r}", args[0], key, own): _value(f"{where}.{key}", args[1], item, own)
