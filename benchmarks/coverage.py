@@ -61,9 +61,8 @@ SEGMENTATION = [
 
 def names() -> list[str]:
     """Everything on the list, in the order of the table."""
-    open_model("torchvision:resnet18")
-    import torchvision
-
+    open_model("torchvision:resnet18")  # loads it also where its compiled operators are missing
+    torchvision = importlib.import_module("torchvision")
     classifiers = torchvision.models.list_models(module=torchvision.models)
     return [
         *(f"torchvision:{name}" for name in classifiers),
@@ -98,9 +97,7 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
         model, size = module.Yolo(), (256, 256)
     elif short in SEGMENTATION or short.startswith("ssdlite"):
         open_model("torchvision:resnet18")
-        import torchvision
-
-        model = torchvision.models.get_model(short, weights=None, weights_backbone=None)
+        model = importlib.import_module("torchvision").models.get_model(short, weights=None, weights_backbone=None)
         model, size = (Raw(model), (320, 320)) if short.startswith("ssdlite") else (model, (224, 224))
     else:
         model, preparation = open_model(name)
@@ -203,7 +200,8 @@ def stays(model: nn.Module, known: Coupling, total: int) -> dict[str, float]:
 
 def shorter(why: str) -> str:
     """A reason without the place: the same reason in many layers is one."""
-    return re.sub(r"^(\S+) in .* ((?:has|is|meets|works|takes|moves|merges|pads|repeats|reads)\b.*)$", r"\1 \2", why)
+    why = re.sub(r"(?<=when they are cut): .*", "", why)
+    return re.sub(r"^(\S+) in (?:.*\) |the model's own forward |\S+ )(.*)$", r"\1 \2", why)
 
 
 _NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")
@@ -225,7 +223,8 @@ class Zeroed(fx.Interpreter):
             result = self.again(node, result.shape)
         for dim, mask in enumerate(masks):
             if mask is not None:
-                result = result * mask.view([-1 if d == dim else 1 for d in range(result.dim())])
+                shown = mask.view([-1 if d == dim else 1 for d in range(result.dim())])
+                result = torch.where(shown, result, torch.zeros((), dtype=result.dtype))
         return result
 
     def masks(self, node: fx.Node) -> list[Tensor | None]:
@@ -249,10 +248,10 @@ class Zeroed(fx.Interpreter):
             self.shrink(module, node.all_input_nodes[0])
             result = module(*small.values())
         else:
-            args = list(fx.map_arg(node.args, lambda n: small.get(n, self.env[n])))
+            args: list[Any] = list(fx.map_arg(node.args, lambda n: small.get(n, self.env[n])))
             if str(node.target).split(".")[1] in ("layer_norm", "rms_norm"):
                 args[1] = list(args[0].shape[-len(args[1]) :])
-            kwargs = fx.map_arg(node.kwargs, lambda n: small.get(n, self.env[n]))
+            kwargs: Any = fx.map_arg(node.kwargs, lambda n: small.get(n, self.env[n]))
             result = node.target(*args, **kwargs)  # type: ignore[operator]
         for dim, mask in enumerate(self.masks(node)):
             if mask is not None and result.shape[dim] < shape[dim]:

@@ -17,7 +17,13 @@ from tersenet.graph.labels import Call, State, Vector, nothing, unknown
 _FAIR = ("sum", "mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm")
 
 
-def _dims(call: Call, given: Any, rank: int) -> set[int]:
+def _schema(call: Call) -> tuple[list[str], int]:
+    """Names of an operator's arguments, and how many tensors it gives."""
+    schema: Any = getattr(call.node.target, "_schema")  # noqa: B009 - of an OpOverload, which is all that comes here
+    return [argument.name for argument in schema.arguments], len(schema.returns)
+
+
+def _dims(given: Any, rank: int) -> set[int]:
     """Dimensions that an argument names; none or an empty list is all of them."""
     if given is None or given == []:
         return set(range(rank))
@@ -34,25 +40,22 @@ def _reduced(call: Call, dims: set[int], keep: bool) -> State:
 def reduction(call: Call) -> Any:
     """Sum, mean, variance, norm, maximum and so on over some dimensions."""
     state = call.input
-    schema = call.node.target._schema.arguments
-    named = {argument.name: place for place, argument in enumerate(schema)}
-    given = call.arg(named["dim"], "dim") if "dim" in named else None
-    keep = bool(call.arg(named["keepdim"], "keepdim", False)) if "keepdim" in named else False
-    dims = _dims(call, given, len(state))
+    names, several = _schema(call)
+    given = call.arg(names.index("dim"), "dim") if "dim" in names else None
+    keep = bool(call.arg(names.index("keepdim"), "keepdim", False)) if "keepdim" in names else False
+    dims = _dims(given, len(state))
     power = call.arg(1, "ord", 2) if call.name in ("linalg_vector_norm", "norm") else 2
     if call.name not in _FAIR or power not in (None, 1, 2):
         call.freeze("works across them", *[state[dim] for dim in dims])
     result = _reduced(call, dims, keep)
-    several = len(call.node.target._schema.returns)
     return result if several == 1 else [result] * several
 
 
 def along(call: Call) -> Any:
     """Softmax, running sums and sorting: they work along one dimension and keep its size."""
     state = call.input
-    schema = [argument.name for argument in call.node.target._schema.arguments]
-    call.freeze("works across them", state[call.arg(schema.index("dim"), "dim", -1)])
-    several = len(call.node.target._schema.returns)
+    names, several = _schema(call)
+    call.freeze("works across them", state[call.arg(names.index("dim"), "dim", -1)])
     return state if several == 1 else [state] * several
 
 
