@@ -169,6 +169,13 @@ def test_a_second_training_begins_its_own_ramp() -> None:
     assert zeros(model) == pytest.approx(0.9, abs=1e-3)
 
 
+def test_what_an_earlier_training_noted_does_not_count() -> None:
+    layer = nn.Linear(10, 1)
+    attach(layer).enter(1)
+    Ramp(sparsity=0.9, start=0.5).tick(layer, 0.0)
+    assert zeros(layer) == 0.5
+
+
 @pytest.mark.parametrize("pattern", ["16x1", "2:4", "filter"])
 def test_masks_grow_in_their_own_pattern(pattern: str) -> None:
     model = network(pattern)

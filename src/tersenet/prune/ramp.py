@@ -39,7 +39,8 @@ class Ramp(Companion):
         updates: in how many steps the masks grow, at least 1.
         importance: "l1", "l2" or "lamp".
         scope: "layer" gives every layer the same share, "global" takes the least important of all.
-        regrow: let what is gone learn on and come back. Then masks do not only tighten.
+        regrow: let what is gone learn on and come back. Then masks do not only tighten: they have `start` zeros at
+            `begin`, whatever they had before.
         margin: with `regrow`, what is there stays until it scores this much less than what stands at the limit, and
             what is gone comes back when it scores this much more; 0 <= margin < 1.
     """
