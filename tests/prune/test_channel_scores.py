@@ -123,6 +123,26 @@ def test_where_there_is_no_norm_l2_serves(model: Any) -> None:
     np.testing.assert_allclose(other[1], l2 / l2.mean() * norm[1].mean())
 
 
+class Borrowed(nn.Module):
+    """A layer that is never called: the forward uses its weight itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.reader = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(torch.relu(self.first(x)), self.reader.weight, self.reader.bias)
+
+
+@pytest.mark.parametrize("importance", ["activation", "zeros", "weighted", "taylor", "obs"])
+def test_where_no_layer_reads_in_a_call_l2_serves(importance: str) -> None:
+    torch.manual_seed(0)
+    model, x = Borrowed(), torch.randn(16, 6)
+    own = Task(example=x[:2], calibrate=[x], quiet=True)
+    plan = PruneChannels(importance=importance).plan(model, own)
+    assert plan.get("keep") == PruneChannels(importance="l2").plan(model, own).get("keep")
+
+
 def widths(model: Any, **settings: Any) -> tuple[int, int]:
     step = PruneChannels(**settings)
     plan = step.plan(model, task())

@@ -32,7 +32,7 @@ def _seen(subject: Subject, active: bool) -> list[np.ndarray | None]:
     seen = activations(subject.model, subject.task, paths)
     found: list[np.ndarray | None] = []
     for bundle in subject.bundles:
-        own = readers(bundle)
+        own = [path for path in readers(bundle) if path in seen.size]
         scores = np.zeros(len(bundle.classes))
         for path in own:
             owners = subject.known.slots[path, "in"]
@@ -113,7 +113,8 @@ def obd(subject: Subject) -> list[Ranked]:
 
 def _gated(subject: Subject, score: Callable[[np.ndarray], Ranked]) -> list[Ranked | None]:
     gates = gate_gradients(subject.model, subject.task, subject.known)
-    return [score(gates[:, bundle.classes]) if readers(bundle) else None for bundle in subject.bundles]
+    columns = [gates[:, bundle.classes] for bundle in subject.bundles]
+    return [score(found) if found.any() else None for found in columns]  # no layer reads them in a call of its own
 
 
 def taylor(subject: Subject) -> list[Ranked | None]:

@@ -36,7 +36,7 @@ _CHUNK = 64  # samples that run together otherwise
 
 @dataclass(frozen=True)
 class Activations:
-    """What layers read.
+    """What layers read; those that are never called (whose weights the forward uses itself) are not in it.
 
     Args:
         size: path -> (I,) mean |activation| of each input channel or feature, float64.
@@ -96,10 +96,10 @@ def _activations(model: nn.Module, task: Task, paths: Sequence[str], limit: int)
         if path not in sums:
             sums[path] = torch.zeros(3, _inputs(model.get_submodule(path)), dtype=torch.float64, device=_device(model))
         reduced(sums[path])
-    found = {path: total.cpu().numpy() for path, total in sums.items()}
+    called = {path: total.cpu().numpy() for path, total in sums.items() if total[2].all()}
     return Activations(
-        {path: total[0] / np.maximum(total[2], 1) for path, total in found.items()},
-        {path: total[1] / np.maximum(total[2], 1) for path, total in found.items()},
+        {path: total[0] / total[2] for path, total in called.items()},
+        {path: total[1] / total[2] for path, total in called.items()},
     )
 
 
