@@ -20,6 +20,7 @@ import fnmatch
 import importlib.util
 import json
 import multiprocessing
+import os
 import re
 import time
 import traceback
@@ -310,7 +311,7 @@ def apart(name: str, limit: float) -> dict[str, Any]:
         row = {"error": "the process died"}
     child.kill()
     child.join()
-    return {**row, "all_seconds": time.perf_counter() - started}
+    return {**row, "all_seconds": time.perf_counter() - started, "load": os.getloadavg()[0]}
 
 
 def warm() -> None:
@@ -331,6 +332,7 @@ def page(log: dict[str, Any], wanted: list[str]) -> str:
     good = {name: row for name, row in rows.items() if passed(row)}
     times = [row["parameters"] / row["left"] for row in good.values()]
     seconds = [row["coupling_seconds"] + row["cut_seconds"] for row in good.values()]
+    busy = any(row.get("load", np.inf) > 2.5 for row in rows.values())
     lines = [
         "# Coverage: half of all channels",
         "",
@@ -341,12 +343,14 @@ def page(log: dict[str, Any], wanted: list[str]) -> str:
         "What stays: share of the parameters in layers of which nothing can go, by reason; the layers that make the",
         "outputs are not counted.",
         "",
-        f"**{len(good)} of {len(rows)} pass.** Parameters: {np.median(times):.2f} times fewer (median), "
+        f"**{len(good)} of {len(rows)} pass** (the list has {len(wanted)}). "
+        f"Parameters: {np.median(times):.2f} times fewer (median), "
         f"{sum(t >= 2.5 for t in times)} networks at least 2.5 times. Seconds: median {np.median(seconds):.1f}, "
         f"longest {max(seconds):.1f}."
         if good
         else "Nothing passes.",
         "",
+        *(["Seconds are upper bounds: other work shared the core.", ""] if busy else []),
         "| network | parameters (M) | left (M) | times fewer | seconds | export | what stays, and why |",
         "|---|---:|---:|---:|---:|---:|---|",
     ]
