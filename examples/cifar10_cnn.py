@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,15 @@ def removal(keep: dict[str, list[int]]) -> PruneChannels:
     return PruneChannels(keep=keep, refit=True)
 
 
-def chosen(model: nn.Module, task: Task) -> dict[str, list[int]]:
-    """Step 3c: the importance whose cut loses least on the held-out images, before any retraining."""
+def chosen(args: argparse.Namespace, model: nn.Module, task: Task) -> dict[str, list[int]]:
+    """Step 3c: the importance whose cut loses least on the held-out images, before any retraining.
+
+    The lists are kept in a file, so that a run that goes on does not choose again. They may be edited by hand before
+    the run begins: what cannot be cut that way is refused with the reason.
+    """
+    path = args.out.parent / f"{args.out.name}-keep.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
     print(f"\nheld-out accuracy {percent(score_model(model, task, task.validate).value)}; after the cut, untrained:")
     best, best_score = {}, -1.0
     for kind, by_layer in scores(model, task).items():
@@ -154,6 +162,7 @@ def chosen(model: nn.Module, task: Task) -> dict[str, list[int]]:
         print(f"  by {kind:12} {percent(score)}")
         if score > best_score and kind != "random":
             best, best_score = keep, score
+    path.write_text(json.dumps(best), encoding="utf-8")
     return best
 
 
@@ -165,7 +174,7 @@ def main() -> None:
     task = cifar10(args, model)
     train_once(args, model, task)
     steps = (
-        removal(chosen(model, task)),
+        removal(chosen(args, model, task)),
         # Step 5: what is left learns again, from the labels and from the original's softened answers.
         Train(epochs=args.epochs, optimizer="adamw", learning_rate=2e-3, companions=(SoftTargets(temperature=4.0),)),
         # Step 6: 8 bits. Weights get a scale per neuron, activations one per tensor, chosen on training images. That
