@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def shares(model: nn.Module, task: Task) -> dict[str, float]:
     """path -> share of zeros behind each threshold, on the calibration data."""
     seen: dict[str, list[float]] = {}
 
-    def hook(path: str):  # noqa: ANN202
+    def hook(path: str) -> Any:
         return lambda brick, _, output: seen.setdefault(path, []).append(float((output == 0).double().mean()))
 
     handles = [brick.register_forward_hook(hook(path)) for path, brick in thresholds(model).items()]
@@ -101,8 +102,9 @@ def test_every_site_reaches_its_share(per_channel: bool) -> None:
     pruned, _ = step.run(model, task)
     found = shares(pruned, task)
     assert len(found) == 7
-    # The thresholds of earlier layers move what later ones see, so the share is met nearly.
-    assert all(share == pytest.approx(0.8, abs=0.04) for share in found.values())
+    # The thresholds of earlier layers move what later ones see, so the share is met nearly; and channels that have
+    # more zeros by themselves keep them, so the mean over channels can lie above it.
+    assert all(0.76 < share < (0.87 if per_channel else 0.84) for share in found.values())
 
 
 @pytest.mark.parametrize("share", ["error", "sensitivity"])
@@ -208,7 +210,7 @@ def test_wrong_use_is_said() -> None:
     with pytest.raises(DataError, match="not finite"):
         PruneActivations().run(copy.deepcopy(model), Task(example=task.example, calibrate=[task.example / 0]))
     model.bn.weight.data[0] = float("nan")
-    with pytest.raises(ModelError, match="activations in front of thresholds.* are not finite"):
+    with pytest.raises(ModelError, match=r"activations in front of thresholds.* are not finite"):
         PruneActivations().run(copy.deepcopy(model), task)
     plan = PruneActivations().plan(*mixed())
     with pytest.raises(SettingsError, match="this model has no 'gelu_default'"):

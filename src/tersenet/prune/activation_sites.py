@@ -21,7 +21,7 @@ from tersenet.graph.points import clip_bounds
 from tersenet.step import Step
 
 THRESHOLDS = "thresholds"
-# What may be cut: values that a ReLU (or a clip from zero) made, those of every activation function, or all that is read.
+# What may be cut: what a ReLU (or a clip from zero) made, what any activation function made, or whatever is read.
 PLACES = ("relu", "activations", "inputs")
 READERS = (_ConvNd, nn.Linear)
 
@@ -29,15 +29,23 @@ _SMOOTH_LAYERS = (
     nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.PReLU, nn.Tanh, nn.Softplus,
     nn.Hardtanh, nn.Softsign,
 )  # fmt: skip
-_SMOOTH = frozenset("gelu silu mish hardswish elu celu selu leaky_relu prelu tanh softplus hardtanh".split())
+_SMOOTH = frozenset(
+    (
+        "gelu", "silu", "mish", "hardswish", "elu", "celu", "selu", "leaky_relu", "prelu", "tanh", "softplus",
+        "hardtanh",
+    )
+)  # fmt: skip
 _KEEP_ZEROS_LAYERS = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd,
     nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, Quantizer, Threshold,
 )  # fmt: skip
 _KEEP_ZEROS = frozenset(
-    "max_pool1d max_pool2d max_pool3d flatten unflatten view reshape permute transpose squeeze unsqueeze contiguous "
-    "clone dropout slice chunk split getitem pixel_shuffle channel_shuffle cat concat mul".split()
-)
+    (
+        "max_pool1d", "max_pool2d", "max_pool3d", "flatten", "unflatten", "view", "reshape", "permute", "transpose",
+        "squeeze", "unsqueeze", "contiguous", "clone", "dropout", "slice", "chunk", "split", "getitem",
+        "pixel_shuffle", "channel_shuffle", "cat", "concat", "mul",
+    )
+)  # fmt: skip
 Sites = dict[str, dict[str, Any]]
 
 

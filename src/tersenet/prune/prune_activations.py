@@ -3,7 +3,8 @@
 The threshold itself is that of Kurtz et al., "Inducing and exploiting activation sparsity for fast inference on deep
 neural networks", ICML 2020 (FATReLU). They start every layer from one small value and train; here the thresholds are
 chosen from how the activations are spread, by a share of zeros, by the least squared error, or by what the error of
-each layer does to the outputs; then the layers behind are refitted by least squares. Training behind them, with `ActivationPenalty` or without, is a step of its own.
+each layer does to the outputs; then the layers behind are refitted by least squares. Training behind them, with
+`ActivationPenalty` or without, is a step of its own.
 """
 
 from __future__ import annotations
