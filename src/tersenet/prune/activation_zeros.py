@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 from tersenet.graph.costs import costs
 from tersenet.prune.activation_sites import READERS
@@ -133,7 +134,7 @@ def taps(layer: Any, x: Tensor) -> Tensor:
     kernel = torch.ones(1, 1, *layer.kernel_size)
     how: Any = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
     outputs = F.conv2d(places, kernel, **how)
-    return torch.nn.grad.conv2d_input(places.shape, kernel, torch.ones_like(outputs), **how)[0, 0]
+    return conv2d_input(places.shape, kernel, torch.ones_like(outputs), **how)[0, 0]
 
 
 def zero_rows(before: Iterable[LayerZeros], after: Iterable[LayerZeros]) -> list[dict[str, Any]]:

@@ -128,7 +128,7 @@ class PruneActivations(Step):
         found = thresholds_at(graph, activation_sites(graph, self.places, self.per_channel, self))
         if not found:
             return
-        bricks = {path: graph.get_submodule(path) for path in found}
+        bricks: dict[str, Any] = {path: graph.get_submodule(path) for path in found}
         choice = _Choice(self, graph, task, bricks)
         choice.make()
         if self.refit and any(bool((brick.threshold > 0).any()) for brick in bricks.values()):
@@ -231,7 +231,7 @@ class _Choice:
                     raise ModelError(
                         f"the activations in front of {path} are not finite; check the weights for NaN or overflow"
                     )
-                rows = values.transpose(0, 1).flatten(1) if brick.threshold.dim() else values.reshape(1, -1)  # type: ignore[union-attr,operator]
+                rows = values.transpose(0, 1).flatten(1) if brick.threshold.dim() else values.reshape(1, -1)  # type: ignore[operator]
                 spread[path].add(rows)
 
             return hook
@@ -253,7 +253,7 @@ def _repair(graph: fx.GraphModule, bricks: Mapping[str, Any], task: Task) -> Non
     """Refits the layers to what they gave with these thresholds at 0."""
     before = copy.deepcopy(graph)
     for path in bricks:
-        before.get_submodule(path).threshold.zero_()  # type: ignore[union-attr,operator]
+        before.get_submodule(path).threshold.zero_()  # type: ignore[operator]
     device = next((p.device for p in graph.parameters()), torch.device("cpu"))
     images = torch.cat([batch_input(batch) for batch in task.calibration(_REPAIRED_ON)])[:_REPAIRED_ON]
     repair(graph, images.to(device), before, {})
