@@ -11,8 +11,13 @@ from torch import Tensor, nn
 from tersenet.bricks.shortcut import PadShortcut
 from tersenet.distill.soft_targets import SoftTargets
 from tersenet.prune.drop_blocks import DropBlocks
+from tersenet.prune.prune_activations import PruneActivations
 from tersenet.prune.prune_channels import PruneChannels
+from tersenet.prune.prune_weights import PruneWeights
+from tersenet.prune.ramp import Ramp
+from tersenet.prune.rewind import Rewind
 from tersenet.quantize.quantize import Quantize
+from tersenet.repeat import Repeat
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.rewrite.settle import Settle
 from tersenet.search.search import Search
@@ -119,6 +124,14 @@ CASES = {
     "drop_blocks": Case(DropBlocks(count=1), zero=DropBlocks()),
     "fold_batch_norm": Case(FoldBatchNorm(), zero=FoldBatchNorm()),
     "prune_channels": Case(PruneChannels(sparsity=0.5), zero=PruneChannels(sparsity=0.0)),
+    "prune_activations": Case(PruneActivations(sparsity=0.7), zero=PruneActivations(sparsity=0.0)),
+    "prune_weights": Case(PruneWeights(sparsity=0.5), zero=PruneWeights(sparsity=0.0)),
+    "prune_weights_in_blocks": Case(
+        PruneWeights(sparsity=0.5, pattern="4x1", refit=True), zero=PruneWeights(sparsity=0.0, pattern="4x1")
+    ),
+    "prune_while_training": Case(
+        Chain(steps=(PruneWeights(sparsity=0.0), Train(epochs=1, companions=(Ramp(sparsity=0.5, updates=2),))))
+    ),
     "quantize": Case(Quantize(), zero=Quantize(), tolerance=0.05),
     "quantize_weights_only": Case(Quantize(activations=None), zero=Quantize(activations=None), tolerance=0.03),
     "train": Case(
@@ -129,6 +142,11 @@ CASES = {
         Search(steps=(DropBlocks(), PruneChannels(), FoldBatchNorm()), macs="0.7x", images=16),
         zero=Search(steps=(DropBlocks(), PruneChannels(), FoldBatchNorm()), macs="1x", images=16),
     ),
+    "repeat": Case(
+        Repeat(steps=(PruneChannels(sparsity=0.25),), until_drop=None, at_most=2),
+        zero=Repeat(steps=(PruneChannels(sparsity=0.0),), until_drop=None, at_most=2),
+    ),
+    "rewind": Case(Rewind(only=("linear",)), zero=Rewind(only=("linear",))),
     "settle": Case(Settle(), zero=Settle(), model=quantized),
     "chain": Case(
         Chain(steps=(PruneChannels(sparsity=0.25), FoldBatchNorm())),
@@ -136,4 +154,4 @@ CASES = {
     ),
 }
 # One per family: these pair with each other in `make test`; all of CASES pair in `make test-all`.
-FAMILIES = ("fold_batch_norm", "prune_channels", "quantize", "train", "settle")
+FAMILIES = ("fold_batch_norm", "prune_channels", "prune_weights", "quantize", "train", "settle")

@@ -20,6 +20,7 @@ from tersenet.graph.costs import totals
 from tersenet.prune.prune_channels import PruneChannels
 from tersenet.quantize.quantize import Quantize
 from tersenet.recipe import Recipe
+from tersenet.repeat import Repeat
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.step import Chain
 from tersenet.train import Train
@@ -40,6 +41,8 @@ def test_training_is_taken_out_at_any_depth() -> None:
     assert without_training(fold) is fold
     assert without_training(Chain(steps=(train, fold, Chain(steps=(train,))))) == Chain(steps=(fold,))
     assert without_training(Chain(steps=(train, Chain(steps=(train,))))) is None
+    assert without_training(Repeat(steps=(train, fold))) == Chain(steps=(fold,))
+    assert without_training(Repeat(steps=(train,))) is None
 
 
 @pytest.fixture(scope="module")

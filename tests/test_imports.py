@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "graph": {"errors", "numerics", "bricks"},
     "task": {"errors", "numerics"},
     "step": {"errors", "task"},
+    "repeat": {"errors", "task", "step"},
     "report": {"errors", "atomic", "numerics"},
     "train": {"errors", "atomic", "task", "step"},
     "prune": METHOD,

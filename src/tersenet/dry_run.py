@@ -14,6 +14,7 @@ from torch import nn
 from tersenet.deploy.machine import machine
 from tersenet.graph.costs import totals
 from tersenet.recipe import Recipe
+from tersenet.repeat import Repeat
 from tersenet.report.words import bytes_text, count_text, percent
 from tersenet.search.search import Search
 from tersenet.ship import READS, check_runtimes, peaks, ship, time_files
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 
 
 def without_training(step: Step) -> Step | None:
-    """The step with everything that trains taken out of it; None when nothing is left."""
+    """The step with everything that trains taken out of it; None when nothing is left. Of a repetition one round is
+    left, since without training no round shows how many there will be."""
+    if isinstance(step, Repeat):
+        return without_training(Chain(steps=step.steps))
     if isinstance(step, Chain | Search):
         inner = tuple(kept for kept in map(without_training, step.steps) if kept is not None)
         return dataclasses.replace(step, steps=inner) if inner else None
