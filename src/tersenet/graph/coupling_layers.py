@@ -27,7 +27,7 @@ def layer(call: Call, module: Any, path: str) -> Any:
         for vector, axis in ((into, known["in"]), (out, known["out"])):
             call.labels.unite_rows(vector.reshape(axis.groups, -1), why)
         call.freeze("moves over them", *[v for d, v in enumerate(state) if d not in (0, dim)] if dim == 1 else [])
-        return tuple(out if d == dim else v if dim > 1 else None for d, v in enumerate(state))
+        return tuple(out if d == dim else v if dim > 1 or d == 0 else None for d, v in enumerate(state))
     if "channel" in known and not (isinstance(module, nn.PReLU) and module.num_parameters == 1):
         dim = len(state) - 1 if hasattr(module, "normalized_shape") else 1
         axis = known["channel"]

@@ -125,6 +125,8 @@ class _Folder:
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         module = fx.GraphModule(self.root, self.graph, class_name="Graph")
         module.training = self.model.training
+        spec = self.program.call_spec.out_spec  # the graph itself gives a flat list
+        module.meta["outputs"] = torch.utils._pytree.tree_unflatten(range(spec.num_leaves), spec)
         return module
 
     def _calls(self) -> list[tuple[str, list[fx.Node], fx.Node]]:
@@ -178,7 +180,9 @@ class _Folder:
         if not isinstance(weight, fx.Node) or weight.name not in self.parameters:
             return None
         path, _, leaf = self.parameters[weight.name].rpartition(".")
-        if leaf != "weight" or not path or (path in self.modules and is_leaf(self.modules[path])):
+        inside = [owner for owner, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        own = self.modules.get(path)
+        if leaf != "weight" or not path or (own is not None and is_leaf(own) and path in inside):
             return None
         layer = _layer_of(node, self._parameter)
         if layer is None or any(
@@ -187,6 +191,10 @@ class _Folder:
             if arg.name in self.parameters
         ):
             return None
+        if own is not None and is_leaf(own):  # used by another module's forward, like the last layer of an attention
+            if not isinstance(own, type(layer)) or parametrize.is_parametrized(own):
+                return None
+            layer = own
         self.root.setdefault(path, layer)
         return self.graph.call_module(path, (self._get(node.args[0]),))  # type: ignore[arg-type]
 
@@ -203,7 +211,7 @@ class _Folder:
         if isinstance(value, Tensor):
             new.meta["shape"] = tuple(_hint(size) for size in value.shape)
             new.meta["dtype"] = value.dtype
-            new.meta["open"] = value.dim() > 0 and not isinstance(value.shape[0], int)
+            new.meta["open"] = value.dim() > 0 and _is_open(value.shape[0])
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         new.meta["path"] = stack[-1][0] if stack and stack[-1][0] in self.modules else ""
         if node.meta.get("stack_trace"):
@@ -275,6 +283,11 @@ def _silence() -> Iterator[None]:
 def _is_assertion(node: fx.Node) -> bool:
     name = str(node.target)
     return "_assert" in name or "sym_constrain_range" in name
+
+
+def _is_open(size: Any) -> bool:
+    """Whether a size can be any number; one that a forward turned into an int, as len() does, is fixed."""
+    return not isinstance(size, int) and size.node.maybe_as_int() is None
 
 
 def _hint(size: Any) -> int:
