@@ -362,7 +362,8 @@ def _tried(
     labels: Labels, states: dict[fx.Node, Any], graph: fx.GraphModule, model: nn.Module, inputs: tuple[Tensor, ...]
 ) -> Coupling:
     """What is left after trying a cut of every bundle: the model as it is, else its graph with new sizes."""
-    free = has_open_batch(graph)
+    # A graph that fixes the batch may only replace a forward that does so too.
+    free = has_open_batch(graph) or not trial.takes_any_batch(model, inputs)
     known = replace(_resolve(labels, graph, states), inputs=inputs)
     while True:
         removed = np.concatenate([np.zeros(0, np.int64), *[bundle.classes[1::2] for bundle in known.bundles]])

@@ -37,6 +37,19 @@ def only_in_graph(model: nn.Module, kept: Cut) -> bool:
     )
 
 
+def takes_any_batch(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether the model also runs with a batch of one more."""
+    twin = _without_numbers(model)
+    for module in twin.modules():
+        module.training = False
+    try:
+        with torch.device("meta"), torch.no_grad():
+            twin(*[torch.empty((len(x) + 1, *x.shape[1:]), dtype=x.dtype) for x in inputs])
+    except Exception:  # noqa: BLE001 - whatever the user's forward raises
+        return False
+    return True
+
+
 def of_model(model: nn.Module, kept: Cut, shapes: Shapes, inputs: tuple[Tensor, ...]) -> str | None:
     """What goes wrong when the model runs cut; None when every layer gives the shape that it should.
 
