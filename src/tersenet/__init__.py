@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 # The promised names, and the module that holds each.
 _HOME = {
+    "ActivationPenalty": "tersenet.prune.activation_penalty",
     "Chain": "tersenet.step",
     "Companion": "tersenet.step",
     "DropBlocks": "tersenet.prune.drop_blocks",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tersenet.deploy.runtimes import open_file, open_module
 from tersenet.deploy.timings import Measurement
 from tersenet.deploy.verify import verify
 from tersenet.graph.costs import costs, totals
+from tersenet.prune.worth import table, worth
 from tersenet.report.card import write_card
 from tersenet.report.page import write_html
 from tersenet.report.report import new_report, row, target, write_json
@@ -26,6 +28,9 @@ from tersenet.run import Journal
 from tersenet.ship import READS, Shipped, describe_file, inputs, peaks, preparation_dict, ship, time_files
 from tersenet.targets import Target, judged
 from tersenet.task import Score, Task, score_model
+
+# A share of zeros that nobody pruned for: of weights that rounding, or chance, made zero.
+_FEW = 0.02
 
 
 def prove(
@@ -52,7 +57,10 @@ def prove(
     for count, name in enumerate(names):
         say(f"files of {name}")
         stem = f"{count:02d}-{'original' if count == 0 else journal.entries[count - 1].name}"
-        shipped[name] = ship(journal.replay(original, count), task, folder / "files", stem, runtimes)
+        replayed = journal.replay(original, count)
+        if count == len(names) - 1:
+            settings = {**settings, **_zeros(replayed)}
+        shipped[name] = ship(replayed, task, folder / "files", stem, runtimes)
     latencies = {}
     for runtime in runtimes:
         say(f"timing {len(names)} files in {runtime}")
@@ -79,6 +87,14 @@ def prove(
     write_card(report, folder / "README.md")
     write_html([report], folder / "report.html")
     write_json(report, folder / "report.json")
+
+
+def _zeros(model: nn.Module) -> dict[str, Any]:
+    """What the zeros in the weights of the model that ships are worth, where there are more than chance makes."""
+    rows = worth(model)
+    if not rows or rows[-1].sparsity < _FEW:
+        return {}
+    return {"zeros": {"said": table(rows), "rows": [{**asdict(row), "buys": row.buys} for row in rows]}}
 
 
 def _row(

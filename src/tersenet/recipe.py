@@ -43,6 +43,7 @@ STEPS = {
     "train": "tersenet.train:Train",
 }
 COMPANIONS = {
+    "activation_penalty": "tersenet.prune.activation_penalty:ActivationPenalty",
     "group_lasso": "tersenet.prune.penalties:GroupLasso",
     "keep_early": "tersenet.prune.rewind:KeepEarly",
     "ramp": "tersenet.prune.ramp:Ramp",

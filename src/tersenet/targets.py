@@ -1,7 +1,8 @@
 """From a target ("a quarter of the latency") to the recipe that aims at it, and whether it was met.
 
-A target is a share of the original's or an amount. Latency, bytes and memory are spent by a search, multiply-adds by the same
-share of the channels everywhere. What follows is the same: recovery with the original as teacher, folded norms, int8.
+A target is a share of the original's or an amount. Latency, bytes and memory are spent by a search, multiply-adds by
+the same share of the channels everywhere. What follows is the same: recovery with the original as teacher, folded
+norms, int8.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from tersenet.report.report import target
 from tersenet.search.search import Search, amount
 from tersenet.step import Step
 from tersenet.task import Task
-
 
 _KINDS = ("latency", "bytes", "macs", "memory")
 
@@ -82,7 +82,8 @@ def recipe_of(
     """
     if (path is None) == (not target.given):
         raise SettingsError(
-            "give either a recipe (--recipe FILE) or a target (--latency 0.5x, --bytes 0.1x, --macs 0.5x, --memory 0.5x)"
+            "give either a recipe (--recipe FILE) or a target "
+            "(--latency 0.5x, --bytes 0.1x, --macs 0.5x, --memory 0.5x)"
         )
     if path is not None:
         return Recipe.read(path)

@@ -82,7 +82,8 @@ def test_greedy_takes_the_least_sum_of_what_goes() -> None:
     order, errors = greedy(gram.numpy())
     gone: list[int] = []
     for step in range(4):
-        trials = {c: float(torch.stack([added[i] for i in [*gone, c]]).sum(dim=0).square().sum()) for c in range(4) if c not in gone}
+        left = [c for c in range(4) if c not in gone]
+        trials = {c: float(torch.stack([added[i] for i in [*gone, c]]).sum(dim=0).square().sum()) for c in left}
         gone.append(min(trials, key=trials.__getitem__))
         assert order[step] == gone[-1]
         np.testing.assert_allclose(errors[step], trials[gone[-1]])

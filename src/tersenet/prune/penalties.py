@@ -65,7 +65,8 @@ class ScalePenalty(_Penalty):
 
         loss = strength * sum_c |gamma_c|        d loss / d gamma_c = strength * sign(gamma_c), 0 at 0
 
-    A channel whose scale is near 0 is near a constant, which `prune_channels` with importance batch_norm then takes out.
+    A channel whose scale is near 0 is near a constant, which `prune_channels` with importance batch_norm then takes
+    out.
 
     Args:
         strength: at least 0; the paper takes 1e-4 for VGG and 1e-5 for ResNets.
