@@ -184,6 +184,9 @@ class _Folder:
         own = self.modules.get(path)
         if leaf != "weight" or not path or (own is not None and is_leaf(own) and path in inside):
             return None
+        others = [arg for arg in node.args[1:] if isinstance(arg, fx.Node)]
+        if any(arg.name not in self.parameters for arg in others):
+            return None  # such as a bias that is computed
         layer = _layer_of(node, self._parameter)
         if layer is None or any(
             not self.parameters[arg.name].startswith(path + ".")
