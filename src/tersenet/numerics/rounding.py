@@ -14,18 +14,26 @@ import torch
 from torch import Tensor
 
 
-def grid(bits: int, signed: bool) -> tuple[int, int]:
+def grid(bits: int, signed: bool, full: bool = False) -> tuple[int, int]:
     """Lowest and highest integer of a format. The signed grid leaves out its lowest value, so that it is symmetric.
+
+    Args:
+        bits: 2 to 8.
+        signed: around 0, or from 0 upwards.
+        full: a signed grid with its lowest value, which counts at 2 and 3 bits.
 
     >>> grid(8, signed=True), grid(8, signed=False), grid(2, signed=True)
     ((-127, 127), (0, 255), (-1, 1))
+    >>> grid(2, signed=True, full=True)
+    (-2, 1)
 
     Raises:
         ValueError: outside of 2 to 8 bits.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"bits must lie in 2..8, got {bits}")
-    return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    half = 2 ** (bits - 1)
+    return (1 - half - full, half - 1) if signed else (0, 2**bits - 1)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, low: float, high: float) -> Tensor:
