@@ -1,10 +1,11 @@
 """Which networks can be cut to half of their channels: all of torchvision's classifiers, many of timm's, and others.
 
 Every network is opened with random weights at its own input size, in a process of its own with a time limit, on one
-core. It is captured (torch.export, timed apart), its channels are coupled, half of every bundle goes by chance, also of
-those that pass through residual additions, and the cut network runs. Then three things are compared with the network
-as it was: the shapes of the outputs, the numbers of parameters, and the outputs themselves: they must be those of the
-uncut graph in which every removed channel is zero wherever it appears (norms see what is left).
+core. It is captured (torch.export, timed apart; seconds are those of the processor), its channels are coupled, half of
+every bundle goes by chance, also of those that pass through residual additions, and the cut network runs. Then three
+things are compared with the network as it was: the shapes of the outputs, the numbers of parameters, and the outputs
+themselves: they must be those of the uncut graph in which every removed channel is zero wherever it appears (norms see
+what is left).
 
     python benchmarks/coverage.py                     what is missing in benchmarks/results/coverage.json
     python benchmarks/coverage.py --only 'timm:*'     these again
@@ -20,7 +21,6 @@ import fnmatch
 import importlib.util
 import json
 import multiprocessing
-import os
 import re
 import time
 import traceback
@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from coverage_page import page, passed
 from torch import Tensor, fx, nn
 
 from tersenet.deploy.machine import machine
@@ -131,16 +132,16 @@ def one(name: str) -> dict[str, Any]:
     own = capture.export
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
+        started = time.process_time()
         program = own(*args, **kwargs)
-        spent.append(time.perf_counter() - started)
+        spent.append(time.process_time() - started)
         return program
 
     capture.export = timed
     row: dict[str, Any] = {"input": list(example.shape[1:]), "parameters": count(model)}
-    started = time.perf_counter()
+    started = time.process_time()
     known = coupling(model, example)
-    row["coupling_seconds"] = time.perf_counter() - started - sum(spent)
+    row["coupling_seconds"] = time.process_time() - started - sum(spent)
     row["stays"] = stays(model, known, row["parameters"])
     removed = half(known)
     with torch.no_grad():
@@ -148,9 +149,9 @@ def one(name: str) -> dict[str, Any]:
         before = leaves(model(example))
         expected = leaves(Zeroed(known, removed).run(pair))
         exports = sum(spent)
-        started = time.perf_counter()
+        started = time.process_time()
         model = recut(model, known.plan(model, removed)).eval()
-        row["cut_seconds"] = time.perf_counter() - started - (sum(spent) - exports)
+        row["cut_seconds"] = time.process_time() - started - (sum(spent) - exports)
         row["export_seconds"] = sum(spent)
         row["left"] = count(model)
         row["traced"] = isinstance(model, fx.GraphModule)
@@ -311,74 +312,12 @@ def apart(name: str, limit: float) -> dict[str, Any]:
         row = {"error": "the process died"}
     child.kill()
     child.join()
-    return {**row, "all_seconds": time.perf_counter() - started, "load": os.getloadavg()[0]}
+    return {**row, "all_seconds": time.perf_counter() - started}
 
 
 def warm() -> None:
     """Imports once what torch.export needs."""
     coupling(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval(), torch.zeros(1, 3, 8, 8))
-
-
-# --- the page ------------------------------------------------------------------------------------------------------
-
-
-def passed(row: dict[str, Any]) -> bool:
-    return bool(row.get("same_shapes")) and row.get("difference", 1.0) < 1e-2
-
-
-def page(log: dict[str, Any], wanted: list[str]) -> str:
-    """docs/coverage.md."""
-    rows = {name: log["networks"][name] for name in wanted if name in log["networks"]}
-    good = {name: row for name, row in rows.items() if passed(row)}
-    times = [row["parameters"] / row["left"] for row in good.values()]
-    seconds = [row["coupling_seconds"] + row["cut_seconds"] for row in good.values()]
-    busy = any(row.get("load", np.inf) > 2.5 for row in rows.values())
-    lines = [
-        "# Coverage: half of all channels",
-        "",
-        "Made by `python benchmarks/coverage.py`. Every network has random weights and its own input size; half of",
-        "the channels of every bundle go by chance, residual ones too. It passes when it runs, its outputs have their",
-        "old shapes, and they are those of the uncut network with zeros in place of the removed channels (norms over",
-        "channels see what is left). Seconds: coupling, its trial and the cut, on one core, besides `torch.export`.",
-        "What stays: share of the parameters in layers of which nothing can go, by reason; the layers that make the",
-        "outputs are not counted.",
-        "",
-        f"**{len(good)} of {len(rows)} pass** (the list has {len(wanted)}). "
-        f"Parameters: {np.median(times):.2f} times fewer (median), "
-        f"{sum(t >= 2.5 for t in times)} networks at least 2.5 times. Seconds: median {np.median(seconds):.1f}, "
-        f"longest {max(seconds):.1f}."
-        if good
-        else "Nothing passes.",
-        "",
-        *(["Seconds are upper bounds: other work shared the core.", ""] if busy else []),
-        "| network | parameters (M) | left (M) | times fewer | seconds | export | what stays, and why |",
-        "|---|---:|---:|---:|---:|---:|---|",
-    ]
-    for name, row in rows.items():
-        if "left" not in row:
-            lines.append(f"| {name} | | | | | | **fails**: {_cell(row.get('error', ''))} |")
-            continue
-        why = "; ".join(f"{share:.1%} {_cell(reason)}" for reason, share in list(row["stays"].items())[:3])
-        bad = "" if passed(row) else "**wrong outputs** " if row["same_shapes"] else "**other output shapes** "
-        seconds_here = row["coupling_seconds"] + row["cut_seconds"]
-        lines.append(
-            f"| {name} | {row['parameters'] / 1e6:.2f} | {row['left'] / 1e6:.2f} "
-            f"| {row['parameters'] / row['left']:.2f} | {seconds_here:.1f} | {row['export_seconds']:.1f} | {bad}{why} |"
-        )
-    found: dict[str, list[float]] = {}
-    for row in rows.values():
-        for reason, share in row.get("stays", {}).items():
-            found.setdefault(reason, []).append(share)
-    lines += ["", "## Reasons, by number of networks", "", "| networks | median share | reason |", "|---:|---:|---|"]
-    lines += [
-        f"| {len(shares)} | {np.median(shares):.1%} | {_cell(reason)} |"
-        for reason, shares in sorted(found.items(), key=lambda item: -len(item[1]))
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def main() -> None:
