@@ -238,3 +238,32 @@ def test_two_inputs() -> None:
     removed = half(known, 0)
     small = replayed(model, known, removed)
     torch.testing.assert_close(small(*inputs)["sum"], zeroed(model, known.kept(removed))(*inputs)["sum"])
+
+
+class TrainingHead(nn.Module):
+    """A second head that only training uses, as in GoogLeNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Conv2d(8, 4, 1)
+        self.second = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.body(x).relu()
+        return (self.head(x), self.second(x)) if self.training else self.head(x)
+
+
+def test_heads_of_training_go_with_the_graph() -> None:
+    """The cut does not reach what the evaluation does not use, so the evaluation takes the model's place, and trains."""
+    model = TrainingHead().eval()
+    x = torch.randn(2, 3, 8, 8)
+    known = coupling(model, x)
+    (bundle,) = known.bundles
+    plan = known.plan(model, bundle.classes[::2])
+    assert "traced" in plan
+    cut = recut(model, plan)
+    cut.train()
+    assert cut(x).shape == (2, 4, 8, 8)
+    assert cut.get_submodule("body").weight.shape == (4, 3, 3, 3)
+    assert known.plan(TrainingHead().eval(), []) == {"kept": {}}

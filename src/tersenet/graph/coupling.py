@@ -98,7 +98,8 @@ class Coupling:
         "traced" describes the inputs with which the graph is traced again, [{"shape", "dtype"}].
         """
         kept = self.kept(removed)
-        if not self.rigid or not self._must_trace(model, kept, removed):
+        rigid = self.rigid and self._must_trace(model, kept, removed)
+        if not rigid and not (kept and has_idle(model, self.graph)):
             return {"kept": kept}
         inputs = [{"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")} for x in self.inputs]
         return {"kept": kept, "traced": inputs}
@@ -157,6 +158,13 @@ class Coupling:
                         f"layer '{path}', role '{role}', must lose what is coupled to the channels cut; keep {indices}"
                     )
         return np.flatnonzero(gone)
+
+
+def has_idle(model: nn.Module, graph: fx.GraphModule) -> bool:
+    """Whether a model has parameters that its graph does not use, such as those of heads that only training uses. What
+    they read would be cut and they would not, so the graph must take the model's place."""
+    used = {id(parameter) for parameter in graph.parameters()}
+    return any(id(parameter) not in used for parameter in model.parameters())
 
 
 def coupling(model: nn.Module, example: Example) -> Coupling:
