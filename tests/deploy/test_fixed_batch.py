@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from tersenet.bricks.mask import attach, mask_of
 from tersenet.deploy.artifact import save_terse
 from tersenet.deploy.executorch import export_executorch
 from tersenet.deploy.litert import export_litert
@@ -105,3 +107,18 @@ def test_a_trailer_comes_back_and_a_damaged_one_is_none(tmp_path: Path) -> None:
         path.write_bytes(content)
         assert read_trailer(path) == {}
     assert with_trailer(b"content", None) == b"content"
+
+
+@pytest.mark.minutes
+@pytest.mark.parametrize("runtime", EXPORTERS)
+def test_masks_are_zeros_in_the_file(tiny_model: nn.Module, tmp_path: Path, runtime: str) -> None:
+    exporter, name, package = EXPORTERS[runtime]
+    pytest.importorskip(package)
+    model = copy.deepcopy(tiny_model)
+    layer = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    attach(layer).mask[:, 0] = False
+    runner = open_file(exporter(model, torch.zeros(2, 3, 8, 8), tmp_path / name, PREPARATION))
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert verify(runner, model, [x]).max_abs_error < 1e-5
+    assert verify(runner, tiny_model, [x]).max_abs_error > 1e-3
+    assert mask_of(layer) is not None  # the model keeps its mask

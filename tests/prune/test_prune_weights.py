@@ -17,7 +17,7 @@ from tersenet.errors import DataError, ModelError, NoEffect, SettingsError
 from tersenet.numerics.patterns import parse
 from tersenet.prune.choose import Cutoff, Scored, choose
 from tersenet.prune.prune_weights import PruneWeights
-from tersenet.prune.weight_scores import IMPORTANCES
+from tersenet.prune.weight_scores import IMPORTANCES, scores_of
 from tersenet.task import Task
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -285,3 +285,13 @@ def test_planning_on_a_masked_model_leaves_it_and_its_pattern() -> None:
         plan = PruneWeights(pattern="16x1").plan(model, TASK)
     assert plan["masks"]["3"] == "16x1"
     assert masks(model)["3"].pattern == "kernel"
+
+
+def test_another_seed_draws_other_weights() -> None:
+    layers = {"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}
+    drawn = [
+        scores_of(nn.Identity(), layers, Task(example=torch.zeros(2, 8), seed=seed), "random", 1) for seed in (0, 0, 1)
+    ]
+    assert torch.equal(drawn[0]["a"], drawn[1]["a"])
+    assert not torch.equal(drawn[0]["a"], drawn[2]["a"])
+    assert not torch.equal(drawn[0]["a"], drawn[0]["b"])

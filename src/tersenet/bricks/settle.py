@@ -23,13 +23,20 @@ def attached(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def unmask(model: nn.Module) -> nn.Module:
+    """Makes masks and other parametrizations permanent, in place; rounding stays as it is."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                release(module, name)
+    return model
+
+
 def settle(model: nn.Module) -> nn.Module:
     """Settles a model in place and returns its root, which is another object where the root itself was a brick."""
+    unmask(model)
     done: dict[nn.Module, nn.Module] = {}  # a layer that is used under two names stays one layer
     for path, module in list(model.named_modules(remove_duplicate=False)):
-        if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):
-                release(module, name)
         if not isinstance(module, QuantizedLayer):
             continue
         if module not in done:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.atomic import writing
+from tersenet.bricks.settle import unmask
 from tersenet.deploy.quiet import quiet_native
 from tersenet.deploy.runtimes import Array, Runner
 from tersenet.deploy.trailer import read_trailer, with_trailer
@@ -67,7 +68,7 @@ def export_executorch(
         MissingExtra: when executorch is not installed.
     """
     require("executorch", "executorch", "write ExecuTorch files")
-    program = export(trace(copy.deepcopy(model), example), example, dynamic_batch=False)
+    program = export(trace(unmask(copy.deepcopy(model)), example), example, dynamic_batch=False)
     try:
         with quiet_native():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch._inductor.constant_folding import constant_fold
 
 from tersenet.atomic import writing
+from tersenet.bricks.settle import unmask
 from tersenet.deploy.quiet import quiet_native
 from tersenet.deploy.runtimes import Array, Runner
 from tersenet.deploy.trailer import read_trailer, with_trailer
@@ -66,7 +67,7 @@ def export_litert(model: nn.Module, example: Tensor, path: str | Path, preparati
         litert_torch = require("litert_torch", "litert", "write LiteRT files")
         require("ai_edge_litert", "litert", "write LiteRT files")
     # Our own capture: a module that came from torch.export cannot be switched to evaluation, which the exporter tries.
-    graph = _folded(trace(copy.deepcopy(model), example), example)
+    graph = _folded(trace(unmask(copy.deepcopy(model)), example), example)
     try:
         with quiet_native(), writing(Path(path)) as temporary:
             litert_torch.convert(graph, (example,), strict_export=False).export(str(temporary))

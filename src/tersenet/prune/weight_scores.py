@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -58,5 +59,5 @@ def scores_of(
 
 def _chance(weight: Tensor, seed: int, path: str) -> Tensor:
     """[0, 1), the same for the same seed and path on every device."""
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(path.encode()))
-    return torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
+    generator = np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(path.encode())]))
+    return torch.from_numpy(generator.random(tuple(weight.shape))).to(weight.device)
