@@ -24,7 +24,7 @@ from tersenet.recipe import Recipe
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.search.bench import Bench, memory_line
 from tersenet.search.search import Found, Search, amount
-from tersenet.search.sites import Picks
+from tersenet.search.sites import Picks, find_sites
 from tersenet.search.table import Table
 from tersenet.search.weigh import memory_bytes
 from tersenet.step import Chain, Step
@@ -141,13 +141,41 @@ def test_a_budget_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return [(said, 1e5 + 1.5 * said) for said in asked]
 
     monkeypatch.setattr(Bench, "memories", memories)
-    found = Search(steps=(DropBlocks(), PruneChannels(), Quantize()), memory="0.8x", images=0).solve(model, task)
+    found = Search(steps=(DropBlocks(), PruneChannels(), Quantize()), memory="0.53x", images=0).solve(model, task)
     assert asked[0] < asked[1]  # int8 and float
     assert found.said["original"] == pytest.approx(1e5 + 1.5 * asked[1])
     assert found.said["unchanged"] == pytest.approx(1e5 + 1.5 * asked[0])
-    assert found.said["target"]["budget"] == pytest.approx(0.8 * found.said["original"])
+    assert found.said["target"]["budget"] == pytest.approx(0.53 * found.said["original"])
     assert found.met
     assert found.said["picked"]["measured"] <= found.said["target"]["budget"] < found.said["unchanged"]
+
+
+def test_places_that_cannot_be_timed_stay(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    model = residual_net()
+    task = dataclasses.replace(residual_task(model), quiet=False)
+    search = Search(steps=(PruneChannels(),), macs="0.8x", images=0)
+    whole = search.solve(model, task)
+    place = next(iter(whole.picks[0]))
+    monkeypatch.setattr(Bench, "able", lambda self, site: site.place != place)
+    found = search.solve(model, task)
+    assert place not in found.picks[0]
+    assert found.said["places"] == whole.said["places"] - 1
+    assert f"1 places cannot be timed by changing a file, such as {place}" in capfd.readouterr().err
+    monkeypatch.setattr(Bench, "able", lambda self, site: False)
+    with pytest.raises(SettingsError, match="no choice of the search can be timed by changing a file"):
+        search.solve(model, task)
+
+
+def test_what_a_runtime_cannot_run_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = residual_net()
+    task = residual_task(model)
+    sites = find_sites(STEPS, model, task)
+    bench = Bench(STEPS, sites, model, task, runtime="onnxruntime", threads=1, batch=1, folder=tmp_path)
+    assert all(bench.able(site) for site in sites)
+    half = {"first.conv2": {"out": [0, 1, 2]}}  # and what it is added to still has all
+    monkeypatch.setattr(bench, "plan", lambda site, index: {"kept": half})
+    site = next(site for site in sites if site.step == 1)
+    assert not bench.able(site)
 
 
 def test_the_line_of_memory() -> None:

@@ -18,6 +18,7 @@ from tersenet.deploy.apart import Entry, measure_apart
 from tersenet.deploy.machine import machine
 from tersenet.deploy.measure import LEAST_TURNS, Contender, measure
 from tersenet.deploy.onnx import export_onnx
+from tersenet.deploy.quiet import quiet_native
 from tersenet.deploy.runtimes import RUNTIMES, open_file
 from tersenet.deploy.variants import Variants
 from tersenet.errors import SettingsError
@@ -102,6 +103,17 @@ class Bench:
             step = self.steps[site.step].chosen({site.place: site.settings[index]})
             self._plans[key] = {} if step is None else step.plan(self.model, self.task)
         return self._plans[key]
+
+    def able(self, site: Site) -> bool:
+        """Whether the site's last setting can be had by changing the file: the runtime then still runs it."""
+        path = self.folder / "able.onnx"
+        try:
+            path.write_bytes(self.file({site.step: {site.place: site.settings[-1]}}))
+            with quiet_native():
+                open_file(path, self.runtime, self.threads).run(self.x)
+        except Exception:  # noqa: BLE001 - each runtime has errors of its own for shapes that do not fit
+            return False
+        return True
 
     def file(self, picks: Picks) -> bytes:
         """The network with these picks, as an ONNX file for timing."""

@@ -205,6 +205,12 @@ class Search(Step):
             steps, sites, model, task, runtime=self.runtime, threads=self.threads, batch=self.batch, folder=folder,
             progress=not task.quiet,
         )  # fmt: skip
+        unable = [site for site in sites if not bench.able(site)]
+        if unable:
+            sites = [site for site in sites if site not in unable]
+            say(f"{len(unable)} places cannot be timed by changing a file, such as {unable[0].place}: left as they are")
+        if not sites:
+            raise NoChoice("no choice of the search can be timed by changing a file; use a recipe instead of a target")
         kind, value, is_share = self.budget
         if kind != "latency":
             costs, network = exact_costs(bench, sites, kind), ""
