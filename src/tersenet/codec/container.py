@@ -13,20 +13,24 @@ import math
 import os
 import struct
 import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tersenet.atomic import writing
-from tersenet.codec import floats, integers
+from tersenet.codec import tensors as coding
+from tersenet.codec.values import Forms
 from tersenet.errors import ExportError, FileError
 
 MAGIC = b"TERSE"
-VERSION = 1
+VERSION = 2
 HEADER = struct.Struct("<5sBBxQIII")  # magic, version, flags, file length, head stored, head decoded, CRC-32 of head
 DEFLATED = 1  # flag: the head is a zlib stream
 MAX_HEAD = 64 << 20
@@ -35,10 +39,8 @@ MAX_RANK = 32
 _DIGEST = 32
 _CHUNK = 1 << 20
 
-FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-SIGNED = {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
-UNSIGNED = {"uint8": torch.uint8, "bool": torch.bool}
-DTYPES = {**FLOATS, **SIGNED, **UNSIGNED}
+DTYPES = {name: getattr(torch, name) for name in coding.SIZES}
+Bytes = NDArray[np.uint8]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -48,10 +50,9 @@ class Blob:
 
     dtype: str
     shape: tuple[int, ...]
-    codec: str  # "raw", "floats" or "integers"
+    codec: str  # a name in `tensors.CODECS`
     length: int  # bytes of the payload
-    crc: int  # CRC-32 of the payload
-    decoded_crc: int  # CRC-32 of the decoded bytes, little-endian
+    crc: int  # CRC-32 of the decoded bytes, little-endian
     offset: int = 0  # from the start of the file
 
     @property
@@ -92,58 +93,78 @@ class Contents:
         return rows
 
 
-def write(path: str | Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes a file whole or not at all. The same input gives the same bytes.
+def write(
+    path: str | Path, manifest: dict[str, Any], tensors: dict[str, Tensor], threads: int = 1, forms: Forms = None
+) -> None:
+    """Writes a file whole or not at all. The same input gives the same bytes, with any number of threads.
 
     Args:
         manifest: anything JSON can say (no NaN).
         tensors: by name; dense, on any device. Equal tensors are stored once.
+        threads: how many tensors are coded at a time.
+        forms: names of `numbers.FORMS`, the only ones to take; by default all that may be smallest.
     Raises:
         ExportError: for a manifest that is not JSON, or a tensor of a kind that the format does not have.
     """
-    data = pack(manifest, tensors)
+    data = pack(manifest, tensors, threads, forms)
     with writing(path) as temporary:
         temporary.write_bytes(data)
 
 
-def pack(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
+def pack(manifest: dict[str, Any], tensors: dict[str, Tensor], threads: int = 1, forms: Forms = None) -> bytes:
     """The bytes of the file that `write` writes."""
     names: list[list[Any]] = []
-    blobs: list[list[Any]] = []
-    payloads: list[bytes] = []
+    different: list[tuple[str, tuple[int, ...], Bytes]] = []
     known: dict[tuple[Any, ...], int] = {}
     for name, tensor in tensors.items():
         dtype, data = _bytes_of(name, tensor)
-        shape = list(tensor.shape)
-        key = (dtype, tuple(shape), hashlib.sha256(data.tobytes()).digest())
+        shape = tuple(tensor.shape)
+        key = (dtype, shape, hashlib.sha256(data.tobytes()).digest())
         if key not in known:
-            codec, payload = _encode(dtype, data)
-            known[key] = len(blobs)
-            blobs.append([dtype, shape, codec, len(payload), zlib.crc32(payload), zlib.crc32(data.data)])
-            payloads.append(payload)
+            known[key] = len(different)
+            different.append((dtype, shape, data))
         names.append([name, known[key]])
+    coded = _each(lambda entry: coding.encode(entry[0], entry[1], entry[2], forms), different, threads)
+    payloads = [payload for _, payload in coded]
+    blobs = [
+        [dtype, list(shape), codec, len(payload), zlib.crc32(data.data)]
+        for (dtype, shape, data), (codec, payload) in zip(different, coded, strict=True)
+    ]
+    head, flags, decoded = _head({"manifest": manifest, "names": names, "blobs": blobs})
+    length = HEADER.size + len(head) + sum(map(len, payloads)) + _DIGEST
+    header = HEADER.pack(MAGIC, VERSION, flags, length, len(head), decoded, zlib.crc32(head))
+    body = b"".join([header, head, *payloads])
+    return body + hashlib.sha256(body).digest()
+
+
+def _head(fields: dict[str, Any]) -> tuple[bytes, int, int]:
+    """The head as stored, its flags, and its length as JSON."""
     try:
         text = json.dumps(
-            {"manifest": manifest, "names": names, "blobs": blobs},
-            sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False,
+            fields, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False
         ).encode("utf-8")  # fmt: skip
     except (TypeError, ValueError, RecursionError) as error:
         raise ExportError(f"the manifest of a .terse file must be plain JSON, and is not: {error}") from None
     if len(text) > MAX_HEAD:
         raise ExportError(f"the manifest takes {len(text)} bytes; a .terse file can hold {MAX_HEAD}")
     deflated = zlib.compress(text, 9)
-    flags, head = (DEFLATED, deflated) if len(deflated) < len(text) else (0, text)
-    length = HEADER.size + len(head) + sum(map(len, payloads)) + _DIGEST
-    header = HEADER.pack(MAGIC, VERSION, flags, length, len(head), len(text), zlib.crc32(head))
-    body = b"".join([header, head, *payloads])
-    return body + hashlib.sha256(body).digest()
+    return (deflated, DEFLATED, len(text)) if len(deflated) < len(text) else (text, 0, len(text))
 
 
-def read(path: str | Path, max_bytes: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _each(work: Callable[[Any], Any], items: Sequence[Any], threads: int) -> list[Any]:
+    """`work` of each item, in their order; the first that failed raises."""
+    if threads <= 1 or len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, items))
+
+
+def read(path: str | Path, max_bytes: int | None = None, threads: int = 1) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The manifest and the tensors (on the CPU, in the file's order).
 
     Args:
         max_bytes: the most that the decoded tensors may take together; by default 16 MiB and 1024 times the file.
+        threads: how many tensors are decoded at a time.
     Raises:
         FileError: when the file is damaged, truncated, hostile or no .terse file; says where.
     """
@@ -157,13 +178,13 @@ def read(path: str | Path, max_bytes: int | None = None) -> tuple[dict[str, Any]
                 raise _bad(
                     path, blob.offset, f"it declares more than {limit} bytes of tensors; allow more with max_bytes"
                 )
-        found = []
-        for blob in contents.blobs:
-            payload = file.read(blob.length)
+        payloads = [file.read(blob.length) for blob in contents.blobs]
+        for payload in payloads:
             digest.update(payload)
-            found.append(_decode(path, blob, payload))
-        if file.read(_DIGEST) != digest.digest():
+        if file.read(_DIGEST) != digest.digest():  # before any tensor is decoded
             raise _bad(path, contents.file_bytes - _DIGEST, "the checksum of the whole file does not match")
+    jobs = list(zip(contents.blobs, payloads, strict=True))
+    found = _each(lambda job: _decode(path, *job), jobs, threads)
     tensors, taken = {}, set()
     for name, index in contents.names.items():
         tensors[name] = found[index].clone() if index in taken else found[index]  # equal, and still independent
@@ -177,7 +198,7 @@ def inspect(path: str | Path) -> Contents:
         return _contents(path, file)[0]
 
 
-def _bytes_of(name: str, tensor: Tensor) -> tuple[str, np.ndarray[Any, np.dtype[np.uint8]]]:
+def _bytes_of(name: str, tensor: Tensor) -> tuple[str, Bytes]:
     """The dtype's name and the elements' little-endian bytes, in row-major order."""
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.dtype not in _NAMES or tensor.is_meta:
         raise ExportError(
@@ -190,31 +211,12 @@ def _bytes_of(name: str, tensor: Tensor) -> tuple[str, np.ndarray[Any, np.dtype[
     return _NAMES[tensor.dtype], flat.view(torch.uint8).numpy()
 
 
-def _encode(dtype: str, data: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[str, bytes]:
-    bits = data.view(f"<u{DTYPES[dtype].itemsize}")
-    if dtype in FLOATS:
-        codec, payload = "floats", floats.encode(bits)
-    else:
-        codec, payload = "integers", integers.encode(bits, dtype in SIGNED)
-    return (codec, payload) if len(payload) < len(data) else ("raw", data.tobytes())
-
-
 def _decode(path: str | Path, blob: Blob, payload: bytes) -> Tensor:
-    if len(payload) != blob.length or zlib.crc32(payload) != blob.crc:
-        raise _bad(path, blob.offset, "the checksum of a payload does not match")
     try:
-        if blob.codec == "raw":
-            if blob.length != blob.decoded:
-                raise ValueError(f"{blob.length} raw bytes for {blob.decoded} declared")
-            bits = np.frombuffer(payload, f"<u{blob.itemsize}")
-        elif blob.codec == "floats":
-            bits = floats.decode(payload, blob.itemsize, blob.count)
-        else:
-            bits = integers.decode(payload, blob.itemsize, blob.count, blob.dtype in SIGNED)
+        data = coding.decode(blob.dtype, blob.shape, blob.codec, payload)
     except ValueError as error:
         raise _bad(path, blob.offset, f"a payload cannot be decoded, {error}") from None
-    data = bits.view(np.uint8)
-    if zlib.crc32(data.data) != blob.decoded_crc:
+    if len(data) != blob.decoded or zlib.crc32(data.data) != blob.crc:
         raise _bad(path, blob.offset, "the checksum of the decoded values does not match")
     if blob.dtype == "bool" and blob.count and data.max() > 1:
         raise _bad(path, blob.offset, "a boolean is neither 0 nor 1")
@@ -287,18 +289,17 @@ def _checked(fields: Any, start: int, stop: int) -> tuple[dict[str, Any], tuple[
     _want(max(len(names), len(blobs)) <= MAX_TENSORS, f"there are more than {MAX_TENSORS} tensors")
     found = []
     for entry in blobs:
-        _want(isinstance(entry, list) and len(entry) == 6, "a blob has not its six fields")
-        dtype, shape, codec, length, crc, decoded_crc = entry
+        _want(isinstance(entry, list) and len(entry) == 5, "a blob has not its five fields")
+        dtype, shape, codec, length, crc = entry
         _want(isinstance(dtype, str) and dtype in DTYPES, "a blob's dtype is unknown")
         _want(isinstance(shape, list) and len(shape) <= MAX_RANK, "a blob's shape is malformed")
         _want(all(_whole(size, 1 << 48) for size in shape), "a blob's shape is malformed")
         # Also without its zeros: torch multiplies the other sizes of an empty tensor for its strides.
         _want(math.prod(size for size in shape if size) <= 1 << 48, "a blob has more elements than allowed")
-        codecs = ("raw", "floats" if dtype in FLOATS else "integers")
-        _want(isinstance(codec, str) and codec in codecs, f"a blob's codec is unknown for {dtype}")
-        _want(all(_whole(crc, 1 << 32) for crc in (crc, decoded_crc)), "a checksum is malformed")
+        _want(isinstance(codec, str) and codec in coding.codecs(dtype), f"a blob's codec is unknown for {dtype}")
+        _want(_whole(crc, 1 << 32), "a checksum is malformed")
         _want(_whole(length, stop - start + 1), "a payload reaches beyond the file")
-        found.append(Blob(dtype, tuple(shape), codec, length, crc, decoded_crc, start))
+        found.append(Blob(dtype, tuple(shape), codec, length, crc, start))
         start += length
     _want(start == stop, f"its payloads end at byte {start}, not at {stop}")
     index: dict[str, int] = {}

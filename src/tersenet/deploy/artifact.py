@@ -50,7 +50,7 @@ def save_terse(
     settled = settle(copy.deepcopy(model)).cpu()
     example = example.detach().cpu()
     graph = trace(settled, example)
-    tensors = {name: value.detach() for name, value in graph.state_dict().items()}
+    tensors = {name: _without_signed_zeros(value.detach()) for name, value in graph.state_dict().items()}
     manifest: dict[str, Any] = {
         "kind": _KIND,
         "graph": graph_json.to_json(graph),
@@ -136,6 +136,11 @@ def unpack(path: str | Path, out: str | Path) -> Path:
         metadata = terse_preparation(path).metadata() if said else None
         return export_pt2(model, torch.zeros(shape, dtype=dtype), out, metadata)
     raise SettingsError(f"a .terse file unpacks to .pt2 or .safetensors, got {out.name!r}; choose one of these endings")
+
+
+def _without_signed_zeros(value: Tensor) -> Tensor:
+    """-0.0 as 0.0, its equal: masks and rounding leave both, and only one of them is on a grid."""
+    return value + 0.0 if value.is_floating_point() else value
 
 
 def _check_rebuilt(model: nn.Module, graph: dict[str, Any], tensors: dict[str, Tensor], example: Tensor) -> None:

@@ -1,0 +1,131 @@
+"""Small whole numbers (-255 to 255) of a tensor as bytes: whichever of the forms below is the smallest.
+
+Indices of codebooks, steps of grids, ternary and binary weights, int8 weights and masks are all such numbers.
+The forms: packed bits, one constant, canonical Huffman, Huffman with relative indices (both of Deep Compression),
+adaptive ANS without contexts, ANS with contexts, and significance with contexts followed by what is not 0.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Collection, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tersenet.codec import contexts, entropy, huffman
+
+Numbers = NDArray[np.int32]
+
+PACKED, CONSTANT, HUFFMAN, RELATIVE, STREAM, CONTEXTS, SIGNIFICANT = range(7)
+LIMIT = contexts.LIMIT
+LONGEST = 1 << 30
+FORMS = ("packed", "constant", "huffman", "relative", "stream", "contexts", "significant")
+_FEW = 1 << 16  # below this many numbers more is tried
+
+
+def encode(q: Numbers, shape: tuple[int, ...], forms: Collection[str] | None = None) -> bytes:
+    """The smallest of the forms, its number in front. Deterministic.
+
+    Args:
+        q: (n,) numbers from -255 to 255, row-major, of a tensor of `shape`; n from 1 to 2**30.
+        forms: names of FORMS, the only ones to take, such as those of a paper; by default all that may be smallest.
+            A constant, and what none of them can hold, is taken in the form that holds it.
+    """
+    low, high = int(q.min()), int(q.max())
+    if low == high:
+        return struct.pack("<Bh", CONSTANT, low)
+    if forms is None:
+        forms = _promising(q, low, high)
+    bodies = [bytes([FORMS.index(form)]) + body for form in forms for body in _bodies(form, q, shape, low, high)]
+    return min(bodies or (encode(q, shape, ("packed",)),), key=len)
+
+
+def _promising(q: Numbers, low: int, high: int) -> tuple[str, ...]:
+    """Forms with a chance: ANS beats Huffman wherever its state of 8 bytes does not weigh."""
+    zeros = len(q) - int(np.count_nonzero(q))
+    forms = ["contexts"]
+    if len(q) < _FEW:
+        forms += ["packed", "stream"]
+    if len(q) < 256:
+        forms += ["huffman"]
+    if len(q) < 4096 and 2 * zeros > len(q):
+        forms += ["relative"]
+    if 4 * zeros > len(q) and low < 0 < high:
+        forms += ["significant"]
+    return tuple(forms)
+
+
+def _bodies(form: str, q: Numbers, shape: tuple[int, ...], low: int, high: int) -> Iterator[bytes]:
+    strengths = range(len(contexts.STRENGTHS)) if len(q) < _FEW else (1,)
+    if form == "packed":
+        width = (high - low).bit_length()
+        yield struct.pack("<hB", low, width) + huffman.pack_bits(q.astype(np.int64) - low, width)
+    elif form == "huffman":
+        yield struct.pack("<h", low) + huffman.encode(q.astype(np.int64) - low)
+    elif form == "relative" and (low or high):
+        for width in huffman.WIDTHS:
+            yield huffman.encode_relative(q, width)
+    elif form == "stream" and high - low < 256:
+        yield struct.pack("<h", low) + entropy.encode((q - low).astype(np.uint8))
+    elif form == "contexts":
+        for strength in strengths:
+            yield contexts.encode(q, shape, strength)
+    elif form == "significant" and not q.all():
+        kept = q[q != 0]
+        values = encode(kept, (len(kept),), ("packed", "huffman", "stream"))
+        where = min((contexts.encode((q != 0).astype(np.int32), shape, strength) for strength in strengths), key=len)
+        yield struct.pack("<I", len(where)) + where + values
+
+
+def decode(stream: bytes, shape: tuple[int, ...], count: int) -> Numbers:
+    """The (count,) numbers of a tensor of `shape`.
+
+    Raises:
+        ValueError: when the stream cannot be one of ours; says why.
+    """
+    if not stream or not 0 < count <= LONGEST:
+        raise ValueError(f"{len(stream)} bytes cannot hold {count} numbers")
+    form, body = stream[0], stream[1:]
+    if form == CONTEXTS:
+        return contexts.decode(body, shape)
+    if form == RELATIVE:
+        return huffman.decode_relative(body, count)
+    if form == SIGNIFICANT:
+        return _significant(body, shape, count)
+    if form not in (PACKED, CONSTANT, HUFFMAN, STREAM):
+        raise ValueError(f"numbers are of form {form}, known are 0 to {SIGNIFICANT}")
+    if len(body) < 2:
+        raise ValueError("numbers end early")
+    (low,) = struct.unpack_from("<h", body)
+    body = body[2:]
+    if form == CONSTANT:
+        if body:
+            raise ValueError("a constant is followed by more")
+        return _bounded(np.full(count, low, np.int32))
+    if form == PACKED:
+        if not body or not 0 < body[0] <= 9:
+            raise ValueError("packed numbers have no width from 1 to 9")
+        return _bounded(huffman.unpack_bits(body[1:], body[0], count).astype(np.int32) + low)
+    if form == HUFFMAN:
+        return _bounded(huffman.decode(body, count).astype(np.int32) + low)
+    return _bounded(entropy.decode(body, count).astype(np.int32) + low)
+
+
+def _significant(body: bytes, shape: tuple[int, ...], count: int) -> Numbers:
+    if len(body) < 4:
+        raise ValueError("numbers end early")
+    (length,) = struct.unpack_from("<I", body)
+    out = contexts.decode(body[4 : 4 + length], shape)
+    kept = np.flatnonzero(out)
+    values = body[4 + length :]
+    if not len(kept) or not values or values[0] not in (PACKED, CONSTANT, HUFFMAN, STREAM):
+        raise ValueError("the values that are not 0 are missing or of another form")
+    out[kept] = decode(values, (len(kept),), len(kept))
+    return out
+
+
+def _bounded(q: Numbers) -> Numbers:
+    if q.min() < -LIMIT or q.max() > LIMIT:
+        raise ValueError(f"a number lies beyond {LIMIT}")
+    return q
