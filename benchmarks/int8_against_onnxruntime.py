@@ -5,7 +5,7 @@ process; each is scored on the whole test set in the runtime that it is for. NNC
 measured and scored there only, beside our file. Run it on a machine that does nothing else:
 
     python benchmarks/int8_against_onnxruntime.py resnet20 \\
-        --weights ../shared/data/weights/cifar10_resnet20.safetensors --data parquet:../shared/data/cifar10
+        --weights cifar10_resnet20.safetensors --data parquet:cifar10
 
 Writes benchmarks/results/int8_MODEL.json. ONNX Runtime's quantizer runs as its documentation asks: after
 quant_pre_process, as QDQ, weights int8 per channel, activations uint8, min-max ranges (its default).

@@ -1,6 +1,6 @@
 """The textbook's pruning example, done so that its figures can be believed. Run it from the project's folder:
 
-    python examples/cifar10_cnn.py --data parquet:../shared/data/cifar10 --epochs 3
+    python examples/cifar10_cnn.py --data parquet:cifar10 --epochs 3
 
 A plain network (conv 64 - conv 128 - fc 1024 - fc 10) learns CIFAR-10. Its neurons are ranked by weights, activations
 and gradients; those below the 90th percentile are taken out together with their connections; what is left is trained
@@ -207,9 +207,7 @@ def percent(share: float) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--data", default="parquet:../shared/data/cifar10", help="parquet:DIR, folder:DIR or hf:cifar10"
-    )
+    parser.add_argument("--data", required=True, help="parquet:DIR, folder:DIR or hf:cifar10")
     parser.add_argument("--epochs", type=int, default=3, help="of the first training, and again of the retraining")
     parser.add_argument("--images", type=int, help="use only so many training images, to try it out")
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10_cnn"), help="the run folder")
