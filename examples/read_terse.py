@@ -223,10 +223,11 @@ def contexts(data: bytes, shape: list[int]) -> np.ndarray:
     low, high, start, strength = struct.unpack_from("<hhBB", data)
     coder, models = Ans(data[6:]), dict[int, np.ndarray]()
     rows, columns, kernel = shape[0], math.prod(shape[1:]), math.prod(shape[2:])
-    period = 1 if len(shape) < 2 else kernel if 4 <= kernel <= 32 else min(8, columns)
+    kernels = 4 <= kernel <= 32
+    period = 1 if len(shape) < 2 else kernel if kernels else min(8, columns)
     groups = -(-columns // period)
     out = np.zeros((rows, groups * period), np.int64)
-    row_sums, group_sums, total = [0] * rows, [0] * groups, 0
+    row_sums, group_sums, column_sums, total = [0] * rows, [0] * groups, [0] * (groups * period), 0
     kernel_sums = np.zeros((rows, groups), np.int64)
     for phase in range(period):
         first = 0
@@ -234,15 +235,22 @@ def contexts(data: bytes, shape: list[int]) -> np.ndarray:
             known = (phase * rows + first) * groups
             stop = min(rows, first + max(1, min(max(64, known), 65536) // groups))
             mean = max(1, (4096 * total + 16 * power4(start)) // (known + 16))
-            row_n, group_n = (phase * groups + 8) * mean, (phase * rows + first + 8) * mean
-            group = [log16(4096 * s + 8 * mean) - log16(group_n) for s in group_sums]
+            row_n, before = (phase * groups + 8) * mean, phase * rows + first
+            group = [(4096 * s + 8 * mean) // (before + 8) for s in group_sums]
+            if kernels:
+                foretold = [log16(s + 1) for s in group for _ in range(period)]
+            else:
+                column_n = before // period + 4
+                foretold = [
+                    log16((4096 * s + 4 * group[i // period]) // column_n + 1) for i, s in enumerate(column_sums)
+                ]
             places: dict[int, list[tuple[int, int, int]]] = {}
             for o in range(first, stop):
-                row = log16(4096 * row_sums[o] + 8 * mean) - log16(row_n) + log16(mean) + 2
+                row = log16(4096 * row_sums[o] + 8 * mean) - log16(row_n) + 2
                 place = (phase - o) % period
                 for g in range(groups - (place + (groups - 1) * period >= columns)):
-                    j = min(max(row + group[g] >> 2, 0), 83)
-                    if phase:
+                    j = min(max(row + foretold[g * period + place] >> 2, 0), 83)
+                    if phase and kernels:
                         known_sum = min(int(kernel_sums[o, g]), 255)
                         c = log16((4096 * known_sum + 6 * power4(j)) // (phase + 6)) + 4 >> 3
                     else:
@@ -257,6 +265,7 @@ def contexts(data: bytes, shape: list[int]) -> np.ndarray:
                     magnitude = abs(low + symbol)
                     row_sums[o] += magnitude
                     group_sums[g] += magnitude
+                    column_sums[column] += magnitude
                     kernel_sums[o, g] += magnitude
                     total += magnitude
             first = stop

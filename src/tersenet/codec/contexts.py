@@ -45,15 +45,17 @@ class Known:
 
     rows: int
     groups: int
+    period: int
+    kernels: bool  # whether the numbers of a group are one kernel, and alike
     start: int  # the mean magnitude of all, in quarter octaves of 1 / UNIT
     row_sums: Ints = field(init=False)
-    group_sums: Ints = field(init=False)
+    column_sums: Ints = field(init=False)
     kernel_sums: NDArray[np.int32] = field(init=False)
     total: int = 0
 
     def __post_init__(self) -> None:
         self.row_sums = np.zeros(self.rows, np.int64)
-        self.group_sums = np.zeros(self.groups, np.int64)
+        self.column_sums = np.zeros((self.period, self.groups), np.int64)
         self.kernel_sums = np.zeros((self.rows, self.groups), np.int32)
 
     def contexts(self, phase: int, first: int, stop: int) -> NDArray[np.uint8]:
@@ -61,19 +63,29 @@ class Known:
         count = (phase * self.rows + first) * self.groups
         mean = max(1, (UNIT * self.total + 16 * power4(self.start)) // (count + 16))
         row = log16(UNIT * self.row_sums[first:stop] + 8 * mean) - log16((phase * self.groups + 8) * mean)
-        group = log16(UNIT * self.group_sums + 8 * mean) - log16((phase * self.rows + first + 8) * mean)
-        quarters = (row[:, None] + (group + int(log16(mean)) + 2)[None, :]) >> 2
+        before = self.rows * phase + first
+        group = (UNIT * self.column_sums.sum(0) + 8 * mean) // (before + 8)
+        if self.kernels:
+            foretold = log16(group + 1)[None, :]
+        else:
+            column = (UNIT * self.column_sums + 4 * group) // (before // self.period + 4)
+            foretold = log16(column + 1)[(phase - np.arange(first, stop)) % self.period]
+        quarters = (row[:, None] + (foretold + 2)) >> 2
         np.clip(quarters, 0, 2 * CONTEXTS - 1, out=quarters)
-        if not phase:
+        if not phase or not self.kernels:
             return ((quarters + 1) >> 1).clip(0, CONTEXTS - 1).astype(np.uint8)
         sums = np.minimum(self.kernel_sums[first:stop], LIMIT)
         return _table(phase)[quarters, sums]
 
-    def add(self, first: int, stop: int, magnitudes: NDArray[np.int32]) -> None:
+    def add(self, phase: int, first: int, stop: int, magnitudes: NDArray[np.int32]) -> None:
         """Takes in a block's (stop - first, G) magnitudes."""
         self.row_sums[first:stop] += magnitudes.sum(1)
-        self.group_sums += magnitudes.sum(0)
-        self.kernel_sums[first:stop] += magnitudes
+        if self.kernels:
+            self.kernel_sums[first:stop] += magnitudes
+            self.column_sums[0] += magnitudes.sum(0)
+        else:
+            for i in range(min(self.period, stop - first)):
+                self.column_sums[(phase - first - i) % self.period] += magnitudes[i :: self.period].sum(0)
         self.total += int(magnitudes.sum())
 
 
@@ -97,12 +109,14 @@ def power4(x: int) -> int:
     return max(1, (_ROOTS[x & 3] << (x >> 2)) >> 12)
 
 
-def layout(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Rows, columns and period of a tensor: (O, I * K, K), where K of 4 to 32 numbers are one kernel."""
+def layout(shape: tuple[int, ...]) -> tuple[int, int, int, bool]:
+    """Rows O and columns I * K of a tensor, its period, and whether that is K, the size of a kernel (4 to 32)."""
     if len(shape) < 2:
-        return math.prod(shape), 1, 1
+        return math.prod(shape), 1, 1, False
     columns, kernel = math.prod(shape[1:]), math.prod(shape[2:])
-    return shape[0], columns, kernel if 4 <= kernel <= 32 else min(8, columns)
+    if 4 <= kernel <= 32:
+        return shape[0], columns, kernel, True
+    return shape[0], columns, min(8, columns), False
 
 
 def blocks(rows: int, groups: int, period: int) -> Iterator[tuple[int, int, int]]:
@@ -148,21 +162,21 @@ def encode(q: NDArray[np.int32], shape: tuple[int, ...], strength: int) -> bytes
         q: (n,) numbers of at most LIMIT in magnitude, n at least 1; row-major, of a tensor of `shape`.
         strength: of the starting models, an index into STRENGTHS.
     """
-    rows, columns, period = layout(shape)
+    rows, columns, period, kernels = layout(shape)
     groups = -(-columns // period)
     padded = np.zeros((rows, groups * period), np.int32)
     padded[:, :columns] = q.reshape(rows, columns)
     low, high = int(q.min()), int(q.max())
     total = int(np.abs(q).sum(dtype=np.int64))
     start = int(log16(max(1, UNIT * total // len(q)))) >> 2
-    known = Known(rows, groups, start)
+    known = Known(rows, groups, period, kernels, start)
     models = Models(low, high, strength)
     jobs = []
     for phase, first, stop in blocks(rows, groups, period):
         at, valid = _places(phase, first, stop, groups, period, columns)
         values = padded.reshape(-1)[at]
         contexts = known.contexts(phase, first, stop)
-        known.add(first, stop, np.abs(values))
+        known.add(phase, first, stop, np.abs(values))
         flat = values.reshape(-1)
         for context, where in _by_context(contexts, valid):
             symbols = flat[where] - low
@@ -185,10 +199,10 @@ def decode(stream: bytes, shape: tuple[int, ...]) -> NDArray[np.int32]:
     low, high, start, strength = HEAD.unpack_from(stream)
     if not -LIMIT <= low < high <= LIMIT or start >= 2 * CONTEXTS or strength >= len(STRENGTHS):
         raise ValueError(f"a context-coded stream starts with {low}, {high}, {start}, {strength}, which is not allowed")
-    rows, columns, period = layout(shape)
+    rows, columns, period, kernels = layout(shape)
     groups = -(-columns // period)
     padded = np.zeros((rows, groups * period), np.int32)
-    known = Known(rows, groups, start)
+    known = Known(rows, groups, period, kernels, start)
     models = Models(low, high, strength)
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(stream, "<u4", offset=HEAD.size).astype(np.uint32))
     for phase, first, stop in blocks(rows, groups, period):
@@ -201,7 +215,7 @@ def decode(stream: bytes, shape: tuple[int, ...]) -> NDArray[np.int32]:
             values[where] = symbols + low
         block = values.reshape(contexts.shape)
         padded.reshape(-1)[at] = block
-        known.add(first, stop, np.abs(block))
+        known.add(phase, first, stop, np.abs(block))
     if not coder.is_empty():
         raise ValueError("a context-coded stream holds more than its numbers")
     return np.ascontiguousarray(padded[:, :columns]).reshape(-1)

@@ -90,7 +90,7 @@ def decode(stream: bytes, shape: tuple[int, ...], count: int) -> Numbers:
     if form == CONTEXTS:
         return contexts.decode(body, shape)
     if form == RELATIVE:
-        return huffman.decode_relative(body, count)
+        return _bounded(huffman.decode_relative(body, count))
     if form == SIGNIFICANT:
         return _significant(body, shape, count)
     if form not in (PACKED, CONSTANT, HUFFMAN, STREAM):
