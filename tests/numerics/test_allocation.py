@@ -31,6 +31,23 @@ def test_no_combination_is_better(layers: list[list[tuple[float, int]]], share: 
     assert sum(row[p] for row, p in zip(errors, picks, strict=True)) == pytest.approx(best, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_against_a_table_over_all_budgets(seed: int) -> None:
+    source = torch.Generator().manual_seed(seed)
+    errors = torch.rand(12, 4, generator=source, dtype=torch.float64)
+    sizes = torch.randint(1, 40, (12, 4), generator=source)
+    budget = int(sizes.min(dim=1).values.sum()) + 40
+    table = torch.zeros(budget + 1, dtype=torch.float64)  # least error with at most so many bytes
+    for row, used in zip(errors, sizes.tolist(), strict=True):
+        moved = [
+            torch.cat([torch.full((u,), torch.inf), table])[: budget + 1] + e for e, u in zip(row, used, strict=True)
+        ]
+        table = torch.stack(moved).amin(dim=0)
+    picks = allocate(errors.tolist(), sizes.tolist(), budget)
+    assert sum(int(sizes[layer, pick]) for layer, pick in enumerate(picks)) <= budget
+    assert sum(float(errors[layer, pick]) for layer, pick in enumerate(picks)) == pytest.approx(float(table[-1]))
+
+
 def test_a_network_s_layers_at_seven_widths() -> None:
     source = torch.Generator().manual_seed(0)
     weights = torch.randint(400, 40000, (60,), generator=source).tolist()

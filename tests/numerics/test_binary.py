@@ -76,6 +76,7 @@ def test_for_given_scales_each_weight_has_the_best_signs() -> None:
 
 
 def test_equal_bases_share_their_scale() -> None:
+    assert signs(torch.tensor([0.0, -0.0])).tolist() == [1.0, 1.0]
     x = torch.full((1, 4), 2.0)
     bases, scales = greedy_bases(x, 3)
     assert error(x, bases, scales) < 1e-9

@@ -47,6 +47,16 @@ def test_importance_decides_the_scale_and_the_threshold() -> None:
     assert float((heavy * (made - row) ** 2).sum()) == pytest.approx(min(tried))
 
 
+def test_equal_magnitudes_stay_together() -> None:
+    source = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 5, (500, 8), generator=source).double()
+    heavy = torch.rand(500, 8, generator=source, dtype=torch.float64)
+    for h in (None, heavy):
+        threshold, _ = twn_exact(rows, h)
+        # Parted, the threshold in the middle between the two would be their magnitude.
+        assert not bool(((rows == threshold[:, None]) & (rows > 0)).any())
+
+
 def test_ties_and_zeros() -> None:
     rows = torch.tensor([[0.0, 0.0, 0.0], [2.0, -2.0, 2.0], [0.0, 3.0, 0.0]])
     threshold, scale = twn_exact(rows)

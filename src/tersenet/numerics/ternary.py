@@ -45,10 +45,9 @@ def twn_exact(weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor,
     heavy = heavy.gather(1, order)
     above, below = (heavy * sizes).cumsum(dim=1), heavy.cumsum(dim=1)
     gains = above.square() / below.clamp(min=1e-300)  # (O, n) for m = 1 .. n
-    # Equal magnitudes stay or go together, or no threshold would stand for the choice.
+    # While equal magnitudes are added the gain is convex, so none of them is parted from the others.
+    best = gains.argmax(dim=1, keepdim=True)
     next_one = torch.nn.functional.pad(sizes[:, 1:], (0, 1))
-    last = (sizes > next_one) | (next_one == 0)
-    best = torch.where(last, gains, -1.0).argmax(dim=1, keepdim=True)
     threshold = (sizes.gather(1, best) + next_one.gather(1, best)) / 2
     scale = above.gather(1, best) / below.gather(1, best).clamp(min=1e-300)
     return threshold[:, 0].to(weight.dtype), scale[:, 0].to(weight.dtype)
