@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tersenet.numerics.codebooks import optimal_codebook
 from tersenet.numerics.grids import Grid, extremes, least_squares_scales
 from tersenet.numerics.powers_of_two import round_power
 from tersenet.numerics.repaired_rounding import (
     damped,
     descend,
     layer_error,
+    onto_codebook,
     onto_grid,
     refit_scales,
     round_columns,
@@ -156,6 +158,17 @@ def test_any_set_of_values_can_be_repaired() -> None:
     found = descend(weight, round_columns(weight, gram, nearest), gram, nearest)
     assert torch.equal(round_power(found, -2, 1), found)
     assert total(weight, found, gram) < total(weight, round_power(weight, -2, 1), gram)
+
+
+def test_shared_values_can_be_repaired() -> None:
+    weight, gram = layer()
+    codebook = optimal_codebook(weight, 8)
+    nearest = onto_codebook(codebook)
+    plain = nearest(weight, 0).float()
+    torch.testing.assert_close(plain, codebook[(weight[..., None] - codebook).abs().argmin(dim=-1)])
+    found = descend(weight, round_columns(weight, gram, nearest), gram, nearest)
+    assert bool(torch.isin(found, codebook).all())
+    assert total(weight, found, gram) < 0.8 * total(weight, plain, gram)
 
 
 def test_inputs_that_are_zero_or_equal_do_no_harm() -> None:

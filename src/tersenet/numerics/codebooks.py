@@ -171,7 +171,7 @@ def nearest_codes(values: Tensor, codebook: Tensor) -> Tensor:
     tensor([0, 1, 2])
     """
     middles = (codebook[1:].double() + codebook[:-1].double()) / 2
-    return torch.bucketize(values.detach().double(), middles)
+    return torch.bucketize(values.detach().double().contiguous(), middles)
 
 
 def summed_gradients(gradient: Tensor, codes: Tensor, count: int) -> Tensor:

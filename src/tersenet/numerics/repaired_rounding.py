@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tersenet.numerics.codebooks import nearest_codes
 from tersenet.numerics.grids import Grid, least_squares_scales
 from tersenet.numerics.rounding import fake_quantize
 
@@ -58,6 +59,16 @@ def onto_grid(grid: Grid, scale: Tensor, zero_point: Tensor, shape: torch.Size) 
     flat = torch.Size((shape[:-1].numel(), shape[-1]))
     scales, zeros = (grid.spread(part.double(), flat).expand(flat).reshape(shape) for part in (scale, zero_point))
     return lambda values, column: fake_quantize(values, scales[..., column], zeros[..., column], grid.low, grid.high)
+
+
+def onto_codebook(codebook: Tensor) -> Nearest:
+    """`nearest` for the shared values of a layer.
+
+    Args:
+        codebook: (k,) sorted, as from numerics.codebooks.
+    """
+    shared = codebook.detach().double()
+    return lambda values, _: shared[nearest_codes(values, codebook)]
 
 
 def round_columns(
