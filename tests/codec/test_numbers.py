@@ -124,9 +124,9 @@ def test_starting_models_have_the_mean_of_their_context() -> None:
 
 def test_the_largest_counts_leave_no_room_for_overflow() -> None:
     models = contexts.Models(-255, 255, 2)
-    models.frequencies(0)
+    models.frequencies([(0, 0, 1)])
     models.weights[0][7] += 64 * numbers.LONGEST
-    f = models.frequencies(0)
+    (f,) = models.frequencies([(0, 0, 1)])
     assert f.min() >= 1
     assert f.sum() == 1 << 24
     assert f.argmax() == 7

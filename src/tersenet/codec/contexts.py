@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from tersenet.codec.entropy import PRECISION, categorical
 
 Ints = NDArray[np.int64]
+Run = tuple[int, int, int]  # a context, and where its numbers start and end
 
 UNIT = 4096  # a mean magnitude of 1
 CONTEXTS = 42  # half octaves of mean magnitude, from 1/4096 on
@@ -178,10 +179,11 @@ def encode(q: NDArray[np.int32], shape: tuple[int, ...], strength: int) -> bytes
         contexts = known.contexts(phase, first, stop)
         known.add(phase, first, stop, np.abs(values))
         flat = values.reshape(-1)
-        for context, where in _by_context(contexts, valid):
-            symbols = flat[where] - low
-            jobs.append((symbols, models.frequencies(context)))
-            models.learn(context, symbols)
+        order, runs = _by_context(contexts, valid)
+        symbols = flat[order] - low
+        tables = models.frequencies(runs)
+        jobs += [(symbols[start:end], f) for (_, start, end), f in zip(runs, tables, strict=True)]
+        models.learn(runs, symbols)
     coder = constriction.stream.stack.AnsCoder()
     for symbols, f in reversed(jobs):  # ANS is a stack: what is pushed last comes out first
         coder.encode_reverse(symbols, categorical(f))
@@ -208,11 +210,13 @@ def decode(stream: bytes, shape: tuple[int, ...]) -> NDArray[np.int32]:
     for phase, first, stop in blocks(rows, groups, period):
         at, valid = _places(phase, first, stop, groups, period, columns)
         contexts = known.contexts(phase, first, stop)
+        order, runs = _by_context(contexts, valid)
+        symbols = np.empty(len(order), np.int32)
+        for (_, start, end), f in zip(runs, models.frequencies(runs), strict=True):
+            symbols[start:end] = coder.decode(categorical(f), end - start)
+        models.learn(runs, symbols)
         values = np.zeros(contexts.size, np.int32)
-        for context, where in _by_context(contexts, valid):
-            symbols = coder.decode(categorical(models.frequencies(context)), len(where))
-            models.learn(context, symbols)
-            values[where] = symbols + low
+        values[order] = symbols + low
         block = values.reshape(contexts.shape)
         padded.reshape(-1)[at] = block
         known.add(phase, first, stop, np.abs(block))
@@ -226,20 +230,24 @@ class Models:
 
     def __init__(self, low: int, high: int, strength: int) -> None:
         self.settings = (low, high, strength)
-        self.weights: dict[int, Ints] = {}
+        self.weights = np.zeros((CONTEXTS, high - low + 1), np.int64)
 
-    def frequencies(self, context: int) -> Ints:
-        """In proportion to the weights, each at least 1, summing to 2**24; what is missing goes to the largest."""
-        if context not in self.weights:
-            self.weights[context] = np.array(starting_model(context, *self.settings), np.int64)
-        weights = self.weights[context]
-        f = 1 + weights * ((1 << PRECISION) - len(weights)) // weights.sum()
-        f[f.argmax()] += (1 << PRECISION) - f.sum()
+    def frequencies(self, runs: list[Run]) -> Ints:
+        """(len(runs), n) in proportion to the weights, at least 1, of sum 2**24; the largest gets what is missing."""
+        chosen = [context for context, _, _ in runs]
+        for context in chosen:
+            if not self.weights[context, 0]:
+                self.weights[context] = starting_model(context, *self.settings)
+        weights = self.weights[chosen]
+        f = 1 + weights * ((1 << PRECISION) - weights.shape[1]) // weights.sum(1, keepdims=True)
+        f[np.arange(len(f)), f.argmax(1)] += (1 << PRECISION) - f.sum(1)
         return f
 
-    def learn(self, context: int, symbols: NDArray[np.int32]) -> None:
-        weights = self.weights[context]
-        weights += _COUNT * np.bincount(symbols, minlength=len(weights))
+    def learn(self, runs: list[Run], symbols: NDArray[np.int32]) -> None:
+        """Takes in the symbols of each run."""
+        size = self.weights.shape[1]
+        cells = np.repeat([context * size for context, _, _ in runs], [end - start for _, start, end in runs]) + symbols
+        self.weights += _COUNT * np.bincount(cells, minlength=self.weights.size).reshape(self.weights.shape)
 
 
 def _places(
@@ -255,14 +263,13 @@ def _places(
     return at, valid
 
 
-def _by_context(contexts: NDArray[np.uint8], valid: NDArray[np.bool_] | None) -> Iterator[tuple[int, Ints]]:
+def _by_context(contexts: NDArray[np.uint8], valid: NDArray[np.bool_] | None) -> tuple[Ints, list[Run]]:
+    """The places of a block's numbers in order of context, and each context's run in them."""
     flat = contexts.reshape(-1)
     if valid is not None:
         flat = np.where(valid.reshape(-1), flat, CONTEXTS)
-    order = np.argsort(flat, kind="stable")
-    counts = np.bincount(flat, minlength=CONTEXTS + 1)
-    start = 0
-    for context in np.flatnonzero(counts[:CONTEXTS]).tolist():
-        stop = start + int(counts[context])
-        yield context, order[start:stop]
-        start = stop
+    counts = np.bincount(flat, minlength=CONTEXTS)[:CONTEXTS]
+    ends = np.cumsum(counts).tolist()
+    present = np.flatnonzero(counts).tolist()
+    runs = [(context, ends[context] - int(counts[context]), ends[context]) for context in present]
+    return np.argsort(flat, kind="stable")[: ends[-1]], runs

@@ -21,7 +21,7 @@ PACKED, CONSTANT, HUFFMAN, RELATIVE, STREAM, CONTEXTS, SIGNIFICANT = range(7)
 LIMIT = contexts.LIMIT
 LONGEST = 1 << 30
 FORMS = ("packed", "constant", "huffman", "relative", "stream", "contexts", "significant")
-_FEW = 1 << 16  # below this many numbers more is tried
+_FEW = 1 << 12  # below this many numbers more is tried
 
 
 def encode(q: Numbers, shape: tuple[int, ...], forms: Collection[str] | None = None) -> bytes:
@@ -46,18 +46,18 @@ def _promising(q: Numbers, low: int, high: int) -> tuple[str, ...]:
     zeros = len(q) - int(np.count_nonzero(q))
     forms = ["contexts"]
     if len(q) < _FEW:
-        forms += ["packed", "stream"]
-    if len(q) < 256:
-        forms += ["huffman"]
-    if len(q) < 4096 and 2 * zeros > len(q):
+        forms += ["packed", "stream", "huffman"]
+    elif high - low <= 3:  # nothing is smaller where chance alone decides
+        forms += ["packed"]
+    if len(q) < _FEW and 2 * zeros > len(q):
         forms += ["relative"]
-    if 4 * zeros > len(q) and low < 0 < high:
+    if 2 * zeros > len(q) and low < 0 < high:
         forms += ["significant"]
     return tuple(forms)
 
 
 def _bodies(form: str, q: Numbers, shape: tuple[int, ...], low: int, high: int) -> Iterator[bytes]:
-    strengths = range(len(contexts.STRENGTHS)) if len(q) < _FEW else (1,)
+    strengths = range(len(contexts.STRENGTHS)) if len(q) < 2 * _FEW else (1,)
     if form == "packed":
         width = (high - low).bit_length()
         yield struct.pack("<hB", low, width) + huffman.pack_bits(q.astype(np.int64) - low, width)
