@@ -255,7 +255,7 @@ class TrainingHead(nn.Module):
 
 
 def test_heads_of_training_go_with_the_graph() -> None:
-    """The cut does not reach what the evaluation does not use, so the evaluation takes the model's place, and trains."""
+    """A cut does not reach what the evaluation does not use, so the evaluation takes the model's place."""
     model = TrainingHead().eval()
     x = torch.randn(2, 3, 8, 8)
     known = coupling(model, x)

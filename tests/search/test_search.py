@@ -302,7 +302,7 @@ def test_bad_amounts(kind: str, text: str) -> None:
 class Clock:
     """Milliseconds that are multiply-adds in disguise, so that nothing depends on how busy the machine is."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, slow_int8: bool = False) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, slow_int8: bool = False, drift: float = 1.0) -> None:
         self.calls: list[tuple[str, int]] = []
 
         def one(bench: Bench, picks: Picks) -> float:
@@ -319,6 +319,11 @@ class Clock:
             plain = 0.1 + bench.weight({}, "macs") * 1e-6
             return one(bench, {}), plain
 
+        def share_of_float(bench: Bench, picks: Picks) -> float:
+            self.calls.append(("confirming", 1))
+            return drift * one(bench, picks) / base_times(bench)[1]
+
+        monkeypatch.setattr(Bench, "share_of_float", share_of_float)
         monkeypatch.setattr(Bench, "times", times)
         monkeypatch.setattr(Bench, "base_times", base_times)
 
@@ -355,6 +360,19 @@ def test_a_budget_of_latency(cache: Path, monkeypatch: pytest.MonkeyPatch, capfd
     assert out == ""
     assert "is damaged (it is no JSON); the table is filled anew" in err
     assert err.count("\n") == 1
+
+
+def test_an_answer_that_is_slower_on_its_own_is_aimed_at_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, every file takes 8 % longer than among the others: the answer is one that fits then."""
+    Clock(monkeypatch, drift=1.08)
+    model = residual_net()
+    found = Search(steps=FAST, latency="0.35x", images=0).solve(model, residual_task(model))
+    budget, picked = found.said["target"]["budget"], found.said["picked"]
+    assert found.met
+    assert 0.85 * budget < picked["measured"] <= budget
+    among = [1.08 * each["measured"] for each in found.said["proposals"]]
+    assert any(picked["measured"] == pytest.approx(each) for each in among)
+    assert any(each > budget for each in among)  # what looked as if it would fit
 
 
 def test_a_table_from_elsewhere(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

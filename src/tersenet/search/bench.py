@@ -156,6 +156,14 @@ class Bench:
         result = measure_apart(entries, x=self.x, batch=self.batch, threads=self.threads, energy=False)
         return result.latency("base")["median"], result.latency("float")["median"]
 
+    def share_of_float(self, picks: Picks) -> float:
+        """What is left of the float file's time, each file in a process of its own."""
+        path = self.folder / "answer.onnx"
+        path.write_bytes(self.file(picks))
+        entries = [Entry("answer", path, self.runtime), Entry("float", self.float_path, self.runtime)]
+        result = measure_apart(entries, x=self.x, batch=self.batch, threads=self.threads, energy=False)
+        return result.ratio("answer", "float").ratio
+
     def _measure(self, paths: dict[str, Path]) -> Any:
         contenders = [
             Contender(name, open_file(path, self.runtime, self.threads), self.x) for name, path in paths.items()

@@ -31,7 +31,8 @@ class Table:
         device: what must be the same: {"cpu", "cores", "runtime", "version", "threads", "batch"}.
         changes: key of a change -> milliseconds added at one place.
         networks: key of a network -> {"ms": unchanged, "float_ms": its float file, "checks": measured times of random
-            candidates, "timed": measured times of proposals, by a hash of their picks}.
+            candidates, "timed" and "confirmed": measured times of proposals, in one process and each in its own, by
+            a hash of their picks}.
         path: where it is kept; None keeps it in memory.
         frozen: filled elsewhere, so that nothing can be measured into it here.
     """
@@ -106,8 +107,10 @@ def _is_time(value: Any) -> bool:
 
 def _is_network(value: Any) -> bool:
     """Whether everything is there that a search reads, in numbers that a search can divide by."""
-    timed = value.get("timed", {}) if isinstance(value, dict) else None
-    if not isinstance(timed, dict) or not isinstance(value.get("checks"), list):
+    if not isinstance(value, dict) or not isinstance(value.get("checks"), list):
         return False
-    times = [value.get("ms"), value.get("float_ms"), *value["checks"], *timed.values()]
+    kept = [value.get(name, {}) for name in ("timed", "confirmed")]
+    if not all(isinstance(each, dict) for each in kept):
+        return False
+    times = [value.get("ms"), value.get("float_ms"), *value["checks"], *(v for each in kept for v in each.values())]
     return all(_is_time(time) and time > 0 for time in times)
