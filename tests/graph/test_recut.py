@@ -267,3 +267,48 @@ def test_heads_of_training_go_with_the_graph() -> None:
     assert cut(x).shape == (2, 4, 8, 8)
     assert cut.get_submodule("body").weight.shape == (4, 3, 3, 3)
     assert known.plan(TrainingHead().eval(), []) == {"kept": {}}
+
+
+class Remembering(nn.Module):
+    """Keeps what it computes in evaluation, as attention biases are kept in TinyViT and EfficientFormer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bias = nn.Parameter(torch.randn(8, 1, 1))
+        self.head = nn.Conv2d(8, 2, 1)
+        self.kept: dict[str, Tensor] = {}
+        self.seen = [1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.bias * 2
+        self.last = x
+        self.seen.append(2)
+        return self.head(self.conv(x) + self.kept["bias"])
+
+
+def test_capturing_leaves_nothing_behind() -> None:
+    model = Remembering().eval()
+    x = torch.randn(2, 3, 8, 8)
+    coupling(model, x)
+    assert (model.kept, model.seen) == ({}, [1])
+    assert not hasattr(model, "last")  # which the forward assigned
+
+
+def test_what_a_forward_keeps_is_no_constant() -> None:
+    model = Remembering().eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        model(x)
+    assert model.kept
+    known = coupling(model, x)
+    assert model.kept  # put back
+    assert any(role == "dim0" for _, role in known.slots)
+    (bundle,) = known.bundles
+    plan = known.plan(model, bundle.classes[::2])
+    cut = recut(Remembering().eval(), plan)
+    assert cut(x).shape == (2, 2, 8, 8)
+    again = recut(Remembering().eval(), json.loads(json.dumps(plan)))
+    again.load_state_dict(cut.state_dict())
+    torch.testing.assert_close(again.eval()(x), cut.eval()(x))

@@ -9,9 +9,11 @@ keeps their paths, runs, trains and can be exported again; what lies between the
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ def export(model: nn.Module, example: Example, dynamic_batch: bool = True) -> Ex
     inputs = inputs_of(example) if dynamic_batch else plain
     shapes = tuple({0: Dim.AUTO} for _ in inputs) if dynamic_batch else None
     try:
-        with torch.no_grad(), _silence():
+        with torch.no_grad(), _silence(), _attributes_kept(model):
             return torch.export.export(model, inputs, dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises many kinds; each becomes one sentence
         raise TraceError(_why(model, error)) from error
@@ -269,6 +271,37 @@ def _layer_of(node: fx.Node, value: Any) -> nn.Module | None:
         return None
     layer.weight, layer.bias = weight, bias
     return layer.eval()  # an exported program was captured in evaluation mode
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Puts the plain attributes of a model back as they were, and empties dictionaries of tensors meanwhile.
+
+    Some forwards keep what they computed, such as position biases by device. What they compute while they are captured
+    is no number to be used later; and what they have kept would be captured as a constant, which no cut reaches.
+    """
+    own = vars(nn.Module()).keys()
+    modules = [(module, {k: v for k, v in vars(module).items() if k not in own}) for module in model.modules()]
+    inside = [(v, copy.copy(v)) for _, was in modules for v in was.values() if type(v) in (dict, list)]
+    for held, _ in inside:
+        if isinstance(held, dict) and all(type(value) is Tensor for value in held.values()):
+            held.clear()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export", UserWarning)
+            yield
+    finally:
+        for module, was in modules:
+            now = vars(module)
+            for key in [key for key in now if key not in own and key not in was]:
+                del now[key]
+            now.update(was)
+        for held, copied in inside:
+            if isinstance(held, dict):
+                held.clear()
+                held.update(copied)
+            else:
+                held[:] = copied
 
 
 @contextlib.contextmanager

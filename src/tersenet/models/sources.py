@@ -93,6 +93,9 @@ def _from_torchvision(name: str, pretrained: bool) -> tuple[nn.Module, Preparati
     )
     preset = published.DEFAULT.transforms() if chosen is None else chosen.transforms()
     crop = getattr(preset, "crop_size", None) or models.IMAGENET.size
+    fixed = getattr(model, "image_size", None)  # a vision transformer takes no other, whatever its best weights took
+    if isinstance(fixed, int):
+        crop = (fixed,)
     return model, Preparation(
         (crop[0], crop[-1]),  # one number means a square
         tuple(getattr(preset, "mean", models.IMAGENET.mean)),
