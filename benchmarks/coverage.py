@@ -22,6 +22,7 @@ import importlib.util
 import json
 import multiprocessing
 import re
+import sys
 import time
 import traceback
 import warnings
@@ -344,10 +345,11 @@ def main() -> None:
         chosen = [name for name in everything if name not in log["networks"] or again(name)]
     for name in chosen:
         row = apart(name, arguments.limit)
+        print(row.pop("traceback", ""), end="", file=sys.stderr)  # paths of this machine are no result
         log["networks"][name] = row
         log.update(machine=machine(), threads=1)
         arguments.results.write_text(json.dumps(log, indent=1) + "\n")
-        print(name, json.dumps({k: v for k, v in row.items() if k != "traceback"}), flush=True)
+        print(name, json.dumps(row), flush=True)
     arguments.out.write_text(page(log, everything))
 
 

@@ -244,7 +244,7 @@ def _contents(path: str | Path, file: BinaryIO) -> tuple[Contents, Any]:
         raise _bad(path, len(header), "it ends within its header")
     _, version, flags, length, stored, decoded, crc = HEADER.unpack(header)
     if version != VERSION or header[7]:
-        raise _bad(path, 5, f"it is of version {version}, and this tersenet reads version {VERSION}; update tersenet")
+        raise _bad(path, 5, f"it is of version {version}, and this tersenet reads version {VERSION}; write it anew")
     if flags & ~DEFLATED:
         raise _bad(path, 6, f"its flags are {flags}, allowed are 0 and 1")
     if length != size:
