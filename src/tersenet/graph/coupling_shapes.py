@@ -189,8 +189,20 @@ def _blocks(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     return blocks
 
 
+def reshape_like(call: Call) -> State:
+    """reshape_as: the shape is another tensor's, so that dimensions which shrink shrink there, too."""
+    found, like = list(regroup(call)), call.states[call.arg(1, "other")]
+    for dim, (own, other) in enumerate(zip(found, like, strict=True)):
+        if own is not None and other is not None:
+            call.labels.unite(own, other, call.because("meets channels that cannot be cut"))
+        elif own is not None or other is not None:
+            call.freeze("takes the shape of a tensor whose size is fixed", own, other)
+            found[dim] = None
+    return tuple(found)
+
+
 SHAPES: dict[Any, str] = {
-    regroup: "view reshape _unsafe_view flatten unflatten squeeze",
+    regroup: "view reshape _unsafe_view flatten unflatten squeeze", reshape_like: "reshape_as view_as",
     expand: "expand", slicing: "slice", pad: "pad constant_pad_nd",
     chunk: "chunk unsafe_chunk split unsafe_split split_with_sizes unsafe_split_with_sizes",
     created: "zeros ones full empty rand randn new_zeros new_ones new_full new_empty",
