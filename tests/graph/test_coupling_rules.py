@@ -55,6 +55,7 @@ def two(function: Callable[[Tensor, Tensor], Tensor], features: int = 6) -> Net:
 CUT: dict[str, Callable[[], Net]] = {
     "mean_keepdim": lambda: after(lambda y: y.mean((2, 3), keepdim=True).flatten(1)),
     "reshape_as": lambda: after(lambda y: pool((y.flatten(2) * 2).reshape_as(y))),
+    "to_device": lambda: after(lambda y: pool(y * torch.arange(12.0, device="cpu")[1].to(y.device, torch.float32))),
     "amax": lambda: after(lambda y: y.amax((2, 3))),
     "max_dim": lambda: after(lambda y: y.flatten(2).max(-1).values),
     "max_of_two": lambda: two(lambda a, b: pool(torch.max(a, b))),

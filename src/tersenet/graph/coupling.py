@@ -397,4 +397,9 @@ def _tried(
             for around in (node, *node.all_input_nodes):
                 labels.freeze_state(states.get(around), Call(labels, node, states).because(why))
         assert len(labels.freezes) > before, "a trial can only fail where something was cut"
-        known = replace(_resolve(labels, graph, states), inputs=inputs)
+        less = replace(_resolve(labels, graph, states), inputs=inputs)
+        if sum(len(bundle.classes) for bundle in less.bundles) == sum(len(bundle.classes) for bundle in known.bundles):
+            # What was to blame stood still already, so that the fault lies elsewhere: then nothing is cut.
+            labels.freezes += [(bundle.classes, next(iter(culprits.values()))) for bundle in known.bundles]
+            less = replace(_resolve(labels, graph, states), inputs=inputs)
+        known = less

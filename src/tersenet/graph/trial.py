@@ -94,6 +94,7 @@ class _OnMeta(fx.Interpreter):
     """Tensors that a graph makes on a device of its own have no numbers here either."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        args = tuple(torch.device("meta") if isinstance(arg, torch.device) else arg for arg in args)
         return super().call_function(target, args, {**kwargs, "device": "meta"} if "device" in kwargs else kwargs)
 
 
