@@ -107,7 +107,7 @@ def recipe_of(
     )
     steps: tuple[Step, ...] = (
         DropBlocks(refit=not noise),
-        PruneChannels(importance="l2" if noise else "reconstruction", refit=not noise, residual=True),
+        PruneChannels(importance="l2" if noise else "reconstruction", refit=not noise),
         *(recovery if epochs and not noise else ()),
         FoldBatchNorm(),
         Quantize(),

@@ -128,7 +128,10 @@ def layer_to_json(path: str, layer: nn.Module) -> list[Any]:
         )
     if BRICKS.get(name) is type(layer):
         return [name, layer.config()]
-    if name in LAYERS and LAYERS[name][0] is type(layer):
+    kind: type[nn.Module] = type(layer)
+    if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:  # the last layer of an attention, as linear as any
+        kind, name = nn.Linear, "Linear"
+    if name in LAYERS and LAYERS[name][0] is kind:
         values = {argument: getattr(layer, argument) for argument in LAYERS[name][1]}
         if "bias" in values:
             values["bias"] = values["bias"] is not None

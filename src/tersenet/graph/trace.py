@@ -197,7 +197,8 @@ class _Folder:
         ):
             return None
         if own is not None and is_leaf(own):  # used by another module's forward, like the last layer of an attention
-            if not isinstance(own, type(layer)) or parametrize.is_parametrized(own):
+            alike = isinstance(own, type(layer)) and own.extra_repr() == layer.extra_repr()
+            if not alike or parametrize.is_parametrized(own):  # such as its weight without its bias
                 return None
             layer = own
         self.root.setdefault(path, layer)

@@ -69,14 +69,15 @@ NOTHING = "nothing"
 
 
 def worth(model: nn.Module) -> list[Row]:
-    """A row for each convolution and linear layer that has a mask, or zeros; then one for all of them."""
+    """A row for each convolution and linear layer that has a mask, or zeros that learn; then one for all of them."""
     rows = []
     for path, layer in model.named_modules():
         weight = getattr(layer, "weight", None)
         if not isinstance(layer, _ConvNd | nn.Linear) or not isinstance(weight, Tensor):
             continue
         mask = mask_of(layer)
-        if mask is not None or not bool(weight.all()):
+        constant = mask is None and not weight.requires_grad and weight.is_floating_point()
+        if mask is not None or not (constant or bool(weight.all())):  # a shortcut's 0 and 1 nobody pruned
             rows.append(_row(path, layer, weight.detach(), mask.pattern if mask is not None else None))
     if rows:
         rows.append(_sum(rows))
