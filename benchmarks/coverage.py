@@ -10,7 +10,7 @@ what is left).
     python benchmarks/coverage.py                     what is missing in benchmarks/results/coverage.json
     python benchmarks/coverage.py --only 'timm:*'     these again
 
-Writes docs/coverage.md from all results, old and new.
+Needs timm and torchvision. Writes docs/coverage.md from all results, old and new.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class _Ground:
 
     def confirmed(self, answer: Proposal) -> float:
         """The cost of an answer; a latency is measured once more, beside the float file and as files that ship are:
-        each in a process of its own. Candidates that take turns in one process push each other out of the caches."""
+        each in a process of its own, which can differ from what was timed among other candidates in one process."""
         if self.table is None or self.table.frozen:
             return answer.cost
         known = self.table.networks[self.network].setdefault("confirmed", {})
