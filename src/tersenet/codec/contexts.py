@@ -190,6 +190,22 @@ def encode(q: NDArray[np.int32], shape: tuple[int, ...], strength: int) -> bytes
     return HEAD.pack(low, high, start, strength) + coder.get_compressed().astype("<u4").tobytes()
 
 
+def contexts_of(q: NDArray[np.int32], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """(n,) the context of each number of a tensor of `shape`, as `encode` has them."""
+    rows, columns, period, kernels = layout(shape)
+    groups = -(-columns // period)
+    padded = np.zeros((rows, groups * period), np.int32)
+    padded[:, :columns] = np.abs(q).reshape(rows, columns)
+    start = int(log16(max(1, UNIT * int(padded.sum(dtype=np.int64)) // len(q)))) >> 2
+    known = Known(rows, groups, period, kernels, start)
+    found = np.zeros(padded.shape, np.uint8)
+    for phase, first, stop in blocks(rows, groups, period):
+        at, _ = _places(phase, first, stop, groups, period, columns)
+        found.reshape(-1)[at] = known.contexts(phase, first, stop)
+        known.add(phase, first, stop, padded.reshape(-1)[at])
+    return np.ascontiguousarray(found[:, :columns]).reshape(-1)
+
+
 def decode(stream: bytes, shape: tuple[int, ...]) -> NDArray[np.int32]:
     """The (n,) numbers of a tensor of `shape`, at least one.
 
