@@ -27,8 +27,9 @@ test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow" -n 2 $(ARGS)
 
+test-all: export OMP_NUM_THREADS = 1
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 # Formats, lints, types and runs the fast tests on two cores, in about a minute.
 check: export OMP_NUM_THREADS = 1

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.runtimes import open_file
@@ -32,8 +32,11 @@ def same_picture(a: tuple, b: tuple) -> bool:
 
 
 def structure(model: nn.Module) -> list[tuple]:
-    """Names, types and shapes, without numbers."""
-    modules = [(path, type(module).__name__) for path, module in model.named_modules()]
+    """Names, types and shapes, without numbers. A captured graph is called anything: a copy of it loses its name."""
+    modules = [
+        (path, "graph" if isinstance(module, fx.GraphModule) else type(module).__name__)
+        for path, module in model.named_modules()
+    ]
     return modules + [(key, tuple(value.shape), value.dtype) for key, value in model.state_dict().items()]
 
 

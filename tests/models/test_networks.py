@@ -61,6 +61,17 @@ def test_parameters_and_entries(name: str) -> None:
     assert (sum(p.numel() for p in model.parameters()), len(model.state_dict())) == COUNTS[name]
 
 
+def test_networks_for_small_images_keep_enough_pixels() -> None:
+    """Half of the paper's widths; 4x4 pixels reach the last convolution of MobileNetV2, so that it has 16 times as many
+    multiply-adds there as weights."""
+    half, whole = models.build("mobilenet_v2_cifar_half").eval(), models.build("mobilenet_v2_cifar").eval()
+    x = torch.zeros(1, 3, 32, 32)
+    assert half.features(x).shape == whole.features(x).shape == (1, 1280, 4, 4)  # type: ignore[operator]
+    assert (half.features[3].conv[2].out_channels, whole.features[3].conv[2].out_channels) == (16, 24)  # type: ignore
+    vgg = models.build("vgg16_bn_cifar_half").eval()
+    assert vgg.features(x).shape == (1, 256, 1, 1)  # type: ignore[operator]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

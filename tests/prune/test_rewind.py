@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from tersenet.bricks.mask import attach, mask_of
 from tersenet.errors import FileError, ModelError, SettingsError
 from tersenet.prune.rewind import KeepEarly, Rewind
+from tersenet.quantize.quantize import Quantize
 from tersenet.recipe import Recipe
+from tersenet.rewrite.settle import Settle
 from tersenet.step import Companion
 from tersenet.task import Task
 from tersenet.train import Train
@@ -199,3 +201,17 @@ def test_a_file_that_vanished_or_is_another_s_is_not_replaced(tmp_path: Path) ->
     save_file(numbers(copy.deepcopy(net())), path)
     with pytest.raises(FileError, match="no file of keep_early"):
         KeepEarly(at=0.3, path=str(path)).tick(net(), 0.7)
+
+
+def test_the_scales_of_a_quantized_layer_stay_and_integers_are_not_rewound() -> None:
+    early = net(1)
+    model, _ = Quantize(activations=None).run(net(2), task_of(early))
+    scales = {key: value.clone() for key, value in model.state_dict().items() if "scale" in key}
+    Rewind().fit(model, task_of(early))
+    after = model.state_dict()
+    assert scales
+    assert all(torch.equal(after[key], value) for key, value in scales.items())
+    assert torch.equal(after["0.weight"], early.state_dict()["0.weight"])
+    settled, _ = Settle().run(model, task_of(early))
+    with pytest.raises(ModelError, match=r"int8.*float32"):
+        Rewind().fit(settled, task_of(early))

@@ -53,6 +53,11 @@ REFERENCES: dict[str, Reference] = {
     "vgg16": Reference(vgg.vgg16, IMAGENET, "VGG-16, torchvision's names"),
     "vgg16_bn": Reference(vgg.vgg16_bn, IMAGENET, "VGG-16 with batch norm, torchvision's names"),
     "vgg16_bn_cifar": Reference(vgg.vgg16_bn_cifar, CIFAR10, "VGG-16 with batch norm for 32x32 images"),
+    "vgg16_bn_cifar_half": Reference(vgg.vgg16_bn_cifar_half, CIFAR10, "the same at half the width"),
+    "mobilenet_v2_cifar": Reference(mobilenet_v2.mobilenet_v2_cifar, CIFAR10, "MobileNetV2 for 32x32 images"),
+    "mobilenet_v2_cifar_half": Reference(
+        mobilenet_v2.mobilenet_v2_cifar_half, CIFAR10, "MobileNetV2 for 32x32 images at half the width"
+    ),
 }
 
 

@@ -48,17 +48,20 @@ class MobileNetV2(nn.Module):
     Args:
         num_classes: outputs of the last layer.
         width: multiplies the channels of every layer; the last convolution never gets fewer than 1280, as in the paper.
+        small_images: for 32x32 images the first convolution and the second stage do not halve them, so that 4x4 pixels
+            are left at the end and not one.
     Raises:
         ModelError: when width is not positive.
     """
 
-    def __init__(self, num_classes: int = 1000, width: float = 1.0) -> None:
+    def __init__(self, num_classes: int = 1000, width: float = 1.0, small_images: bool = False) -> None:
         super().__init__()
         if not width > 0:
             raise ModelError(f"width must be positive, got {width}; 1.0 is the paper's network")
         channels = nearest_multiple(32 * width)
-        features: list[nn.Module] = [_conv_bn_relu6(3, channels, 3, stride=2)]
-        for expansion, outputs, repeats, stride in _STAGES:
+        features: list[nn.Module] = [_conv_bn_relu6(3, channels, 3, stride=1 if small_images else 2)]
+        for number, (expansion, outputs, repeats, stride) in enumerate(_STAGES):
+            stride = 1 if small_images and number == 1 else stride
             for i in range(repeats):
                 after = nearest_multiple(outputs * width)
                 features.append(InvertedResidual(channels, after, stride if i == 0 else 1, expansion))
@@ -99,3 +102,11 @@ def _conv_bn_relu6(inputs: int, outputs: int, kernel: int, stride: int = 1, grou
 
 def mobilenet_v2(num_classes: int = 1000, width: float = 1.0) -> MobileNetV2:
     return MobileNetV2(num_classes, width)
+
+
+def mobilenet_v2_cifar(num_classes: int = 10, width: float = 1.0) -> MobileNetV2:
+    return MobileNetV2(num_classes, width, small_images=True)
+
+
+def mobilenet_v2_cifar_half(num_classes: int = 10) -> MobileNetV2:
+    return mobilenet_v2_cifar(num_classes, width=0.5)

@@ -79,3 +79,7 @@ def vgg16_bn(num_classes: int = 1000) -> VGG16:
 
 def vgg16_bn_cifar(num_classes: int = 10, width: float = 1.0) -> VGG16:
     return VGG16(batch_norm=True, num_classes=num_classes, pool=1, hidden=512, width=width)
+
+
+def vgg16_bn_cifar_half(num_classes: int = 10) -> VGG16:
+    return vgg16_bn_cifar(num_classes, width=0.5)

@@ -19,6 +19,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tersenet.atomic import writing
+from tersenet.bricks.quantized import QuantizedLayer
+from tersenet.bricks.quantizer import Quantizer
 from tersenet.errors import FileError, ModelError, SettingsError
 from tersenet.step import Companion, Step
 from tersenet.task import Task
@@ -61,11 +63,11 @@ class Rewind(Step):
         wanted = {name: value for name, value in _places(model).items() if self._touches(model, name)}
         for name, (plain, value) in wanted.items():
             found = early.get(plain)
-            if found is None or found.shape != value.shape:
-                was = "are not there" if found is None else f"have shape {tuple(found.shape)}"
+            if found is None or found.shape != value.shape or found.is_floating_point() != value.is_floating_point():
+                was = "are not there" if found is None else f"have shape {tuple(found.shape)}, {found.dtype}"
                 raise ModelError(
-                    f"{name} has shape {tuple(value.shape)}, but in {self.to} its weights {was}; rewind before "
-                    "channels are cut, layers replaced or norms folded, or skip this layer"
+                    f"{name} has shape {tuple(value.shape)}, {value.dtype}, but in {self.to} its weights {was}; rewind "
+                    "before channels are cut, layers replaced or norms folded, or skip this layer"
                 )
         with torch.no_grad():
             for plain, value in wanted.values():
@@ -122,11 +124,20 @@ class KeepEarly(Companion):
 
 
 def _places(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """Name in the state dict -> (name without parametrizations, tensor), of all that an early file must hold."""
+    """Name in the state dict -> (name without parametrizations, tensor), of all that an early file must hold.
+
+    The scales of a quantized layer are no part of it: they belong to the rounding, which stays as masks do.
+    """
+    scales = {
+        f"{path}.{name}".removeprefix(".")
+        for path, module in model.named_modules()
+        if isinstance(module, QuantizedLayer | Quantizer)
+        for name, _ in module.named_buffers(recurse=False)
+    }
     return {
         name: (_plain_name(name), value)
         for name, value in model.state_dict(keep_vars=True).items()
-        if not _is_attached(name)
+        if not _is_attached(name) and name not in scales
     }
 
 

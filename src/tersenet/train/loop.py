@@ -144,6 +144,7 @@ class _Training:
         self.pending: list[tuple[int, int, Tensor, Tensor | None, int]] = []
         self.ahead = 1 if fabric.device.type == "cpu" else _AHEAD
         self.saved_at = time.monotonic()
+        self.check = True
         # What the task's own loss means is known only where it is the usual one.
         self.classifies = settings.label_weight > 0 and task.loss is default_loss
 
@@ -217,6 +218,8 @@ class _Training:
         samples = samples_of(batch)
         if fabric.world_size > 1:
             batch, share = split(batch, samples, fabric.global_rank, fabric.world_size)
+        # To look at labels on a GPU is to wait for it, and those of the first epoch are those of all others.
+        self.check = fabric.device.type == "cpu" or epoch == self.start[0]
         batch = to_device(batch, fabric.device)
         if self.settings.channels_last:
             batch = channels_last(batch)
@@ -243,7 +246,7 @@ class _Training:
         terms: list[Tensor | float] = []
         with self.fabric.autocast():
             if self.settings.label_weight > 0:
-                if self.classifies:
+                if self.classifies and self.check:
                     check_labels(outputs, batch)
                 terms.append(self.settings.label_weight * task.loss(outputs, batch))
             terms += [companion.loss(self.model, task, batch, outputs) for companion in self.settings.companions]
