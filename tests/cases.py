@@ -134,6 +134,20 @@ CASES = {
     ),
     "quantize": Case(Quantize(), zero=Quantize(), tolerance=0.05),
     "quantize_weights_only": Case(Quantize(activations=None), zero=Quantize(activations=None), tolerance=0.03),
+    **{
+        f"quantize_{step.weights}": Case(step)
+        for step in (
+            Quantize(weights="int3", activations=None, granularity=4, symmetric=False),
+            Quantize(weights="fp8_e4m3", activations=None),
+            Quantize(weights="bf16", activations=None),
+            Quantize(weights="pot4", activations=None),
+            Quantize(weights="kmeans4", activations=None, rounding="repaired", correct_bias=True),
+            Quantize(weights="pq", activations=None, piece=3),
+            Quantize(weights="binary2", activations=None),
+            Quantize(weights="ternary", rounding="repaired"),
+            Quantize(weights="int4", rounding="repaired", correct_bias=True, formats={"linear": "int8"}),
+        )
+    },
     "train": Case(
         Train(epochs=1, learning_rate=0.01, companions=(SoftTargets(),)),
         zero=Train(epochs=0, companions=(SoftTargets(),)),

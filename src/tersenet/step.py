@@ -106,6 +106,10 @@ class Step:
         """
         return {}
 
+    def bits(self, setting: Any) -> int | None:
+        """Bits of a stored weight at a setting of `choices` that changes nothing else; None for other settings."""
+        return None
+
     def chosen(self, picked: Mapping[str, Any]) -> Step | None:
         """This step with settings of `choices` picked at some places and nothing done at the others; None when nothing
         is left to do."""

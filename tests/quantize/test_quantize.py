@@ -214,10 +214,18 @@ def test_bad_data_and_weights_are_named() -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"weights": "int4"}, "int4"),
+        ({"weights": "int9"}, "int9"),
         ({"activations": "fp8"}, "fp8"),
         ({"ranges": "kl"}, "kl"),
         ({"percentile": 30.0}, "30"),
+        ({"weights": "kmeans4"}, "activations: null"),
+        ({"formats": {"linear": "fp16"}}, "fp16"),
+        ({"formats": {"linear": "runes"}, "activations": None}, "runes"),
+        ({"rounding": "up"}, "up"),
+        ({"granularity": "row", "activations": None}, "row"),
+        ({"granularity": 16}, "activations: null"),
+        ({"symmetric": False}, "activations: null"),
+        ({"pieces": 300, "activations": None}, "300"),
         ({"samples": 0}, "0"),
     ],
 )

@@ -48,13 +48,13 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Each network is exported once for all tests, because an export takes seconds; and the cache is elsewhere."""
     kept: dict[str, bytes] = {}
 
-    def export(model: torch.nn.Module, example: torch.Tensor, path: Path) -> Path:
-        digest = hashlib.sha256(repr(model).encode())
+    def export(model: torch.nn.Module, example: torch.Tensor, path: Path, pack: bool = True) -> Path:
+        digest = hashlib.sha256(f"{model!r} {pack}".encode())
         for value in model.state_dict().values():
             digest.update(value.numpy().tobytes())
         key = digest.hexdigest()
         if key not in kept:
-            kept[key] = export_onnx(model, example, path).read_bytes()
+            kept[key] = export_onnx(model, example, path, pack=pack).read_bytes()
         path.write_bytes(kept[key])
         return path
 

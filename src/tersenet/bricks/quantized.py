@@ -19,9 +19,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from tersenet.bricks.brick import Brick
-from tersenet.numerics.rounding import dequantize, fake_quantize, grid, quantize
+from tersenet.numerics.rounding import dequantize, fake_quantize, quantize
 
-LOW, HIGH = grid(8, signed=True)
 # Before calibration a bias is rounded this finely, which is not at all in float32.
 UNSET = 2.0**-40
 # A bias beyond this many steps would come near to the ends of int32.
@@ -46,7 +45,7 @@ class ScaledLayer(Brick):
     input_quantized: bool
 
     def config(self) -> dict[str, Any]:
-        return {**_config(self), "input_quantized": self.input_quantized}
+        return {**layer_config(self), "input_quantized": self.input_quantized}
 
     @property
     def bias_scale(self) -> Tensor:
@@ -56,38 +55,47 @@ class ScaledLayer(Brick):
 
 
 class QuantizedLayer(ScaledLayer):
-    """What quantized layers share: float parameters, and their rounding."""
+    """What quantized layers share: float parameters, and their rounding.
+
+    Args:
+        bits: of the weights, 2 to 8, around zero. Fewer than 8 are computed with as int8 are.
+    """
 
     settled_kind: type[Int8Layer]
 
-    def __init__(self, *args: Any, input_quantized: bool = True, **options: Any) -> None:
+    def __init__(self, *args: Any, input_quantized: bool = True, bits: int = 8, **options: Any) -> None:
         super().__init__(*args, **options)  # that of the torch.nn layer
         self.input_quantized = input_quantized
+        self.bits = bits
+        self.high = 2 ** (bits - 1) - 1
         like: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.register_buffer("weight_scale", torch.ones(len(self.weight), **like))
         self.register_buffer("input_scale", torch.full((), UNSET, **like) if input_quantized else None)
 
     @classmethod
-    def of(cls, layer: Any, input_quantized: bool = True) -> QuantizedLayer:
+    def of(cls, layer: Any, input_quantized: bool = True, bits: int = 8) -> QuantizedLayer:
         """The quantized twin of a torch.nn layer; it takes over the layer's parameters and parametrizations."""
         with torch.device("meta"):
-            brick = cls(**_config(layer), input_quantized=input_quantized)
+            brick = cls(**layer_config(layer), input_quantized=input_quantized, bits=bits)
         device, dtype = layer.weight.device, layer.weight.dtype
         brick.weight_scale = torch.ones(len(layer.weight), device=device, dtype=dtype)
         if input_quantized:
             brick.input_scale = torch.full((), UNSET, device=device, dtype=dtype)
-        return _hand_over(layer, brick)
+        return hand_over(layer, brick)
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "bits": self.bits}
 
     def unquantized(self) -> nn.Module:
         """The inverse of `of`: the torch.nn layer with the float weights, which the brick still has."""
         kind: Any = nn.Conv2d if isinstance(self, nn.Conv2d) else nn.Linear
         with torch.device("meta"):
-            layer = kind(**_config(self))
-        return _hand_over(self, layer)
+            layer = kind(**layer_config(self))
+        return hand_over(self, layer)
 
     def rounded_weight(self) -> Tensor:
         """(O, ...): the weight as the runtime sees it."""
-        return fake_quantize(self.weight, _channels(self.weight_scale, self.weight), 0, LOW, HIGH)
+        return fake_quantize(self.weight, _channels(self.weight_scale, self.weight), 0, -self.high, self.high)
 
     def rounded_bias(self) -> Tensor | None:
         """(O,): the bias as the runtime sees it. Calibration keeps it far inside of int32; nothing is cut off here."""
@@ -98,10 +106,10 @@ class QuantizedLayer(ScaledLayer):
     def settled(self) -> Int8Layer:
         """The same layer with its integers as buffers; equal outputs, no longer trainable."""
         with torch.device("meta"):
-            brick = self.settled_kind(**self.config())
+            brick = self.settled_kind(**super().config())
         scale = _channels(self.weight_scale, self.weight)
         with torch.no_grad():
-            brick.weight = quantize(self.weight, scale, 0, LOW, HIGH).to(torch.int8)
+            brick.weight = quantize(self.weight, scale, 0, -self.high, self.high).to(torch.int8)
             brick.weight_scale = self.weight_scale.clone()
             if self.input_scale is None:
                 brick.bias = None if self.bias is None else self.bias.detach().clone()
@@ -172,7 +180,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return F.linear(x, self.rounded_weight(), self.rounded_bias())
 
 
-def _hand_over(source: Any, target: Any) -> Any:
+def hand_over(source: Any, target: Any) -> Any:
     """Gives a twin the parameters of a layer, with their parametrizations, and its mode."""
     if parametrize.is_parametrized(source):
         target.weight, target.bias = nn.Parameter(torch.empty_like(source.weight)), source.bias
@@ -182,7 +190,7 @@ def _hand_over(source: Any, target: Any) -> Any:
     return target.train(source.training)
 
 
-def _config(layer: Any) -> dict[str, Any]:
+def layer_config(layer: Any) -> dict[str, Any]:
     """What builds a layer of this shape, under torch.nn's names."""
     bias = layer.bias is not None
     if isinstance(layer, nn.Linear):

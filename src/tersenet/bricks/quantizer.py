@@ -36,6 +36,12 @@ class Quantizer(Brick):
     def config(self) -> dict[str, Any]:
         return {"bits": self.bits}
 
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The lowest and the highest value of the grid."""
+        scale, zero_point = float(self.scale), int(self.zero_point)
+        return (self.low - zero_point) * scale, (self.high - zero_point) * scale
+
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer(x)

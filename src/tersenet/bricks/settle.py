@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tersenet.bricks.coded import RoundedLayer
 from tersenet.bricks.mask import release
 from tersenet.bricks.quantized import QuantizedLayer
 
@@ -16,7 +17,7 @@ def attached(model: nn.Module) -> dict[str, str]:
         kinds = []
         if parametrize.is_parametrized(module):
             kinds.append("parametrized")
-        if isinstance(module, QuantizedLayer):
+        if isinstance(module, QuantizedLayer | RoundedLayer):
             kinds.append("quantized")
         if kinds:
             found[path] = "+".join(kinds)
@@ -37,7 +38,7 @@ def settle(model: nn.Module) -> nn.Module:
     unmask(model)
     done: dict[nn.Module, nn.Module] = {}  # a layer that is used under two names stays one layer
     for path, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, QuantizedLayer):
+        if not isinstance(module, QuantizedLayer | RoundedLayer):
             continue
         if module not in done:
             done[module] = module.settled()

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tersenet.bricks.brick import Brick
+from tersenet.bricks.coded import StoredConv2d, StoredLinear
 from tersenet.bricks.quantized import Int8Conv2d, Int8Linear
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.shortcut import PadShortcut
@@ -26,6 +27,8 @@ BRICKS: dict[str, type[Brick]] = {
     "Int8Linear": Int8Linear,
     "PadShortcut": PadShortcut,
     "Quantizer": Quantizer,
+    "StoredConv2d": StoredConv2d,
+    "StoredLinear": StoredLinear,
     "Threshold": Threshold,
 }
 

@@ -24,9 +24,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from tersenet.atomic import writing
+from tersenet.bricks.coded import StoredLayer
 from tersenet.bricks.quantized import Int8Conv2d, Int8Layer, Int8Linear
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.settle import settle
+from tersenet.deploy.onnx_weights import StoredAsOnnx, pack_integers, unpack_weights
 from tersenet.errors import ExportError, require
 from tersenet.graph.fold import fold_all
 from tersenet.graph.points import clip_bounds, is_global_pool
@@ -43,6 +45,7 @@ def export_onnx(
     path: str | Path,
     preparation: Preparation | None = None,
     metadata: Mapping[str, str] | None = None,
+    pack: bool = True,
 ) -> Path:
     """Writes a model as one ONNX file with a dynamic batch; the model is left as it was.
 
@@ -54,6 +57,7 @@ def export_onnx(
         path: where to; written whole or not at all.
         preparation: stored as metadata tersenet.mean, .std, .size and .labels, each as JSON.
         metadata: more metadata, stored under its own names.
+        pack: whether int8 weights that need fewer bits take no more (onnx_weights).
     Raises:
         TraceError: when the forward cannot be captured.
         ExportError: when the exporter fails, or the file would be larger than 2 GiB.
@@ -74,7 +78,7 @@ def export_onnx(
         except Exception as error:  # the exporter raises many kinds; each becomes one sentence
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ExportError(f"{type(model).__name__} could not be written as ONNX: {reason}") from error
-    _finish(onnx, proto, {**_prepared(preparation), **(metadata or {})})
+    _finish(onnx, proto, {**_prepared(preparation), **(metadata or {})}, pack)
     if proto.ByteSize() > _LARGEST:
         raise ExportError(f"the ONNX file would have {proto.ByteSize()} bytes; one file can hold less than 2 GiB")
     onnx.checker.check_model(proto, full_check=True)
@@ -108,6 +112,8 @@ def _simplify(graph: fx.GraphModule) -> None:
             graph.add_submodule(name, _QuantizeDequantize(module))
         elif isinstance(module, Int8Layer):
             graph.add_submodule(name, _Dequantized(module))
+        elif isinstance(module, StoredLayer):
+            graph.add_submodule(name, StoredAsOnnx(module))
     graph.recompile()
 
 
@@ -185,7 +191,7 @@ def _dequantize_linear(q: Tensor, scale: Tensor, zero_point: Tensor | None = Non
     return torch.onnx.ops.symbolic("DequantizeLinear", inputs, attrs={"axis": 0}, dtype=scale.dtype, shape=q.shape)
 
 
-def _finish(onnx: Any, proto: Any, metadata: Mapping[str, str]) -> None:
+def _finish(onnx: Any, proto: Any, metadata: Mapping[str, str], pack: bool) -> None:
     """Names, metadata, and one batch dimension called "batch"; what the exporter left for debugging is dropped."""
     graph = proto.graph
     outputs = {value.name: "output" if i == 0 else f"output_{i}" for i, value in enumerate(graph.output)}
@@ -208,6 +214,9 @@ def _finish(onnx: Any, proto: Any, metadata: Mapping[str, str]) -> None:
         del tensor.metadata_props[:]
     del proto.metadata_props[:]
     onnx.helper.set_model_props(proto, dict(metadata))
+    unpack_weights(onnx, proto)
+    if pack:
+        pack_integers(onnx, proto)
 
 
 @contextlib.contextmanager

@@ -191,6 +191,8 @@ def _open_openvino(path: Path, threads: int) -> Runner:
     _only_input(path, [node.get_any_name() for node in model.inputs])
     settings = {
         "INFERENCE_PRECISION_HINT": "f32",
+        # Else it rounds what linear layers with integer weights read, by itself and without being told.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tersenet.deploy.onnx_weights import pack_integers
 from tersenet.errors import ExportError, require
 
 Cut = Mapping[str, Mapping[str, Sequence[int]]]
@@ -60,7 +61,13 @@ class Variants:
             name = self.model.graph.node[self.maker[name]].input[0]
         return name
 
-    def make(self, kept: Cut, dropped: Collection[str] = (), floated: Collection[str] = ()) -> bytes:
+    def make(
+        self,
+        kept: Cut,
+        dropped: Collection[str] = (),
+        floated: Collection[str] = (),
+        bits: Mapping[str, int] | None = None,
+    ) -> bytes:
         """The file of a variant.
 
         Args:
@@ -68,6 +75,8 @@ class Variants:
                 out, such as norms that were folded.
             dropped: paths of blocks that add something to their input.
             floated: paths of int8 layers that are to be float; one that reads the input then reads it unrounded.
+            bits: {path of an int8 layer: bits that its weights are to take}. All weights that need fewer bits than 8
+                are packed, as in files that ship.
         Raises:
             ExportError: when a layer or block cannot be changed in the file.
         """
@@ -83,6 +92,9 @@ class Variants:
         for path in floated:
             for index in self.layers.get(path, ()):
                 self._float(graph, graph.node[index], path, fresh)
+        for path, count in (bits or {}).items():
+            for index in self.layers.get(path, ()):
+                self._shorten(graph, graph.node[index], path, count, fresh)
         _sweep(graph)
         if dropped:
             self._fit_biases(graph, fresh)
@@ -95,6 +107,7 @@ class Variants:
             for name, value in fresh.items()
             if name in used
         )
+        pack_integers(self._onnx, changed)
         return changed.SerializeToString()
 
     def _fit_biases(self, graph: Any, fresh: dict[str, np.ndarray]) -> None:
@@ -129,6 +142,19 @@ class Variants:
                 node.input[place] = made
             elif makers[rounding.input[0]].input[0] in inputs:
                 node.input[place] = makers[rounding.input[0]].input[0]
+
+    def _shorten(self, graph: Any, node: Any, path: str, bits: int, fresh: dict[str, np.ndarray]) -> None:
+        """Brings the integers of a layer's weights into the range of fewer bits."""
+        makers = {name: each for each in graph.node for name in each.output}
+        for name in node.input:
+            rounding = makers.get(name)
+            if rounding is None or rounding.op_type != "DequantizeLinear":
+                continue
+            value = fresh.get(rounding.input[0], self.tensors.get(rounding.input[0]))
+            if value is not None and value.dtype == np.int8 and value.ndim > 1:
+                high = 2 ** (bits - 1) - 1
+                rounding.input[0] = f"{path}|few.weight"
+                fresh[rounding.input[0]] = np.clip(value, -high if bits > 1 else 0, max(high, 1))
 
     def _shrink(
         self, graph: Any, index: int, path: str, roles: Mapping[str, Sequence[int]], fresh: dict[str, np.ndarray]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -268,7 +268,7 @@ def _path_name(node: fx.Node) -> str:
     return str(node.target if node.op == "call_module" else node.name).replace(".", "_")
 
 
-def insert_after(graph: fx.GraphModule, groups: dict[str, list[str]], path: str, make: type[nn.Module]) -> None:
+def insert_after(graph: fx.GraphModule, groups: dict[str, list[str]], path: str, make: Callable[[], nn.Module]) -> None:
     """Puts one module per group, at `path`.name, and calls it on every node of the group.
 
     Raises:

@@ -43,7 +43,7 @@ def weight_scales(weight: Tensor, bits: int = 8, method: str = "mse") -> Tensor:
     if method != "mse":
         return full
     best, least = full, torch.full_like(full, torch.inf)
-    for share in SHARES:
+    for share in SHARES if bits > 4 else FEW_BITS_SHARES:
         scale = full * share
         error = (fake_quantize(rows, scale[:, None], 0, -high, high) - rows).square().sum(dim=1)
         better = error < least

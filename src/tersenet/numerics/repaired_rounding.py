@@ -200,8 +200,13 @@ def _refit_groups(wanted: Tensor, whole: Tensor, hessian: Tensor, grid: Grid, sc
     return found
 
 
+def keeping(nearest: Nearest, keep: Tensor | None) -> Nearest:
+    """`nearest`, and zero where `keep` (..., O, I) is 0, as under a mask."""
+    return nearest if keep is None else lambda values, column: nearest(values, column) * keep[..., column]
+
+
 def round_to_grid(
-    weight: Tensor, gram: Tensor, grid: Grid, damping: float = 0.01, rounds: int = 2
+    weight: Tensor, gram: Tensor, grid: Grid, damping: float = 0.01, rounds: int = 2, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All of the above in turns: scales by the Gram matrix's diagonal, GPTQ, descent, better scales, descent again.
 
@@ -209,6 +214,7 @@ def round_to_grid(
         weight: (..., O, I); all but the last dimension are the grid's channels.
         gram: (..., I, I).
         rounds: of descent and new scales, after GPTQ.
+        keep: (..., O, I) 0 for weights that must stay zero, else 1.
     Returns:
         The rounded weight (..., O, I), and scale and zero point (P, G). Rounding the result with them changes nothing.
         Its error (with the damped Gram matrix) is at most that of plain rounding with the first scales.
@@ -216,8 +222,10 @@ def round_to_grid(
     shape, hessian = weight.shape, damped(gram, damping)
     flat = torch.Size((shape[:-1].numel(), shape[-1]))
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)[..., None, :].expand(shape).reshape(flat)
+    if keep is not None:
+        weight = weight * keep
     scale, zero_point = least_squares_scales(weight.reshape(flat), grid, diagonal)
-    nearest = onto_grid(grid, scale, zero_point, shape)
+    nearest = keeping(onto_grid(grid, scale, zero_point, shape), keep)
     plain = grid.round(weight.detach().reshape(flat), scale, zero_point).reshape(shape)
     made = round_columns(weight, gram, nearest, damping)
     # Column by column is greedy: for a row now and then plain rounding is the better start.
@@ -231,5 +239,5 @@ def round_to_grid(
         steps = grid.integers(made.reshape(flat), scale, zero_point).to(weight.dtype) - zeros
         scale = refit_scales(weight, steps.reshape(shape), gram, grid, scale, damping)
         made = (steps * grid.spread(scale, flat)).reshape(shape)
-        nearest = onto_grid(grid, scale, zero_point, shape)
+        nearest = keeping(onto_grid(grid, scale, zero_point, shape), keep)
     return made, scale, zero_point

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from tersenet.graph import rows
 from tersenet.graph.coupling import Bundle, Coupling
 from tersenet.graph.fold import fold_all
 from tersenet.graph.trace import trace
 from tersenet.numerics.elimination import Elimination, Reader, eliminate
-from tersenet.prune import rows
 from tersenet.prune.importance import reduced, share
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from tersenet.bricks.mask import mask_of, stored_weight
+from tersenet.graph import rows
 from tersenet.graph.trace import trace
 from tersenet.numerics import saliency
 from tersenet.numerics.masked_squares import masked_least_squares
-from tersenet.prune import rows
 from tersenet.task import Task, batch_input
 
 _RIDGE = 1e-4

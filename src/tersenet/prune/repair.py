@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tersenet.graph import rows
 from tersenet.graph.surgery import Cut
 from tersenet.graph.trace import aten, trace
 from tersenet.numerics.compensation import least_squares
-from tersenet.prune import rows
 
 _ADDITIONS = (operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tersenet.bricks.brick import Brick
+from tersenet.bricks.coded import RoundedLayer
 from tersenet.bricks.quantized import QuantizedLayer, identity_convolution, quantized_kind
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.shortcut import PadShortcut
@@ -17,12 +19,17 @@ from tersenet.errors import SettingsError
 from tersenet.graph.fold import fold_all
 from tersenet.graph.points import activation_points, insert_after
 from tersenet.graph.trace import trace
+from tersenet.quantize.equalise import find_pairs, unclip
+from tersenet.quantize.formats import Format
 from tersenet.step import Plan, Step
+
+if TYPE_CHECKING:
+    from tersenet.quantize.quantize import Quantize
 
 QUANTIZERS = "quantizers"
 
 
-def plan_activations(model: nn.Module, example: Tensor, step: Step) -> Plan:
+def plan_activations(model: nn.Module, example: Tensor, step: Quantize) -> Plan:
     """Decides on a copy, because folding norms and replacing shortcuts come first.
 
     Returns:
@@ -36,13 +43,20 @@ def plan_activations(model: nn.Module, example: Tensor, step: Step) -> Plan:
     layers, floats = {}, {}
     for path, module in graph.named_modules():
         if isinstance(module, _ConvNd | nn.Linear) and not isinstance(module, Brick):
-            reason = _why_float(path, module, step)
+            # A shortcut's weights are 0 and 1, exact with any number of bits.
+            weights = "int8" if path in shortcuts else step.format_of(path, module)
+            reason = _why_float(path, module, step) or ("left out by formats" if weights == "float" else None)
             if reason is None:
-                layers[path] = {"weights": "int8", "activations": "int8"}
+                layers[path] = {"weights": weights, "activations": step.activations}
             else:
                 floats[path] = reason
     if not set(layers) - set(shortcuts):
         return {}
+    clips = []
+    if step.equalise:
+        pairs = find_pairs(graph)
+        clips = [name for pair in pairs if {pair.first, pair.second} <= set(layers) for name in pair.clips]
+        unclip(graph, clips)
     points = activation_points(graph, layers, copies=shortcuts)
     floats.update(
         {
@@ -55,6 +69,7 @@ def plan_activations(model: nn.Module, example: Tensor, step: Step) -> Plan:
         "input": {"shape": list(example.shape), "dtype": str(example.dtype).removeprefix("torch.")},
         "layers": layers,
         "shortcuts": shortcuts,
+        **({"unclipped": clips} if clips else {}),
         "points": points.groups,
         "float": floats,
     }
@@ -72,15 +87,18 @@ def apply_activations(model: nn.Module, plan: Plan) -> fx.GraphModule:
     _unquantize_weights(graph)
     _prepare(graph, plan["shortcuts"])
     try:
-        for path in plan["layers"]:
+        unclip(graph, plan.get("unclipped", []))
+        bits = 8
+        for path, entry in plan["layers"].items():
             layer = graph.get_submodule(path)
             kind = quantized_kind(layer)
             if kind is None:
                 raise SettingsError(
                     f"the plan quantizes {path}, which is {type(layer).__name__} here; it is another model's"
                 )
-            graph.add_submodule(path, kind.of(layer))
-        insert_after(graph, plan["points"], QUANTIZERS, Quantizer)
+            graph.add_submodule(path, kind.of(layer, bits=Format.named(entry["weights"]).bits))
+            bits = Format.named(entry["activations"]).bits
+        insert_after(graph, plan["points"], QUANTIZERS, partial(Quantizer, bits))
     except (AttributeError, KeyError) as error:
         raise SettingsError(
             f"the plan does not fit: this model has no {error}; apply it to the model it was made for"
@@ -91,7 +109,7 @@ def apply_activations(model: nn.Module, plan: Plan) -> fx.GraphModule:
 def _unquantize_weights(graph: fx.GraphModule) -> None:
     """Layers whose weights alone were quantized start again from their float weights, with activations this time."""
     for path, module in list(graph.named_modules()):
-        if isinstance(module, QuantizedLayer) and module.input_scale is None:
+        if isinstance(module, RoundedLayer) or (isinstance(module, QuantizedLayer) and module.input_scale is None):
             graph.add_submodule(path, module.unquantized())
 
 

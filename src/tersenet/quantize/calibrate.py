@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from tersenet.bricks.quantized import BIAS_STEPS, UNSET, QuantizedLayer
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.errors import DataError, ModelError
-from tersenet.numerics.ranges import Histogram, affine, mse_range, percentile_range
+from tersenet.numerics.ranges import Histogram, affine, divergence_range, mse_range, percentile_range
 from tersenet.task import Task, batch_input, to_device
 
 
@@ -39,13 +39,21 @@ def calibrate(model: nn.Module, task: Task, ranges: str, percentile: float, samp
     if ranges != "minmax":
         histograms = {path: Histogram(low, high) for path, (low, high) in found.items()}
         _observe(model, task, samples, quantizers, {path: histogram.add for path, histogram in histograms.items()})
-        choose = mse_range if ranges == "mse" else lambda histogram: percentile_range(histogram, percentile)
-        found = {path: choose(histogram) for path, histogram in histograms.items()}
+        for path, histogram in histograms.items():
+            bits = quantizers[path].bits
+            if ranges == "percentile":
+                found[path] = percentile_range(histogram, percentile)
+            else:
+                found[path] = (mse_range if ranges == "mse" else divergence_range)(histogram, bits)
     for path, quantizer in quantizers.items():
         scale, zero_point = affine(*found[path], quantizer.bits)
         quantizer.scale.fill_(scale)
         quantizer.zero_point.fill_(zero_point)
-    _set_input_scales(model)
+    set_input_scales(model)
+
+
+# Beyond the values that prepared images can have, by so many times, data are of another kind: pixels of 0 to 255.
+_FAR = 20.0
 
 
 class _Extremes:
@@ -81,10 +89,7 @@ def _observe(
             quantizer.observer = observers[path]
         with torch.inference_mode():
             for number, batch in enumerate(task.calibration(samples)):
-                if not bool(torch.isfinite(batch_input(batch)).all()):
-                    raise DataError(
-                        f"calibration batch {number} holds values that are not finite (NaN or infinity); remove them"
-                    )
+                check_inputs(batch_input(batch), number, task)
                 task.forward(model, to_device(batch, device))
     finally:
         for quantizer in quantizers.values():
@@ -93,7 +98,30 @@ def _observe(
             module.training = training
 
 
-def _set_input_scales(model: nn.Module) -> None:
+def check_inputs(x: Tensor, number: int, task: Task) -> None:
+    """Raises DataError on a batch of calibration data of another shape, type or range than the model's inputs."""
+    wanted = task.example
+    if x.shape[1:] != wanted.shape[1:] or x.dtype != wanted.dtype:
+        raise DataError(
+            f"calibration batch {number} is {list(x.shape)} of {x.dtype}, the model's input is [N, "
+            f"{', '.join(map(str, wanted.shape[1:]))}] of {wanted.dtype}; prepare both alike"
+        )
+    low, high = (float(value) for value in torch.aminmax(x)) if x.numel() else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise DataError(f"calibration batch {number} holds values that are not finite (NaN or infinity); remove them")
+    reach = float(wanted.abs().max())
+    if x.dim() == 4:
+        pairs = zip(task.preparation.mean, task.preparation.std, strict=True)
+        reach = max(reach, *(max(abs(mean), abs(1 - mean)) / std for mean, std in pairs))
+    if max(-low, high) > _FAR * reach:
+        raise DataError(
+            f"the values of calibration batch {number} run from {low:.4g} to {high:.4g}, and those of images that are "
+            f"prepared for this model reach {reach:.3g} at most; scale pixels to [0, 1], then subtract the mean and "
+            "divide by the deviation"
+        )
+
+
+def set_input_scales(model: nn.Module) -> None:
     """Each quantized layer takes the scale of the quantizer that it reads, and keeps its bias inside of int32."""
     assert isinstance(model, fx.GraphModule)
     for node in model.graph.nodes:

@@ -1,14 +1,14 @@
-"""Static quantization to int8: weights per output channel, activations per tensor with calibrated ranges.
+"""Quantization after training: weights of many formats, activations per tensor with calibrated ranges.
 
-The scheme is that of Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only
-inference", arXiv:1712.05877, with symmetric weights per channel as in Krishnamoorthi, arXiv:1806.08342, which is what
-ONNX Runtime and OpenVINO have kernels for. What PyTorch simulates afterwards is what those runtimes compute, up to
-ties in rounding. How activations are calibrated is in quantize/calibrate.py.
+With activations, the scheme is that of Jacob et al., "Quantization and training of neural networks for efficient
+integer-arithmetic-only inference", arXiv:1712.05877, with symmetric weights per channel as in Krishnamoorthi,
+arXiv:1806.08342, which is what ONNX Runtime and OpenVINO have kernels for. What PyTorch simulates afterwards is what
+those runtimes compute, up to ties in rounding. Formats are in quantize/formats.py, how activations are calibrated in
+quantize/calibrate.py, how rounding is repaired in quantize/refine.py.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,38 +17,62 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tersenet.bricks.coded import RoundedLayer
 from tersenet.bricks.quantized import QuantizedLayer, quantized_kind
 from tersenet.errors import ModelError, SettingsError
 from tersenet.graph.trace import trace
-from tersenet.numerics.divergence import divergence
 from tersenet.numerics.ranges import weight_scales
+from tersenet.quantize.calibrate import calibrate
+from tersenet.quantize.equalise import equalise
+from tersenet.quantize.formats import Format, Storage, for_storage
+from tersenet.quantize.nearest import fit_code
+from tersenet.quantize.refine import refine
+from tersenet.quantize.verdicts import look, say
 from tersenet.step import Plan, Step, replace
 from tersenet.task import Task
 
-RANGES = ("mse", "minmax", "percentile")
+RANGES = ("mse", "minmax", "percentile", "divergence")
+ROUNDING = ("nearest", "repaired", "learned")
+_INTEGERS = {f"int{bits}": bits for bits in range(2, 9)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Step):
-    """Quantizes convolutions and linear layers to int8, and with `activations` everything between them.
+    """Quantizes convolutions and linear layers, and with `activations` everything between them, to integers.
 
     With activations, batch norms are folded on the way, zero-padding shortcuts become convolutions, and the root
-    becomes a `torch.fx.GraphModule` that shares its layers with the model; the model's outputs stay float.
+    becomes a `torch.fx.GraphModule` that shares its layers with the model; the model's outputs stay float. Weights of
+    fewer than 8 bits are then computed with as int8 are: the file is smaller, and as fast as with int8.
 
     A convolution that `only` or `skip` leaves out stays float here, but ONNX Runtime rounds its weights by itself where
     it stands between two rounded values.
 
     Args:
-        weights: "int8".
-        activations: "int8", or None for weights only (smaller, not faster).
-        ranges: how far a grid reaches: "mse" (least squared error, for weights too), "minmax" (everything), or
-            "percentile" (activations; weights as in "minmax").
+        weights: int2 to int8, fp16, bf16, fp8_e4m3, fp8_e5m2, pot2 to pot8 (powers of two), kmeans1 to kmeans8 (a
+            codebook for each layer), pq (product quantization), ternary, or binary1 to binary4 (sums of scaled signs).
+            With activations: int2 to int8 or ternary.
+        activations: int2 to int8, or None for weights only (smaller, not faster).
+        ranges: how far a grid reaches: "mse" (least squared error), "minmax" (everything), or of activations
+            "percentile" and "divergence" (least change of the distribution, after TensorRT); weights then take "mse".
         percentile: share of the values inside the range, in percent; only for ranges="percentile".
         samples: how many calibration samples.
+        rounding: "nearest"; "repaired", column by column with the layer's inputs in view (second order); "learned", up
+            or down by gradients (AdaRound; codes without a grid are repaired).
+        correct_bias: whether the shift of each layer's mean output is taken back: by its bias, or where a batch norm
+            follows by the norm's statistics.
+        equalise: whether channels are evened out between layers first (cross-layer equalisation), where only ReLUs
+            lie between; with activations a clip at 6 becomes a ReLU for it. Norms in between prevent it: fold them.
+        formats: other formats for single layers: pattern, as in `only` -> format, or "float" to leave them.
+        spare: how many of the layers whose rounding alone hurts most get int8 instead; with int8, float.
+        offer: formats that a search may pick for single layers beside `weights`, such as [int4, int3].
+        granularity: what shares a scale, of integer weights alone: "channel", "tensor", or a number of inputs.
+        symmetric: whether integer weights alone lie around zero; False is a grid with a zero point.
+        piece: of pq, how many weights make a piece; fewer where that does not divide a layer's inputs.
+        pieces: of pq, how many pieces a layer's codebook has at most, 2 to 256.
     """
 
     family: ClassVar[str] = "quantize"
-    summary: ClassVar[str] = "quantizes weights and activations to int8, statically"
+    summary: ClassVar[str] = "quantizes weights, and activations to integers, after training"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
     needs: ClassVar[str] = "inputs"
 
@@ -57,66 +81,127 @@ class Quantize(Step):
     ranges: str = "mse"
     percentile: float = 99.99
     samples: int = 512
+    rounding: str = "nearest"
+    correct_bias: bool = False
+    equalise: bool = False
+    formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    spare: int = 0
+    offer: tuple[str, ...] = ()
+    granularity: str | int = "channel"
+    symmetric: bool = True
+    piece: int = 4
+    pieces: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weights != "int8":
-            raise SettingsError(f"weights must be int8, got {self.weights!r}")
-        if self.activations not in ("int8", None):
-            raise SettingsError(f"activations must be int8 or null (weights only), got {self.activations!r}")
+        object.__setattr__(self, "offer", tuple(self.offer))
+        if self.offer and self.weights not in _INTEGERS:
+            raise SettingsError(f"offer goes with weights int2 to int8, got {self.weights!r}; choose one of them")
+        for name in (self.weights, *self.offer, *(each for each in self.formats.values() if each != "float")):
+            integers = name in _INTEGERS or Format.named(name).kind == "ternary"
+            if self.activations is not None and not integers:
+                raise SettingsError(
+                    f"{name} weights have no integer kernels; give activations: null, or weights int2 to int8 or "
+                    "ternary"
+                )
+        if self.activations is not None and self.activations not in _INTEGERS:
+            raise SettingsError(f"activations must be int2 to int8, or null (weights only), got {self.activations!r}")
         if self.ranges not in RANGES:
             raise SettingsError(f"ranges must be one of {', '.join(RANGES)}, got {self.ranges!r}")
         if not 50 < self.percentile <= 100:
             raise SettingsError(f"percentile must lie in (50, 100], got {self.percentile}; 100 is min-max")
-        if self.samples < 1:
-            raise SettingsError(f"samples must be at least 1, got {self.samples}")
+        if self.rounding not in ROUNDING:
+            raise SettingsError(f"rounding must be one of {', '.join(ROUNDING)}, got {self.rounding!r}")
+        for name, least in (("spare", 0), ("samples", 1), ("piece", 2), ("pieces", 2)):
+            if getattr(self, name) < least:
+                raise SettingsError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.pieces > 256:
+            raise SettingsError(f"pieces must be at most 256, so that a code is one byte, got {self.pieces}")
+        sized = isinstance(self.granularity, int) and not isinstance(self.granularity, bool) and self.granularity >= 1
+        if not sized and self.granularity not in ("channel", "tensor"):
+            raise SettingsError(
+                f"granularity must be channel, tensor or a number of inputs per group, got {self.granularity!r}"
+            )
+        if self.activations is not None and (self.granularity != "channel" or not self.symmetric):
+            raise SettingsError(
+                "granularity and symmetric are for weights alone, since integer kernels have one scale for each output "
+                "and no zero point; give activations: null"
+            )
+
+    def format_of(self, path: str, layer: nn.Module) -> str:
+        """The format of one layer, or "float"."""
+        for pattern, name in self.formats.items():
+            if Step(only=(pattern,)).matches(path, layer):
+                return name
+        return self.weights
 
     def data_needed(self) -> str:
-        return "nothing" if self.activations is None else "inputs"
+        looks = self.activations is not None or self.rounding != "nearest" or self.correct_bias or self.spare > 0
+        return "inputs" if looks else "nothing"
 
     def choices(self, model: nn.Module, task: Task) -> dict[str, list[Any]]:
-        """Path of a layer that reads the model's input -> "int8" or "float".
+        """Path -> its format, then those of `offer`; of a layer that reads the model's input "float" as well.
 
         Float pays there now and then: a convolution of three channels has no good int8 kernel. Layers between two
-        rounded values are no choice, because ONNX Runtime rounds them whatever the file says.
+        rounded values have no such choice, because ONNX Runtime rounds them whatever the file says.
         """
-        if self.activations is None:
-            return {}
-        graph = trace(model, task.example)
-        found = []
-        for node in graph.graph.nodes:
-            if node.op != "call_module" or all(source.op != "placeholder" for source in node.all_input_nodes):
-                continue
-            path, layer = str(node.target), graph.get_submodule(str(node.target))
-            if quantized_kind(layer) is not None and self.matches(path, layer):
-                found.append(path)
-        return {path: ["int8", "float"] for path in dict.fromkeys(found)}
+        from tersenet.quantize.sensitivity import layers_at_input, layers_to_choose
 
-    def sensitivities(self, model: nn.Module, task: Task, images: Tensor) -> dict[str, dict[Any, float]]:
-        """path -> {"int8": divergence when this layer alone is rounded, "float": 0}."""
-        few = dataclasses.replace(task, calibrate=[images], test=None, quiet=True)
-        found = {}
-        with torch.no_grad():
-            wanted = model(images)
-            for path in self.choices(model, task):
-                alone, _ = dataclasses.replace(self, only=(path,), skip=()).run(copy.deepcopy(model), few)
-                found[path] = {"int8": divergence(wanted, alone(images)), "float": 0.0}
+        found: dict[str, list[Any]] = {}
+        if self.offer:
+            for path, own in layers_to_choose(self, model, task).items():
+                found[path] = [own, *(name for name in self.offer if name != own)]
+        if self.activations is not None:
+            for path, layer in layers_at_input(self, model, task):
+                found.setdefault(path, [self.format_of(path, layer)]).append("float")
         return found
 
+    def sensitivities(self, model: nn.Module, task: Task, images: Tensor) -> dict[str, dict[Any, float]]:
+        """path -> format -> divergence when this layer alone is rounded so; 0 for "float"."""
+        from tersenet.quantize.sensitivity import find_sensitivities
+
+        return find_sensitivities(self, model, task, images)
+
+    def bits(self, setting: Any) -> int | None:
+        return None if setting == "float" else Format.named(setting).bits
+
     def chosen(self, picked: Mapping[str, Any]) -> Quantize:
-        floats = tuple(path for path, precision in picked.items() if precision == "float")
-        return dataclasses.replace(self, skip=(*self.skip, *floats))
+        floats = tuple(path for path, name in picked.items() if name == "float")
+        formats = {
+            path: name for path, name in picked.items() if name not in ("float", self.formats.get(path, self.weights))
+        }
+        return dataclasses.replace(self, skip=(*self.skip, *floats), formats={**formats, **self.formats}, offer=())
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"layers": {path: scheme}}, and with activations the input, the points and what stays float."""
+        if self.spare:
+            from tersenet.quantize.sensitivity import spared
+
+            instead = "float" if self.weights == "int8" else "int8"
+            better = dict.fromkeys(spared(self, model, task), instead)
+            return dataclasses.replace(self, spare=0, formats={**better, **self.formats}).plan(model, task)
         if self.activations is not None:
             from tersenet.quantize.activations import plan_activations
 
             return plan_activations(model, task.example, self)
-        found = [
-            path for path, module in model.named_modules() if quantized_kind(module) and self.matches(path, module)
-        ]
-        return {"layers": {path: {"weights": self.weights} for path in found}} if found else {}
+        layers: dict[str, dict[str, Any]] = {}
+        floats: dict[str, str] = {}
+        for path, module in model.named_modules():
+            if quantized_kind(module) is None or not self.matches(path, module):
+                continue
+            name = self.format_of(path, module) if self.formats else self.weights
+            if name == "float":
+                floats[path] = "left out by formats"
+            elif name in _INTEGERS and self.symmetric and self.granularity == "channel":
+                layers[path] = {"weights": name}
+            else:
+                storage = Storage(self.granularity, self.symmetric, self.piece, self.pieces)
+                entry = storage.entry(name, tuple(module.weight.shape))  # type: ignore[union-attr, arg-type]
+                if entry is None:
+                    floats[path] = "too small for pieces"
+                else:
+                    layers[path] = entry
+        return {"layers": layers, **({"float": floats} if floats else {})} if layers else {}
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Swaps the bricks in. Until `fit` has run (or a state dict is loaded) the scales are placeholders."""
@@ -125,29 +210,49 @@ class Quantize(Step):
 
             return apply_activations(model, plan)
         swaps: dict[str, nn.Module] = {}
-        for path in plan.get("layers", {}):
+        for path, entry in plan.get("layers", {}).items():
             layer = model.get_submodule(path)
             kind = quantized_kind(layer)
             if kind is None:
                 raise SettingsError(
                     f"the plan quantizes {path}, which is {type(layer).__name__} here; it is another model's"
                 )
-            swaps[path] = kind.of(layer, input_quantized=False)
+            bits = _INTEGERS.get(entry["weights"], 8)
+            swaps[path] = (
+                for_storage(layer, entry) if "code" in entry else kind.of(layer, input_quantized=False, bits=bits)
+            )
         return replace(model, swaps)
 
     def fit(self, model: nn.Module, task: Task) -> None:
-        """Chooses the scales of the weights, then the ranges of the activations on `task.calibration(samples)`.
+        """Chooses what codes share, then the ranges of activations on `task.calibration(samples)`; then repairs.
 
         Raises:
             DataError: when there is no calibration data, or it holds values that are not finite.
             ModelError: when weights or activations are not finite.
         """
-        bricks = {path: module for path, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+        bricks = {
+            path: module for path, module in model.named_modules() if isinstance(module, QuantizedLayer | RoundedLayer)
+        }
         for path, brick in bricks.items():
             if not bool(torch.isfinite(brick.weight).all()):
                 raise ModelError(f"the weights of {path or 'the layer'} hold NaN or infinity; load finite weights")
-            brick.weight_scale.copy_(weight_scales(brick.weight, method=self.ranges))
-        if self.activations is not None and any(brick.input_quantized for brick in bricks.values()):
-            from tersenet.quantize.calibrate import calibrate
-
+        if self.equalise and bricks:
+            equalise(trace(model, task.example))
+        for brick in bricks.values():
+            if isinstance(brick, QuantizedLayer):
+                method = "minmax" if self.ranges == "minmax" else "mse"
+                brick.weight_scale.copy_(weight_scales(brick.weight, brick.bits, method))
+            else:
+                fit_code(brick.code, brick.weight, self.ranges)
+        quantized = self.activations is not None and any(
+            isinstance(brick, QuantizedLayer) and brick.input_quantized for brick in bricks.values()
+        )
+        if quantized:
             calibrate(model, task, self.ranges, self.percentile, self.samples)
+        refined = bool(bricks) and (self.rounding != "nearest" or self.correct_bias)
+        if refined:
+            refine(model, task, self.rounding, self.correct_bias, self.samples)
+            if quantized:  # the layers give other values now
+                calibrate(model, task, self.ranges, self.percentile, self.samples)
+        if (quantized or refined) and not task.quiet:
+            say(look(model, task))

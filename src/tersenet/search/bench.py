@@ -79,7 +79,8 @@ class Bench:
         self.runtime, self.threads, self.batch, self.folder = runtime, threads, batch, folder
         self.progress = progress
         self.float_path = export_onnx(model, task.example, folder / "float.onnx")
-        self.base_path = export_onnx(self._unchanged(), task.example, folder / "base.onnx")
+        # Weights of few bits are packed when a candidate is made: packed ones cannot be sliced.
+        self.base_path = export_onnx(self._unchanged(), task.example, folder / "base.onnx", pack=False)
         self.variants = Variants(self.base_path)
         self._memory: tuple[float, float] | None = None
         self._plans: dict[tuple[int, str, int], dict[str, Any]] = {}
@@ -120,9 +121,14 @@ class Bench:
         kept: dict[str, dict[str, list[int]]] = {}
         dropped: list[str] = []
         floated: list[str] = []
+        bits: dict[str, int] = {}
         for index, places in picks.items():
             for place, setting in places.items():
                 site = self.sites[index, place]
+                stored = self.steps[index].bits(setting)
+                if stored is not None:
+                    bits[place] = stored
+                    continue
                 plan = self.plan(site, site.settings.index(setting))
                 dropped += plan.get("dropped", [])
                 floated += [place] if place in plan.get("float", {}) else []
@@ -131,7 +137,7 @@ class Bench:
                     for role, indices in roles.items():
                         both = set(into[role]) & set(indices) if role in into else indices
                         into[role] = sorted(both)
-        return self.variants.make(kept, dropped, floated)
+        return self.variants.make(kept, dropped, floated, bits)
 
     def times(self, candidates: Sequence[Picks], said: str) -> list[tuple[float, float]]:
         """(milliseconds, share of the unchanged network's) of each candidate, in groups that take turns with it."""

@@ -1,0 +1,49 @@
+"""Names of formats, and what a plan says of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tersenet.errors import SettingsError
+from tersenet.quantize.formats import Format, Storage
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "bits"),
+    [
+        ("int2", "grid", 2), ("int8", "grid", 8), ("fp16", "float", 16), ("bf16", "float", 16),
+        ("fp8_e4m3", "float", 8), ("fp8_e5m2", "float", 8), ("pot5", "power", 5), ("kmeans1", "book", 1),
+        ("ternary", "ternary", 2), ("binary3", "bases", 3), ("pq", "piece", 2),
+    ],
+)  # fmt: skip
+def test_names_say_the_code_and_the_bits(name: str, kind: str, bits: int) -> None:
+    found = Format.named(name)
+    assert (found.kind, found.bits) == (kind, bits)
+
+
+@pytest.mark.parametrize(
+    "name", ["int1", "int9", "int", "pot1", "kmeans0", "kmeans9", "binary5", "fp32", "", "xint4", "int42"]
+)
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(SettingsError, match="must be a format"):
+        Format.named(name)
+
+
+def test_pieces_fit_the_layer() -> None:
+    storage = Storage(piece=4, pieces=256)
+    assert storage.entry("pq", (64, 64, 3, 3)) == {
+        "weights": "pq", "code": "piece", "length": 4, "count": 256, "shared": True,
+    }  # fmt: skip
+    three = storage.entry("pq", (64, 1, 3, 3))
+    assert three is not None
+    assert (three["length"], three["count"]) == (3, 48)
+    assert storage.entry("pq", (2, 7)) is None, "7 has no divisor up to 4"
+    assert storage.entry("pq", (1, 4)) is None, "a codebook would be as large as the weights"
+
+
+def test_entries_hold_what_the_formats_leave_open() -> None:
+    storage = Storage(granularity=32, symmetric=False)
+    entry = storage.entry("int4", (8, 64))
+    assert entry == {"weights": "int4", "code": "grid", "bits": 4, "signed": False, "granularity": 32}
+    assert storage.entry("binary2", (8, 64)) == {"weights": "binary2", "code": "bases", "count": 2}
+    assert storage.entry("bf16", (8, 64)) == {"weights": "bf16", "code": "float", "format": "bf16"}
