@@ -20,7 +20,7 @@ def test_a_codebook_is_that_of_plain_least_squares(groups: int) -> None:
     weight = torch.randn(groups, 4, 6, generator=source, dtype=torch.float64)
     codes = torch.randint(3, weight.shape, generator=source)
     design = torch.nn.functional.one_hot(codes, 3)
-    found = refit_shared(weight, design, x.mT @ x, torch.zeros(1, 3, dtype=torch.float64), damping=0.0)
+    found = refit_shared(weight, design, x.mT @ x, torch.zeros(1, 3, dtype=torch.float64), damping=1e-12)
     # rows of outputs: x w' = sum over values of (x one-hot') value
     matrix = torch.einsum("gri,goik->grok", x, design.double()).reshape(-1, 3)
     wanted = torch.einsum("gri,goi->gro", x, weight).reshape(-1, 1)
@@ -31,7 +31,7 @@ def test_scales_of_each_output_are_those_of_plain_least_squares() -> None:
     x, source = inputs(), torch.Generator().manual_seed(2)
     weight = torch.randn(1, 4, 6, generator=source, dtype=torch.float64)
     signs = 2 * torch.randint(2, (1, 4, 6, 2), generator=source) - 1
-    found = refit_shared(weight, signs, x.mT @ x, torch.ones(4, 2, dtype=torch.float64), damping=0.0)
+    found = refit_shared(weight, signs, x.mT @ x, torch.ones(4, 2, dtype=torch.float64), damping=1e-12)
     for row in range(4):
         solution = torch.linalg.lstsq(x[0] @ signs[0, row].double(), x[0] @ weight[0, row][:, None]).solution
         torch.testing.assert_close(found[row], solution[:, 0])
