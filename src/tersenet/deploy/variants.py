@@ -67,6 +67,7 @@ class Variants:
         dropped: Collection[str] = (),
         floated: Collection[str] = (),
         bits: Mapping[str, int] | None = None,
+        pack: bool = False,
     ) -> bytes:
         """The file of a variant.
 
@@ -75,8 +76,8 @@ class Variants:
                 out, such as norms that were folded.
             dropped: paths of blocks that add something to their input.
             floated: paths of int8 layers that are to be float; one that reads the input then reads it unrounded.
-            bits: {path of an int8 layer: bits that its weights are to take}. All weights that need fewer bits than 8
-                are packed, as in files that ship.
+            bits: {path of an int8 layer: bits that its weights are to take}.
+            pack: whether weights that need fewer bits than 8 take no more, as in files that ship.
         Raises:
             ExportError: when a layer or block cannot be changed in the file.
         """
@@ -107,7 +108,8 @@ class Variants:
             for name, value in fresh.items()
             if name in used
         )
-        pack_integers(self._onnx, changed)
+        if pack:
+            pack_integers(self._onnx, changed)
         return changed.SerializeToString()
 
     def _fit_biases(self, graph: Any, fresh: dict[str, np.ndarray]) -> None:

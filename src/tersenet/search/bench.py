@@ -116,8 +116,8 @@ class Bench:
             return False
         return True
 
-    def file(self, picks: Picks) -> bytes:
-        """The network with these picks, as an ONNX file for timing."""
+    def file(self, picks: Picks, pack: bool = False) -> bytes:
+        """The network with these picks, as an ONNX file for timing; packed, as one for weighing."""
         kept: dict[str, dict[str, list[int]]] = {}
         dropped: list[str] = []
         floated: list[str] = []
@@ -137,7 +137,7 @@ class Bench:
                     for role, indices in roles.items():
                         both = set(into[role]) & set(indices) if role in into else indices
                         into[role] = sorted(both)
-        return self.variants.make(kept, dropped, floated, bits)
+        return self.variants.make(kept, dropped, floated, bits, pack)
 
     def times(self, candidates: Sequence[Picks], said: str) -> list[tuple[float, float]]:
         """(milliseconds, share of the unchanged network's) of each candidate, in groups that take turns with it."""
@@ -190,7 +190,7 @@ class Bench:
 
     def weight(self, picks: Picks, kind: str) -> float:
         """Bytes, multiply-adds or bytes of memory of a candidate's file, read off the file."""
-        return self._weighed(self.file(picks), kind)
+        return self._weighed(self.file(picks, pack=kind == "bytes"), kind)
 
     def weight_of_original(self, kind: str) -> float:
         """The same of the original's float file."""
