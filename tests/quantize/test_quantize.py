@@ -211,6 +211,19 @@ def test_bad_data_and_weights_are_named() -> None:
         Quantize().run(model, task_of())
 
 
+@pytest.mark.parametrize("settings", [{}, {"weights": "kmeans4", "activations": None, "rounding": "repaired"}])
+def test_calibration_data_of_another_kind_is_refused(settings: dict) -> None:
+    step = Quantize(**settings)
+    for x, said in (
+        (torch.randn(8, 1, 8, 8), "prepare both alike"),
+        (torch.randn(8, 3, 9, 8), "prepare both alike"),
+        (torch.randn(8, 3, 8, 8).double(), "float64"),
+        (255 * torch.rand(8, 3, 8, 8), "scale pixels"),
+    ):
+        with pytest.raises(DataError, match=said):
+            step.run(residual(), Task(example=X[:2], calibrate=[(x,)], quiet=True))
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
