@@ -173,7 +173,7 @@ def test_control_flow_that_depends_on_the_data(here: Path, command: str, monkeyp
         ("steps: [prune_channels: {ratio: 0.5}]", ("ratio", "sparsity", "multiple_of")),
         ("steps: [prune_channels: {sparsity: 1.5}]", ("sparsity", "1.5")),
         ("steps: [prune_channels: {sparsity: lots}]", ("sparsity", "lots", "float")),
-        ("steps: [quantize: {weights: int3}]", ("weights", "int3", "int8")),
+        ("steps: [quantize: {weights: int9}]", ("weights", "int9", "int8")),
         ("steps: []", ("at least one step",)),
         ("schema: 7\nsteps: [settle]", ("schema 7",)),
         ("steps: [settle\n", ("not valid YAML",)),
