@@ -40,6 +40,7 @@ from tersenet.deploy.machine import machine
 from tersenet.graph import trace as capture
 from tersenet.graph.coupling import Coupling, coupling
 from tersenet.graph.recut import recut
+from tersenet.graph.surgery import axes
 from tersenet.models.sources import open_model
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +145,7 @@ def one(name: str) -> dict[str, Any]:
     known = coupling(model, example)
     row["coupling_seconds"] = time.process_time() - started - sum(spent)
     row["stays"] = stays(model, known, row["parameters"])
+    row |= sides(model, known, row["parameters"])
     removed = half(known)
     with torch.no_grad():
         pair = torch.cat([example, torch.randn_like(example)])  # a graph is captured with a batch of 2
@@ -199,6 +201,39 @@ def stays(model: nn.Module, known: Coupling, total: int) -> dict[str, float]:
         if "the model's output" not in why:
             shares[shorter(why)] += parameter.numel() / total  # type: ignore[assignment]
     return {why: round(share, 4) for why, share in shares.most_common() if share >= 0.0005}
+
+
+def sides(model: nn.Module, known: Coupling, total: int) -> dict[str, Any]:
+    """{"at_most": how many times fewer parameters half of every channel can leave, "one_sided": kind -> share}.
+
+    A weight with channels on both sides keeps a quarter; one with channels on one side keeps half: what makes the
+    outputs, what reads the images, one number per channel (norms, biases, depthwise kernels).
+    """
+    left, seen = 0.0, set()
+    shares: Counter[str] = Counter()
+    for path, module in model.named_modules():
+        known_axes = axes(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            whole = f"{path}.{name}" if path else name
+            free = {
+                role
+                for role, axis in known_axes.items()
+                if name in axis.tensors and known.slots.get((path, role), np.zeros(1)).any()
+            }
+            free |= {role for (owner, role), classes in known.slots.items() if owner == whole and classes.any()}
+            left += parameter.numel() / 2 ** len(free)
+            if len(free) < 2 and free:
+                if parameter.dim() < 2 or "channel" in free:
+                    kind = "one number or kernel per channel"
+                elif "out" not in free and "out" in known_axes:
+                    kind = "outputs" if "the model's output" in known.frozen.get(path, "") else "outputs that stay"
+                else:
+                    kind = "inputs that stay"
+                shares[kind] += parameter.numel() / total  # type: ignore[assignment]
+    return {"at_most": total / left, "one_sided": {kind: round(share, 4) for kind, share in shares.most_common()}}
 
 
 def shorter(why: str) -> str:

@@ -18,6 +18,7 @@ from tersenet.prune.ramp import Ramp
 from tersenet.prune.rewind import Rewind
 from tersenet.quantize.quantize import Quantize
 from tersenet.repeat import Repeat
+from tersenet.resize import Resize
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.rewrite.settle import Settle
 from tersenet.search.search import Search
@@ -160,6 +161,7 @@ CASES = {
         Repeat(steps=(PruneChannels(sparsity=0.25),), until_drop=None, at_most=2),
         zero=Repeat(steps=(PruneChannels(sparsity=0.0),), until_drop=None, at_most=2),
     ),
+    "resize": Case(Resize(sizes=("8x10",)), zero=Resize(sizes=("12",))),
     "rewind": Case(Rewind(only=("linear",)), zero=Rewind(only=("linear",))),
     "settle": Case(Settle(), zero=Settle(), model=quantized),
     "chain": Case(

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "task": {"errors", "numerics"},
     "step": {"errors", "task"},
     "repeat": {"errors", "task", "step"},
+    "resize": {"errors", "numerics", "task", "step"},
     "report": {"errors", "atomic", "numerics"},
     "train": {"errors", "atomic", "task", "step"},
     "prune": METHOD,

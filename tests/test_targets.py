@@ -10,6 +10,7 @@ import pytest
 from residual_net import residual_net, residual_task
 from tersenet.errors import RunError, SettingsError
 from tersenet.recipe import Recipe
+from tersenet.report.headline import missed_by
 from tersenet.search.search import Search
 from tersenet.step import Step
 from tersenet.targets import Target, judged, keep_search, recipe_of, searched, share
@@ -101,6 +102,16 @@ def test_judged(target: Target, got: str, met: bool) -> None:
     assert judged(Target(), ROWS, "r") == []
 
 
+@pytest.mark.parametrize(
+    ("ms", "got"), [(0.5002, "0.2501x"), (0.500002, "0.250001x"), (0.50000002, "0.25000001x"), (0.6, "0.300x")]
+)
+def test_a_small_miss_is_no_miss_by_nothing(ms: float, got: str) -> None:
+    rows = [ROWS[0], {**ROWS[2], "latency_ms": {"r": {"median": ms}}}]
+    (found,) = judged(Target(latency="0.25x"), rows, "r")
+    assert (found["got"], found["met"]) == (got, False)
+    assert missed_by(found) not in ("0x", None)
+
+
 def test_multiply_adds_are_a_share_or_an_amount() -> None:
     """A share is cut everywhere alike; an amount is spent by a search."""
     (search,) = recipe_of(target=Target(macs="40000000"), data="random:3x8x8").steps
@@ -151,7 +162,7 @@ def test_steps_without_a_search(folder: Path) -> None:
 def test_a_miss_is_never_hidden_by_rounding() -> None:
     rows = [{"latency_ms": {"r": {"median": 2.0}}}, {"latency_ms": {"r": {"median": 0.5002}}}]
     (found,) = judged(Target(latency="0.25x"), rows, "r")
-    assert (found["got"], found["met"]) == ("0.25010x", False)
+    assert (found["got"], found["met"]) == ("0.2501x", False)
     rows[1]["latency_ms"]["r"]["median"] = 0.4998
     (found,) = judged(Target(latency="0.25x"), rows, "r")
     assert (found["got"], found["met"]) == ("0.250x", True)

@@ -31,6 +31,7 @@ _HOME = {
     "Recipe": "tersenet.recipe",
     "Recover": "tersenet.train",
     "Repeat": "tersenet.repeat",
+    "Resize": "tersenet.resize",
     "Rewind": "tersenet.prune.rewind",
     "Run": "tersenet.run",
     "ScalePenalty": "tersenet.prune.penalties",

@@ -34,6 +34,7 @@ from tersenet.options import (
     Out,
     Quiet,
     RecipeFile,
+    Resolutions,
     Resume,
     Runtime,
     Seed,
@@ -183,6 +184,7 @@ def compress(
     seed: Seed = 0,
     epochs: Epochs = 6,
     table: TableFile = None,
+    resolutions: Resolutions = None,
     device: Device = "auto",
     max_hours: MaxHours = None,
     validate: Validate = None,
@@ -205,7 +207,7 @@ def compress(
     check_runtimes(runtimes, threads)
     steps = recipe_of(
         recipe, target, epochs=epochs, data=data, runtime=runtimes[0], threads=threads, batch=batch, table=table,
-        device=device, max_hours=max_hours,
+        device=device, max_hours=max_hours, resolutions=names_in(resolutions or ""),
     )  # fmt: skip
     if resume and not (out / "run.json").exists():
         raise SettingsError(f"--resume found no run in {out}; leave it out to start one")
@@ -247,6 +249,7 @@ def plan(
     seed: Seed = 0,
     epochs: Epochs = 6,
     table: TableFile = None,
+    resolutions: Resolutions = None,
     device: Device = "auto",
     max_hours: MaxHours = None,
     validate: Validate = None,
@@ -269,7 +272,7 @@ def plan(
     check_runtimes(runtimes, threads)
     steps = recipe_of(
         recipe, target, epochs=epochs, data=data, runtime=runtimes[0], threads=threads, batch=batch, table=table,
-        device=device, max_hours=max_hours,
+        device=device, max_hours=max_hours, resolutions=names_in(resolutions or ""),
     )  # fmt: skip
     network, task = _open(model, weights, data, validate, seed, mean, std, image_size, columns, on_bad_image, quiet)
     found = dry_run(network, task, steps, runtimes=runtimes, threads=threads, batch=batch, target=target)

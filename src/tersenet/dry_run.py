@@ -62,22 +62,26 @@ def dry_run(
     steps = [kept for kept in map(without_training, whole) if kept is not None]
     left_out = [step.name for step in whole if without_training(step) is None]
     with tempfile.TemporaryDirectory() as folder:
-        names, models = ["original"], [copy.deepcopy(model).eval()]
+        names, models, tasks = ["original"], [copy.deepcopy(model).eval()], [task]
         for index, step in enumerate(steps, start=1):
-            changed, _ = step.run(copy.deepcopy(models[-1]), task)
+            changed, plan = step.run(copy.deepcopy(models[-1]), tasks[-1])
             names.append(f"{index}. {step.name}")
             models.append(changed.eval())
-        shipped = [ship(each, task, Path(folder), f"{index:02d}", runtimes) for index, each in enumerate(models)]
+            tasks.append(step.task_after(tasks[-1], plan))
+        shipped = [
+            ship(each, own, Path(folder), f"{index:02d}", runtimes)
+            for index, (each, own) in enumerate(zip(models, tasks, strict=True))
+        ]
         timed = {
             runtime: time_files(
-                {name: each.files[READS[runtime]] for name, each in zip(names, shipped, strict=True)},
-                runtime, task, threads=threads, batch=batch, quiet=task.quiet,
+                {n: (each.files[READS[runtime]], own) for n, each, own in zip(names, shipped, tasks, strict=True)},
+                runtime, threads=threads, batch=batch, quiet=task.quiet,
             )
             for runtime in runtimes
         }  # fmt: skip
         rows: list[dict[str, Any]] = []
         for index, (name, each) in enumerate(zip(names, models, strict=True)):
-            cost = totals(each, task.example)
+            cost = totals(each, tasks[index].example)
             row: dict[str, Any] = {
                 "step": name, "params": cost.params, "macs": cost.macs, "file_bytes": shipped[index].file_bytes,
                 "latency_ms": {runtime: found.latency(name) for runtime, found in timed.items()},

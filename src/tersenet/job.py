@@ -136,12 +136,13 @@ def _run_steps(journal: Journal, original: nn.Module, task: Task, say: Callable[
         return
     if done:
         say(f"going on after {done} finished step{'s' if done > 1 else ''}")
-    model = journal.replay(original, done)
+    model, task = journal.replay(original, done), journal.task_after(task, done)
     for index, step in enumerate(journal.steps[done:], start=done + 1):
         say(f"[bold]{index}/{len(journal.steps)}[/bold] {step.name}")
         started = time.monotonic()
         folder = journal.training_folder(index, step.name)
         model, plan = step.run(model, dataclasses.replace(task, folder=folder))
+        task = step.task_after(task, plan)
         found = {"seconds": round(time.monotonic() - started, 2)}
         if task.test is not None:
             found["score"] = score_model(model, task, task.test).value

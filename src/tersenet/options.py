@@ -51,6 +51,9 @@ Seed = Annotated[int, typer.Option(help="of everything that draws at random")]
 Epochs = Annotated[int, typer.Option(min=0, help="training epochs that a target may use")]
 Mean = Annotated[str | None, typer.Option(help="per channel, such as 0.485,0.456,0.406 (default: the model's)")]
 Std = Annotated[str | None, typer.Option(help="per channel (default: the model's)")]
+Resolutions = Annotated[
+    str | None, typer.Option(help="sizes of inputs that a target may take instead of the model's, such as 192,160")
+]
 ImageSize = Annotated[str | None, typer.Option(help="such as 224 or 180x240 (default: the model's)")]
 Columns = Annotated[str | None, typer.Option(help="image and label column, such as img,label (default: found)")]
 OnBadImage = Annotated[str, typer.Option(help="skip or stop at an image that cannot be read")]

@@ -37,6 +37,7 @@ STEPS = {
     "prune_weights": "tersenet.prune.prune_weights:PruneWeights",
     "quantize": "tersenet.quantize.quantize:Quantize",
     "repeat": "tersenet.repeat:Repeat",
+    "resize": "tersenet.resize:Resize",
     "rewind": "tersenet.prune.rewind:Rewind",
     "search": "tersenet.search.search:Search",
     "settle": "tersenet.rewrite.settle:Settle",

@@ -23,6 +23,7 @@ from torch import nn
 from tersenet.atomic import writing
 from tersenet.errors import RunError
 from tersenet.step import Plan, Step
+from tersenet.task import Task
 
 SCHEMA = 1
 
@@ -129,6 +130,12 @@ class Journal:
         if logs.is_dir() and not kept.exists():
             kept.parent.mkdir(exist_ok=True)
             logs.rename(kept)
+
+    def task_after(self, task: Task, count: int) -> Task:
+        """The task of what follows `count` steps."""
+        for step, entry in zip(self.steps, self.entries[:count], strict=False):
+            task = step.task_after(task, entry.plan)
+        return task
 
     def replay(self, original: nn.Module, count: int) -> nn.Module:
         """The model after `count` steps: their plans applied to a copy of the original, then the numbers loaded."""

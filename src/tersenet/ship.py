@@ -96,17 +96,25 @@ def inputs(task: Task) -> Iterable[Any]:
 
 
 def time_files(
-    files: dict[str, Path], runtime: str, task: Task, *, threads: int, batch: int, turns: int = 20, quiet: bool = False
+    files: Mapping[str, tuple[Path, Task]],
+    runtime: str,
+    *,
+    threads: int,
+    batch: int,
+    turns: int = 20,
+    quiet: bool = False,
 ) -> Measurement:
-    """Times files against each other in one runtime, on one real input, each in its own process.
+    """Times files against each other in one runtime, each in its own process, on one real input of its task.
 
     Raises:
         SettingsError: on more threads than cores.
     """
-    x = batch_input(next(iter(inputs(task))))
-    array = x[:1].repeat(batch, *[1] * (x.dim() - 1)).float().numpy()
-    entries = [Entry(name, path, runtime) for name, path in files.items()]
-    return measure_apart(entries, x=array, turns=turns, batch=batch, threads=threads, progress=not quiet, energy=False)
+    entries = []
+    for name, (path, task) in files.items():
+        x = batch_input(next(iter(inputs(task))))
+        array = x[:1].repeat(batch, *[1] * (x.dim() - 1)).float().numpy()
+        entries.append(Entry(name, path, runtime, array))
+    return measure_apart(entries, turns=turns, batch=batch, threads=threads, progress=not quiet, energy=False)
 
 
 def peaks(timed: Mapping[str, Measurement], name: str) -> dict[str, int]:

@@ -132,6 +132,13 @@ def open_task(
         validate=validate, quiet=quiet,
     )  # fmt: skip
     labels = preparation.labels or found.labels
+
+    def reopen(other: Preparation) -> Task:
+        return open_task(
+            model, other, data, validate=validate, batch_size=batch_size, seed=seed, columns=columns,
+            on_bad_image=on_bad_image, quiet=quiet,
+        )  # fmt: skip
+
     first = found.calibrate if found.calibrate is not None else found.train
     example = example_of(preparation) if first is None else next(iter(first))[0][:2].clone()
     return Task(
@@ -144,4 +151,5 @@ def open_task(
         preparation=dataclasses.replace(preparation, labels=tuple(labels)),
         seed=seed,
         quiet=quiet,
+        reopen=reopen,
     )

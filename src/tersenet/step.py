@@ -45,6 +45,7 @@ class Step:
     needs_trained: ClassVar[bool] = True
     special_runtime: ClassVar[bool] = False
     changes_structure: ClassVar[bool] = True
+    changes_task: ClassVar[bool] = False  # what follows has another task: `task_after`
 
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
@@ -88,6 +89,15 @@ class Step:
     def fit(self, model: nn.Module, task: Task) -> None:
         """Changes numbers and never structure."""
 
+    @property
+    def tunable(self) -> bool:
+        """Whether a search may choose for this step, with these settings; else it is part of every candidate."""
+        return type(self).choices is not Step.choices
+
+    def task_after(self, task: Task, plan: Plan) -> Task:
+        """The task of what follows a step that was run with this plan; all but a few leave it as it is."""
+        return task
+
     def choices(self, model: nn.Module, task: Task) -> dict[str, list[Any]]:
         """place -> the settings that can be picked there, JSON only; the first leaves the place as it is.
 
@@ -110,10 +120,23 @@ class Step:
         """Bits of a stored weight at a setting of `choices` that changes nothing else; None for other settings."""
         return None
 
+    def foretold_bytes(self, setting: Any, shape: tuple[int, ...], bits: int) -> float | None:
+        """Bytes that a layer's weight takes once it is coded, at one of the settings of `choices`; None where a setting
+        is no way to code, so that files say what it saves.
+
+        Args:
+            shape: of the weight; bits: of a number.
+        """
+        return None
+
     def chosen(self, picked: Mapping[str, Any]) -> Step | None:
         """This step with settings of `choices` picked at some places and nothing done at the others; None when nothing
         is left to do."""
         return self
+
+    def wider(self) -> Step | None:
+        """This step with more choices, for budgets that its ordinary ones do not reach; None when there are no more."""
+        return None
 
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
         """plan, apply and fit. Warns `NoEffect` when the step changes structure and found nothing to change."""
@@ -159,10 +182,16 @@ class Chain(Step):
             model = step.apply(model, entry["plan"])
         return model
 
+    def task_after(self, task: Task, plan: Plan) -> Task:
+        for step, entry in zip(self.steps, plan.get("steps", []), strict=False):
+            task = step.task_after(task, entry["plan"])
+        return task
+
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
         plans = []
         for step in self.steps:
             model, plan = step.run(model, task)
+            task = step.task_after(task, plan)
             plans.append({"step": step.name, "plan": plan})
         return model, {"steps": plans} if any(entry["plan"] for entry in plans) else {}
 
@@ -180,6 +209,10 @@ class Companion:
     def settings(self) -> dict[str, Any]:
         """The fields as they stand, in order of definition."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def placed(self, task: Task) -> Companion:
+        """The companion for one training; one that keeps files puts them where the task keeps its own."""
+        return self
 
     def loss(self, model: nn.Module, task: Task, batch: Any, outputs: Any) -> Tensor | float:
         """Added to the task's loss for one batch."""

@@ -69,6 +69,7 @@ def recipe_of(
     table: Path | str | None = None,
     device: str = "auto",
     max_hours: float | None = None,
+    resolutions: Sequence[str] = (),
 ) -> Recipe:
     """The recipe of a file, or the one that aims at a target.
 
@@ -77,6 +78,7 @@ def recipe_of(
         data: as typed, to know random data.
         runtime, threads, batch, table: for a latency target.
         device, max_hours: for the training of a target.
+        resolutions: sizes of inputs that a target may take in place of the network's own.
     Raises:
         SettingsError: when both or neither are given.
     """
@@ -86,17 +88,22 @@ def recipe_of(
             "(--latency 0.5x, --bytes 0.1x, --macs 0.5x, --memory 0.5x)"
         )
     if path is not None:
+        if resolutions:
+            raise SettingsError(
+                "--resolutions are choices of a target; in a recipe, write a resize step into its search"
+            )
         return Recipe.read(path)
     from tersenet.distill.soft_targets import SoftTargets
     from tersenet.prune.drop_blocks import DropBlocks
     from tersenet.prune.prune_channels import PruneChannels
     from tersenet.quantize.quantize import Quantize
+    from tersenet.resize import Resize
     from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
     from tersenet.train import Train
 
     noise = data.startswith("random:")
     where: dict[str, Any] = {"accelerator": device, "max_hours": max_hours}
-    if target.macs is not None and amount("macs", target.macs)[1]:
+    if target.macs is not None and amount("macs", target.macs)[1] and not resolutions:
         # A margin, because int8 replaces parameter-free shortcuts by small convolutions, which count.
         kept = round(0.985 * share(target.macs), 4)
         recovery = (Train(epochs=epochs, companions=(SoftTargets(),), **where),) if epochs and not noise else ()
@@ -106,6 +113,7 @@ def recipe_of(
         Train(epochs=epochs, learning_rate=0.05, warmup=0.02, precision="auto", companions=(SoftTargets(),), **where),
     )
     steps: tuple[Step, ...] = (
+        *((Resize(sizes=tuple(resolutions)),) if resolutions else ()),
         DropBlocks(refit=not noise),
         PruneChannels(importance="l2" if noise else "reconstruction", refit=not noise),
         *(recovery if epochs and not noise else ()),
@@ -206,6 +214,15 @@ def judged(wanted: Target, rows: Sequence[dict[str, Any]], runtime: str) -> list
 
 
 def _said(got: float, wanted: float, unit: str) -> str:
-    """Three digits; five where these would hide that the target was missed."""
-    hidden = got > wanted >= float(f"{got:.3f}")
-    return f"{got:.5f}{unit}" if hidden else f"{got:.3f}{unit}"
+    return f"{missed_digits(got, wanted, 3)}{unit}"
+
+
+def missed_digits(got: float, wanted: float, digits: int) -> str:
+    """A figure with so many decimals, and more where these would hide that it is above what was wanted.
+
+    >>> missed_digits(0.12502, 0.125, 3), missed_digits(0.1, 0.125, 3), missed_digits(0.13, 0.125, 3)
+    ('0.12502', '0.100', '0.130')
+    """
+    while digits < 15 and got > wanted >= float(f"{got:.{digits}f}"):
+        digits += 1
+    return f"{got:.{digits}f}"

@@ -11,6 +11,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -124,6 +125,7 @@ class Task:
         seed: of everything that draws at random.
         folder: where a step that trains keeps its own state, so that it can go on after a cut; None means nowhere.
         quiet: no progress bars.
+        reopen: the same task with images prepared in another way, read anew; None where that cannot be.
     """
 
     example: Tensor
@@ -139,6 +141,12 @@ class Task:
     seed: int = 0
     folder: Any = None
     quiet: bool = False
+    reopen: Callable[[Preparation], Task] | None = None
+
+    @property
+    def run_folder(self) -> Path | None:
+        """The folder of the run that a step belongs to, which holds the step's own; None where nothing is kept."""
+        return None if self.folder is None else Path(self.folder).parent
 
     def calibration(self, limit: int = 512) -> Iterator[Any]:
         """Batches for calibration, about `limit` samples in all; the training data serves where there are none.

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from cases import task_for, tiny
 from tersenet.bricks.mask import attach, masks, stored_weight
 from tersenet.errors import DataError, ModelError, NoEffect, SettingsError
 from tersenet.numerics.patterns import parse
 from tersenet.prune.choose import Cutoff, Scored, choose
 from tersenet.prune.prune_weights import PruneWeights
 from tersenet.prune.weight_scores import IMPORTANCES, scores_of
+from tersenet.recipe import Recipe
 from tersenet.task import Task
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -295,3 +297,46 @@ def test_another_seed_draws_other_weights() -> None:
     assert torch.equal(drawn[0]["a"], drawn[1]["a"])
     assert not torch.equal(drawn[0]["a"], drawn[2]["a"])
     assert not torch.equal(drawn[0]["a"], drawn[0]["b"])
+
+
+def test_layer_by_layer() -> None:
+    """Each layer its own share and pattern; the others stay whole, and the plan makes the same masks again."""
+    model = tiny()
+    task = task_for(model)
+    step = PruneWeights(layers={"conv2": "0.75", "linear": "0.5 2x1"})
+    made, plan = step.run(copy.deepcopy(model), task)
+    assert plan == {"masks": {"conv2": "weight", "linear": "2x1"}}
+    layers = dict(made.named_modules())
+    assert float((layers["conv2"].weight == 0).double().mean()) == pytest.approx(0.75)
+    assert float((layers["linear"].weight == 0).double().mean()) == pytest.approx(0.5)
+    pairs = (layers["linear"].weight == 0).reshape(3, 2, 16)
+    assert bool((pairs[:, 0] == pairs[:, 1]).all())
+    assert bool((layers["conv1"].weight != 0).all())
+    assert Recipe.parse(Recipe((step,)).dump()) == Recipe((step,))
+    # Without an amount a search chooses; with one the step is part of every candidate.
+    assert PruneWeights().tunable
+    assert not step.tunable
+    assert not PruneWeights(sparsity=0.5).tunable
+    choices = PruneWeights(pattern="2:4").choices(model, task)
+    assert set(choices) == {"block.conv", "conv2", "pointwise"}  # the others are too small, or have nothing to lose
+    assert choices["conv2"] == ["0", "0.5"]
+    assert PruneWeights().choices(model, task)["conv2"] == ["0", "0.5", "0.7", "0.8", "0.9"]
+    assert PruneWeights().chosen({"conv2": "0", "linear": "0.7"}) == PruneWeights(layers={"linear": "0.7"})
+    assert PruneWeights().chosen({"conv2": "0"}) is None
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ({"conv2": "half"}, "layers has 'half'; write a sparsity, and a pattern where it is another"),
+        ({"conv2": "0.5 diagonal"}, "pattern is 'diagonal'"),
+        ({"conv2": "1.0"}, "sparsity must lie in"),
+        ({"conv2": "0.9 2:4"}, "takes 0.5 of the weights at most"),
+        ({"nothing": "0.5"}, "layers names 'nothing', which is no layer here that can be masked"),
+    ],
+)
+def test_bad_layers(layers: dict[str, str], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        PruneWeights(layers=layers).plan(tiny(), task_for(tiny()))
+    with pytest.raises(SettingsError, match="layers and sparsity are both set"):
+        PruneWeights(layers={"conv2": "0.5"}, sparsity=0.5)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tersenet.bricks.mask import masked_layers, stored_weight
 from tersenet.models.cifar_resnet import CifarResNet
 from tersenet.prune.prune_channels import PruneChannels
+from tersenet.prune.prune_weights import PruneWeights
 from tersenet.prune.repair import refit, repair
 from tersenet.task import Task
 
@@ -136,3 +138,21 @@ def test_a_layer_and_its_norm_give_the_target(groups: int, affine: bool) -> None
         given = layer(inputs[:, :, None, None])[:, :, 0, 0].detach()
         assert torch.allclose(norm.running_mean, given.mean(dim=0), atol=1e-4)  # type: ignore[arg-type]
         assert torch.allclose(norm.running_var, given.var(dim=0), rtol=1e-3)  # type: ignore[arg-type]
+
+
+def test_masked_layers_are_repaired_under_their_masks(model: nn.Module) -> None:
+    """Half of the channels go out of a network of which 60 % are zeros; what is zero stays zero, and what is left makes
+    up for the channels."""
+    zeros, _ = PruneWeights(sparsity=0.6).run(copy.deepcopy(model), Task(example=IMAGES[:2]))
+    cut, kept = thinned(zeros)
+    bare = copy.deepcopy(cut)
+    repair(bare, IMAGES, None, kept)
+    masks = {path: mask.mask.clone() for path, _, mask in masked_layers(cut)}
+    assert masks
+    under = {path: stored_weight(layer)[~mask.mask].clone() for path, layer, mask in masked_layers(cut)}
+    repair(cut, IMAGES, zeros, kept)
+    for path, layer, mask in masked_layers(cut):
+        assert torch.equal(mask.mask, masks[path])
+        assert bool((layer.weight[~mask.mask] == 0).all())
+        assert torch.equal(stored_weight(layer)[~mask.mask], under[path])
+    assert error(cut, zeros) < 0.6 * error(bare, zeros)

@@ -215,3 +215,25 @@ def test_the_scales_of_a_quantized_layer_stay_and_integers_are_not_rewound() -> 
     settled, _ = Settle().run(model, task_of(early))
     with pytest.raises(ModelError, match=r"int8.*float32"):
         Rewind().fit(settled, task_of(early))
+
+
+def test_the_file_lies_in_the_folder_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where steps keep their own state in folders of one run, early weights lie beside these, and are found there."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = tmp_path / "run"
+    model = net(1)
+    train = Train(epochs=1, learning_rate=0.1, logger="none", companions=(KeepEarly(at=0.0, path="early.safetensors"),))
+    trained, _ = train.run(copy.deepcopy(model), task_of(model, folder=run / "01-train.state"))
+    assert (run / "early.safetensors").is_file()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    rewound, _ = Rewind(to="early.safetensors").run(trained, task_of(model, folder=run / "02-rewind.state"))
+    assert all(torch.equal(value, rewound.state_dict()[key]) for key, value in model.state_dict().items())
+    with pytest.raises(FileError, match=r"there is no file early\.safetensors"):
+        Rewind(to="early.safetensors").run(net(2), task_of(model))
+    # With nothing kept, and with an absolute path, it is as it is written.
+    train.run(copy.deepcopy(model), task_of(model))
+    assert Path("early.safetensors").is_file()
+    assert KeepEarly(path=str(tmp_path / "a.safetensors")).placed(task_of(model, folder=run / "x")).path == str(
+        tmp_path / "a.safetensors"
+    )

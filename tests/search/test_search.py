@@ -17,8 +17,11 @@ from residual_net import residual_net, residual_task
 from tersenet.deploy.onnx import export_onnx
 from tersenet.errors import FileError, RecipeError, SettingsError
 from tersenet.graph.costs import totals
+from tersenet.numerics.sparse_bytes import foretold
 from tersenet.prune.drop_blocks import DropBlocks
 from tersenet.prune.prune_channels import PruneChannels
+from tersenet.prune.prune_weights import PruneWeights
+from tersenet.prune.worth import worth
 from tersenet.quantize.quantize import Quantize
 from tersenet.recipe import Recipe
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
@@ -209,11 +212,44 @@ def test_a_budget_of_bytes(tmp_path: Path) -> None:
     assert same_amount.picks == found.picks
 
 
+def test_a_budget_of_bytes_spends_zeros_too() -> None:
+    """Zeros are no fewer bytes of an ONNX file, but of a coded one; for another budget they are worth nothing."""
+    model = residual_net()
+    task = residual_task(model)
+    search = Search(steps=(PruneWeights(), Quantize()), bytes="0.25x", images=32, widen=False)
+    found = search.solve(model, task)
+    assert found.met
+    zeros = found.picks[0]
+    assert zeros
+    made, _ = Chain(steps=found.steps).run(copy.deepcopy(model), task)
+    rows = {row.layer: row for row in worth(made)}
+    saved = sum(rows[path].weights - rows[path].bytes["int8 bound"] for path in zeros)
+    said = found.said["unchanged"] - found.said["picked"]["measured"]
+    assert 0.8 * saved < said < 1.2 * saved  # what no code can beat, of the weights as they became
+    with pytest.raises(SettingsError, match="has a choice in this model"):
+        Search(steps=(PruneWeights(),), macs="0.5x", images=0).solve(model, task)
+
+
+def test_a_thinner_layer_saves_less_by_zeros(tmp_path: Path) -> None:
+    model = residual_net()
+    task = residual_task(model)
+    steps = (PruneChannels(), PruneWeights(), Quantize())
+    bench = Bench(
+        steps, find_sites(steps, model, task), model, task, runtime="onnxruntime", threads=1, batch=1, folder=tmp_path
+    )
+    width, zeros = {0: {"down.conv1": 16}}, {1: {"down.conv1": "0.8"}}
+    whole, thin = bench.weight({}, "bytes"), bench.weight(width, "bytes")
+    share = 1 - foretold(1, 8, 0.8, 1)
+    assert whole - bench.weight(zeros, "bytes") == pytest.approx(share * 32 * 16 * 9)
+    assert thin - bench.weight({**width, **zeros}, "bytes") == pytest.approx(share * 16 * 16 * 9)
+    assert bench.weight(zeros, "macs") == bench.weight({}, "macs")
+
+
 def test_a_budget_that_cannot_be_met() -> None:
     """The best that was found comes back, with how much is missing and why."""
     model = residual_net()
     task = residual_task(model)
-    found = Search(steps=STEPS, macs="0.01x", images=32).solve(model, task)
+    found = Search(steps=STEPS, macs="0.01x", images=32, widen=False).solve(model, task)
     assert not found.met
     said = found.said
     assert said["met"] is False
@@ -225,6 +261,26 @@ def test_a_budget_that_cannot_be_met() -> None:
     assert found.picks == {0: {"first": "drop", "last": "drop"}, 1: {"down.conv1": 4}}
     assert "every choice is used up" in said["note"] or "could give no more" in said["note"]
     assert min(each["measured"] for each in said["proposals"]) == got
+
+
+def test_choices_that_steps_keep_back_are_taken_where_the_others_do_not_reach() -> None:
+    """Channels that pass through residual additions: without them at least 0.15 of the multiply-adds stay."""
+    model = residual_net()
+    task = residual_task(model)
+    least = Search(steps=STEPS, macs="0.01x", images=0, widen=False).solve(model, task).said["picked"]["measured"]
+    whole = totals(model, task.example).macs
+    search = Search(steps=STEPS, macs=f"{0.8 * least / whole:.4f}x", images=0)
+    found = search.solve(model, task)
+    assert found.met
+    assert found.wider
+    assert "the ordinary choices of prune_channels do not reach the budget" in found.said["note"]
+    made, plan = search.run(copy.deepcopy(model), task)
+    assert 0.5 * least < totals(made, task.example).macs <= 0.8 * least
+    assert plan["wider"] is True
+    again = search.apply(residual_net(seed=5), json.loads(json.dumps(plan)))
+    again.load_state_dict(made.state_dict())
+    # What the ordinary choices reach is left to them.
+    assert not Search(steps=STEPS, macs="0.9x", images=0).solve(model, task).wider
 
 
 def test_nested_steps_and_settings_through_yaml() -> None:

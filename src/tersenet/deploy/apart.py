@@ -34,11 +34,13 @@ from tersenet.numerics.intervals import bootstrap_median
 
 
 class Entry(NamedTuple):
-    """A file that takes part: a name of its own, where it is, and in which runtime."""
+    """A file that takes part: a name of its own, where it is, in which runtime, and on which inputs (N, ...), where
+    these are not those of all."""
 
     name: str
     path: Path
     runtime: str
+    x: np.ndarray | None = None
 
     @property
     def key(self) -> Key:
@@ -159,7 +161,7 @@ def measure_apart(
         for entry in entries:
             worker = workers[entry.key] = stack.enter_context(Worker(entry, cores))
             opened = worker.ask("open", path=str(entry.path), runtime=entry.runtime, threads=threads)
-            inputs = inputs_for(entry.name, opened["input_shape"], x, batch)
+            inputs = inputs_for(entry.name, opened["input_shape"], x if entry.x is None else entry.x, batch)
             np.save(scratch / "input.npy", inputs)
             first = worker.ask("input", file=str(scratch / "input.npy"))
             footprints[entry.key] = Footprint(opened["load_ms"], first["first_ms"], first["peak_bytes"])

@@ -11,25 +11,36 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from tersenet.bricks.mask import only_masked
+
 # An activation of all images together, or the rows of one least-squares problem: 2^26 floats are 256 MiB.
 FLOATS = 2**26
 _ROWS = 2**14  # and at least four times the unknowns
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a layer computes what its weight says; bricks and parametrized layers compute something else."""
-    if type(module) is nn.Conv2d:
+def is_plain(module: Any, masked: bool = False) -> bool:
+    """Whether a layer computes what its weight says; bricks and parametrized layers compute something else.
+
+    Args:
+        masked: whether a layer counts that has a mask and nothing else in front of its weight.
+    """
+    kind = type(module).__bases__[0] if masked and only_masked(module) else type(module)
+    if kind is nn.Conv2d:
         return module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    return type(module) is nn.Linear
+    return kind is nn.Linear
 
 
-def plain_calls(graph: fx.GraphModule) -> dict[str, fx.Node]:
+def plain_calls(graph: fx.GraphModule, masked: bool = False) -> dict[str, fx.Node]:
     """path -> node of the plain layers that are called once, in the graph's order."""
     nodes: dict[str, list[fx.Node]] = {}
     for node in graph.graph.nodes:
         if node.op == "call_module":
             nodes.setdefault(str(node.target), []).append(node)
-    return {path: calls[0] for path, calls in nodes.items() if len(calls) == 1 and is_plain(graph.get_submodule(path))}
+    return {
+        path: calls[0]
+        for path, calls in nodes.items()
+        if len(calls) == 1 and is_plain(graph.get_submodule(path), masked)
+    }
 
 
 def size(node: fx.Node) -> int:

@@ -59,6 +59,22 @@ def entropy_bits(values: Tensor) -> float:
     return float(-(counts * shares.log2()).sum())
 
 
+def foretold(count: float, bits: int, sparsity: float, unit: int) -> float:
+    """Bytes of weights that are not there yet: which units are zero, at the entropy of their share, and the numbers of
+    the others in full; never more than all of them in full.
+
+    Args:
+        count: how many weights there are, zeros too.
+        sparsity: share of zeros.
+        unit: how many weights go together.
+
+    >>> foretold(800, 8, 0.5, 1), foretold(800, 8, 0.5, 16), foretold(800, 8, 0.0, 1)
+    (500.0, 406.25, 800.0)
+    """
+    where = -sum(share * math.log2(share) for share in (sparsity, 1 - sparsity) if share > 0)
+    return count / 8 * min(bits, (1 - sparsity) * bits + where / unit)
+
+
 def bound(there: Tensor, values: Tensor) -> int:
     """Bytes at least for rounded weights: the entropy of which units are there, and of the numbers inside of them.
 

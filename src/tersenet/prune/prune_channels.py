@@ -197,6 +197,11 @@ class PruneChannels(Step):
     def chosen(self, picked: Mapping[str, Any]) -> PruneChannels | None:
         return dataclasses.replace(self, widths=dict(picked)) if picked else None
 
+    def wider(self) -> PruneChannels | None:
+        """With the channels that pass through residual additions: one of them lives in every block of a stage, so that
+        cutting it hurts more, and what it saves is harder to foretell."""
+        return None if self.residual else dataclasses.replace(self, residual=True)
+
     def _bundles(self, model: nn.Module, known: Coupling) -> list[Bundle]:
         return [bundle for bundle in known.bundles if self._serves(model, bundle)]
 

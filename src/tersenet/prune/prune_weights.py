@@ -8,22 +8,27 @@ make it smaller: prune/worth.py says what each pattern buys.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tersenet.bricks.mask import attach, masked_layers, stored_weight
 from tersenet.errors import ModelError, SettingsError
 from tersenet.numerics.patterns import Pattern, can_lose, parse
+from tersenet.numerics.sparse_bytes import foretold
 from tersenet.prune.choose import Cutoff, Scope, Scored, choose, output_first
 from tersenet.prune.weight_scores import DATA, IMPORTANCES, scores_of
 from tersenet.step import Plan, Step
 from tersenet.task import Task
+
+# Choices of a search: shares of zeros; layers of fewer weights save next to nothing.
+_SHARES, _LEAST = (0.5, 0.7, 0.8, 0.9), 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,8 @@ class PruneWeights(Step):
         scope: "layer" takes the same share of every layer; "global" the least important of all.
         percentile: in place of `sparsity`, what scores below this percentile goes, 0 to 100.
         threshold: in place of both, what scores below this value goes; of l1 that is the mean |w| of a group.
+        layers: in place of all of these, layer by layer: path -> a sparsity and, where it is another than `pattern`, a
+            pattern ({"layer1.0.conv1": "0.8", "fc": "0.7 16x1"}); the others stay whole.
         refit: move the weights that stay to where the layer's output is nearest to what it was, on calibration data,
             and measure the norms anew (optimal brain surgeon, layer by layer).
         samples: how many calibration samples importance and refit may read.
@@ -64,6 +71,7 @@ class PruneWeights(Step):
     threshold: float | None = None
     refit: bool = False
     samples: int = 512
+    layers: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +88,12 @@ class PruneWeights(Step):
             raise SettingsError(f"percentile must lie in [0, 100], got {self.percentile}; it is one of the scores")
         if self.threshold is not None and not 0 <= self.threshold < math.inf:
             raise SettingsError(f"threshold must be a number of at least 0, got {self.threshold}")
+        if self.layers is not None:
+            if given:
+                raise SettingsError(f"layers and {given[0]} are both set; give one of them")
+            object.__setattr__(self, "layers", {path: str(setting) for path, setting in self.layers.items()})
+            for setting in self.layers.values():
+                self._each(setting)
         if self.samples < 1:
             raise SettingsError(f"samples must be at least 1, got {self.samples}")
 
@@ -89,9 +103,60 @@ class PruneWeights(Step):
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"masks": {path: pattern}}: the layers that have something to lose and something left then."""
-        pattern = parse(self.pattern)
-        found = {path: self.pattern for path, layer in maskable(model, self) if _can_lose(layer, pattern)}
+        found = {
+            path: pattern.name
+            for path, layer in maskable(model, self)
+            if (pattern := self._pattern(path)) is not None and _can_lose(layer, pattern)
+        }
+        missing = [path for path in self.layers or {} if path not in found]
+        if missing:
+            raise SettingsError(f"layers names {missing[0]!r}, which is no layer here that can be masked; see the plan")
         return {"masks": found} if found else {}
+
+    @property
+    def tunable(self) -> bool:
+        """Where it is not said how much goes."""
+        return all(each is None for each in (self.sparsity, self.percentile, self.threshold, self.layers))
+
+    def choices(self, model: nn.Module, task: Task) -> dict[str, list[Any]]:
+        """Path of a layer -> "0" for as it is, or a share of zeros in this pattern, which buys bytes once coded."""
+        pattern = parse(self.pattern)
+        found = {}
+        for path, layer in maskable(model, self):
+            shares = [share for share in _SHARES if share <= pattern.highest] or [pattern.highest]
+            if _can_lose(layer, pattern) and layer.weight.numel() >= _LEAST:
+                found[path] = ["0", *(f"{share:g}" for share in shares)]
+        return found
+
+    def foretold_bytes(self, setting: Any, shape: tuple[int, ...], bits: int) -> float:
+        sparsity, pattern = self._each(setting)
+        return foretold(math.prod(shape), bits, sparsity, math.prod(pattern.unit(shape)))
+
+    def chosen(self, picked: Mapping[str, Any]) -> PruneWeights | None:
+        """The layers that are picked, each with its share of zeros."""
+        layers = {path: str(setting) for path, setting in picked.items() if self._each(str(setting))[0] > 0}
+        return (
+            dataclasses.replace(self, sparsity=None, percentile=None, threshold=None, layers=layers) if layers else None
+        )
+
+    def _each(self, setting: str) -> tuple[float, Pattern]:
+        """(sparsity, pattern) of a setting of `layers`."""
+        share, _, name = setting.partition(" ")
+        pattern = parse(name.strip() or self.pattern)
+        try:
+            sparsity = float(share)
+        except ValueError:
+            raise SettingsError(
+                f"layers has {setting!r}; write a sparsity, and a pattern where it is another: '0.7 16x1'"
+            ) from None
+        check_sparsity(sparsity, pattern)
+        return sparsity, pattern
+
+    def _pattern(self, path: str) -> Pattern | None:
+        """What the mask of a layer is to look like; None for a layer that gets none."""
+        if self.layers is None:
+            return parse(self.pattern)
+        return self._each(self.layers[path])[1] if path in self.layers else None
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Attaches masks that let everything through. Raises SettingsError when the plan is another model's."""
@@ -117,24 +182,22 @@ class PruneWeights(Step):
             DataError: without the data that the importance or the refit needs.
             ModelError: on weights that are not finite.
         """
-        pattern = parse(self.pattern)
-        found = {
-            path: (layer, mask)
-            for path, layer, mask in masked_layers(model)
-            if mask.pattern == self.pattern and self.matches(path, layer) and _can_lose(layer, pattern)
-        }
+        found: dict[str, tuple[Any, Any]] = {}
+        for path, layer, mask in masked_layers(model):
+            pattern = self._pattern(path)
+            if pattern is not None and mask.pattern == pattern.name and self.matches(path, layer):
+                found |= {path: (layer, mask)} if _can_lose(layer, pattern) else {}
         if not found:
             return
         for path, (layer, _) in found.items():
             if not bool(torch.isfinite(layer.weight).all()):
                 raise ModelError(f"the weights of {path or 'the layer'} hold NaN or infinity; load finite weights")
-        cutoff = self._cutoff(pattern)
-        if cutoff.share != 0.0:
+        if self.layers is not None or self._cutoff(parse(self.pattern)).share != 0.0:
             scores = scores_of(
                 model, {path: layer for path, (layer, _) in found.items()}, task, self.importance, self.samples
             )
             scored = {
-                path: Scored(output_first(layer, scores[path]), output_first(layer, mask.mask), pattern)
+                path: Scored(output_first(layer, scores[path]), output_first(layer, mask.mask), parse(mask.pattern))
                 for path, (layer, mask) in found.items()
             }
             refit = None
@@ -142,11 +205,20 @@ class PruneWeights(Step):
                 from tersenet.prune.refit import Refit
 
                 refit = Refit(model, found, task, self.samples)
-            for path, kept in choose(scored, cutoff, self.scope).items():
+            for path, kept in self._kept(scored).items():
                 layer, mask = found[path]
                 mask.mask.copy_(output_first(layer, kept))
             if refit is not None:
                 refit.run()
+
+    def _kept(self, scored: dict[str, Scored]) -> dict[str, Tensor]:
+        """Path -> (O, I, ...) bool, what stays."""
+        if self.layers is None:
+            return choose(scored, self._cutoff(parse(self.pattern)), self.scope)
+        kept: dict[str, Tensor] = {}
+        for path, own in scored.items():
+            kept |= choose({path: own}, Cutoff(share=self._each(self.layers[path])[0]))
+        return kept
 
     def _cutoff(self, pattern: Pattern) -> Cutoff:
         if self.percentile is not None:

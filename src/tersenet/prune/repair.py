@@ -4,8 +4,9 @@ One pass over the graph with all calibration images at once. Each layer that los
 refitted to what it gave before the cut (He et al., arXiv:1707.06168), together with the batch norm behind it, and then
 the pass goes on, so every layer sees what the repaired layers before it give. Where the output goes into a residual
 addition, the target is the original sum without the shortcut as it is now: a block makes up for the errors of the
-blocks before it, dropped ones included. The result does not depend on chance. Departures: nothing is drawn to zero but
-to the weights that are there, and the sampled positions are the same for every image.
+blocks before it, dropped ones included. Of a masked layer only what is there is fitted. The result does not depend on
+chance. Departures: nothing is drawn to zero but to the weights that are there, and the sampled positions are the same
+for every image.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tersenet.bricks.mask import mask_of, stored_weight
 from tersenet.graph import rows
 from tersenet.graph.surgery import Cut
 from tersenet.graph.trace import aten, trace
 from tersenet.numerics.compensation import least_squares
+from tersenet.numerics.masked_squares import masked_least_squares
 
 _ADDITIONS = (operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor)
 
@@ -55,7 +58,7 @@ def repair(
 
 
 def _layers(model: nn.Module) -> set[str]:
-    return {path for path, module in model.named_modules() if rows.is_plain(module)}
+    return {path for path, module in model.named_modules() if rows.is_plain(module, masked=True)}
 
 
 @dataclass
@@ -108,10 +111,10 @@ class _Job:
 def _jobs(graph: fx.GraphModule, before: nn.Module, images: Tensor, kept: Cut, sequential: bool) -> dict[str, _Job]:
     """path -> job, with what the original gave at the places."""
     whole = trace(before, images[:2])
-    original = rows.plain_calls(whole)
+    original = rows.plain_calls(whole, masked=True)
     jobs: dict[str, _Job] = {}
     wanted: dict[fx.Node, list[tuple[str, str]]] = {}
-    for path, node in rows.plain_calls(graph).items():
+    for path, node in rows.plain_calls(graph, masked=True).items():
         module: Any = graph.get_submodule(path)
         chosen = rows.places(node, module, len(images))
         poorer = "in" in kept.get(path, {})
@@ -210,16 +213,20 @@ def refit(module: Any, norm: Any, inputs: Tensor, target: Tensor, ridge: float) 
     average = inputs.mean(dim=0, dtype=torch.float64) * centred
     scale = factor.reshape(-1, *(1,) * (module.weight.dim() - 1))
     prior = (module.weight.double() * scale).flatten(1)
+    mask = mask_of(module)
+    stays = [None] * groups if mask is None else mask.mask.flatten(1).chunk(groups)
     weight = torch.cat(
         [
-            least_squares(part.double() - mean, wanted, old, ridge)
-            for part, mean, wanted, old in zip(
+            _solved(part.double() - mean, wanted, old, ridge, there)
+            for part, mean, wanted, old, there in zip(
                 inputs.chunk(groups, dim=1), average.chunk(groups), (target - offset).chunk(groups, dim=1),
-                prior.chunk(groups), strict=True,
+                prior.chunk(groups), stays, strict=True,
             )
         ]
     )  # fmt: skip
-    module.weight.copy_(weight.view_as(module.weight) / scale)
+    stored = stored_weight(module)
+    found = weight.view_as(stored) / scale
+    stored.copy_(found if mask is None else torch.where(mask.mask, found, stored))
     shift = torch.cat(
         [new @ mean for new, mean in zip(weight.chunk(groups), average.chunk(groups), strict=True)]
     )  # (O,) the mean of what the layer gives behind the norm's scale
@@ -228,6 +235,13 @@ def refit(module: Any, norm: Any, inputs: Tensor, target: Tensor, ridge: float) 
             module.bias.copy_(offset - shift)
         return
     _follow(norm, module, inputs, factor, shift / factor, offset, groups)
+
+
+def _solved(inputs: Tensor, target: Tensor, prior: Tensor, ridge: float, stays: Tensor | None) -> Tensor:
+    """(O, I) the least-squares weight, zero where a mask says so."""
+    if stays is None:
+        return least_squares(inputs, target, prior, ridge)
+    return masked_least_squares(inputs.T @ inputs, target.T @ inputs, prior, stays, ridge)
 
 
 def _follow(norm: Any, module: Any, inputs: Tensor, factor: Tensor, mean: Tensor, offset: Tensor, groups: int) -> None:

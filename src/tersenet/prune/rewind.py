@@ -8,6 +8,7 @@ everything that is trained, norms and biases too, and what they keep is the mask
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,8 @@ class Rewind(Step):
     Layers must have the shapes that they had then: masks can be rewound under, cut channels cannot.
 
     Args:
-        to: "original", the model as the run got it, or a .safetensors file such as `keep_early` writes.
+        to: "original", the model as the run got it, or a .safetensors file such as `keep_early` writes: in the folder
+            of this run, else relative to the working folder.
         only: rewind only layers that match.
         skip: leave layers that match as they are.
     """
@@ -75,7 +77,8 @@ class Rewind(Step):
 
     def _early(self, task: Task) -> dict[str, Tensor]:
         if self.to != "original":
-            return _read(Path(self.to))
+            own = None if task.run_folder is None else task.run_folder / self.to
+            return _read(own if own is not None and own.is_file() else Path(self.to))
         if task.original is None:
             raise SettingsError("there is no original model (task.original is None); give it, or a file in to")
         return dict(task.original.state_dict())
@@ -94,7 +97,7 @@ class KeepEarly(Companion):
 
     Args:
         at: share of the training, 0 (its start) to below 1; 1 to 5 % are usual.
-        path: of the .safetensors file, relative to the working folder.
+        path: of the .safetensors file, relative to the folder of the run; where nothing is kept, to the working folder.
     """
 
     summary: ClassVar[str] = "writes the weights after a share of the training, for rewind (late rewinding, 2019)"
@@ -107,6 +110,10 @@ class KeepEarly(Companion):
             raise SettingsError(f"at must be in [0, 1), the share of the training, got {self.at}; 0.02 is usual")
         if not self.path.endswith(".safetensors"):
             raise SettingsError(f"path must end in .safetensors, got {self.path!r}; such as early.safetensors")
+
+    def placed(self, task: Task) -> KeepEarly:
+        """An absolute path stays what it is."""
+        return self if task.run_folder is None else dataclasses.replace(self, path=str(task.run_folder / self.path))
 
     def tick(self, model: nn.Module, progress: float) -> None:
         """Writes at the start and at `at`; in a training by several processes the first one does.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -60,6 +62,8 @@ class Bench:
         steps: those of the search; what trains is left out here, what has no choices is part of every file.
         sites: where the steps can pick.
         runtime: one that reads ONNX files.
+        base: the file with nothing picked, where it was written already.
+        whole: the same network with inputs of the original's size, where `task` has others.
     """
 
     def __init__(
@@ -74,18 +78,26 @@ class Bench:
         batch: int,
         folder: Path,
         progress: bool = False,
+        whole: Bench | None = None,
+        base: Path | None = None,
     ) -> None:
         self.steps, self.sites, self.model, self.task = steps, {site.key: site for site in sites}, model, task
         self.runtime, self.threads, self.batch, self.folder = runtime, threads, batch, folder
         self.progress = progress
-        self.float_path = export_onnx(model, task.example, folder / "float.onnx")
-        # Weights of few bits are packed when a candidate is made: packed ones cannot be sliced.
-        self.base_path = export_onnx(self._unchanged(), task.example, folder / "base.onnx", pack=False)
+        self.base_path = folder / "base.onnx" if base is None else base
+        if base is None:
+            # Weights of few bits are packed when a candidate is made: packed ones cannot be sliced.
+            export_onnx(self._unchanged(), task.example, self.base_path, pack=False)
         self.variants = Variants(self.base_path)
         self._memory: tuple[float, float] | None = None
         self._plans: dict[tuple[int, str, int], dict[str, Any]] = {}
         x = batch_input(next(iter(task.calibration(1)))) if task.calibrate is not None or task.train else task.example
         self.x = x[:1].repeat(batch, *[1] * (x.dim() - 1)).float().numpy()
+        # What a share is a share of: the original with the inputs that it was made for.
+        self.float_x = self.x if whole is None else whole.float_x
+        self.float_path = folder / "float.onnx" if whole is None else whole.float_path
+        if whole is None:
+            export_onnx(model, task.example, self.float_path)
 
     def _unchanged(self) -> nn.Module:
         """The model with nothing picked; a few calibration samples do, for the numbers play no part."""
@@ -118,26 +130,40 @@ class Bench:
 
     def file(self, picks: Picks, pack: bool = False) -> bytes:
         """The network with these picks, as an ONNX file for timing; packed, as one for weighing."""
-        kept: dict[str, dict[str, list[int]]] = {}
         dropped: list[str] = []
         floated: list[str] = []
-        bits: dict[str, int] = {}
+        for place, plan in self._plans_of(picks):
+            dropped += plan.get("dropped", [])
+            floated += [place] if place in plan.get("float", {}) else []
+        return self.variants.make(self._kept(picks), dropped, floated, self._bits(picks), pack)
+
+    def _bits(self, picks: Picks) -> dict[str, int]:
+        """Place -> bits of its stored weight, where that is all that was picked there."""
+        found = {}
         for index, places in picks.items():
             for place, setting in places.items():
-                site = self.sites[index, place]
-                stored = self.steps[index].bits(setting)
-                if stored is not None:
-                    bits[place] = stored
-                    continue
-                plan = self.plan(site, site.settings.index(setting))
-                dropped += plan.get("dropped", [])
-                floated += [place] if place in plan.get("float", {}) else []
-                for path, roles in plan.get("kept", {}).items():
-                    into = kept.setdefault(path, {})
-                    for role, indices in roles.items():
-                        both = set(into[role]) & set(indices) if role in into else indices
-                        into[role] = sorted(both)
-        return self.variants.make(kept, dropped, floated, bits, pack)
+                if (bits := self.steps[index].bits(setting)) is not None:
+                    found[place] = bits
+        return found
+
+    def _plans_of(self, picks: Picks) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(place, plan) of what was picked that changes more than the bits of a weight."""
+        for index, places in picks.items():
+            for place, setting in places.items():
+                if self.steps[index].bits(setting) is None:
+                    site = self.sites[index, place]
+                    yield place, self.plan(site, site.settings.index(setting))
+
+    def _kept(self, picks: Picks) -> dict[str, dict[str, list[int]]]:
+        """The cut of all picks together."""
+        kept: dict[str, dict[str, list[int]]] = {}
+        for _, plan in self._plans_of(picks):
+            for path, roles in plan.get("kept", {}).items():
+                into = kept.setdefault(path, {})
+                for role, indices in roles.items():
+                    both = set(into[role]) & set(indices) if role in into else indices
+                    into[role] = sorted(both)
+        return kept
 
     def times(self, candidates: Sequence[Picks], said: str) -> list[tuple[float, float]]:
         """(milliseconds, share of the unchanged network's) of each candidate, in groups that take turns with it."""
@@ -158,17 +184,21 @@ class Bench:
     def base_times(self) -> tuple[float, float]:
         """Milliseconds of the unchanged network and of the float file, as files that ship are measured: what a share of
         the float file's time is, hangs on them."""
-        entries = [Entry("base", self.base_path, self.runtime), Entry("float", self.float_path, self.runtime)]
-        result = measure_apart(entries, x=self.x, batch=self.batch, threads=self.threads, energy=False)
+        entries = [Entry("base", self.base_path, self.runtime, self.x), self._float]
+        result = measure_apart(entries, batch=self.batch, threads=self.threads, energy=False)
         return result.latency("base")["median"], result.latency("float")["median"]
 
     def share_of_float(self, picks: Picks) -> float:
         """What is left of the float file's time, each file in a process of its own."""
         path = self.folder / "answer.onnx"
         path.write_bytes(self.file(picks))
-        entries = [Entry("answer", path, self.runtime), Entry("float", self.float_path, self.runtime)]
-        result = measure_apart(entries, x=self.x, batch=self.batch, threads=self.threads, energy=False)
+        entries = [Entry("answer", path, self.runtime, self.x), self._float]
+        result = measure_apart(entries, batch=self.batch, threads=self.threads, energy=False)
         return result.ratio("answer", "float").ratio
+
+    @property
+    def _float(self) -> Entry:
+        return Entry("float", self.float_path, self.runtime, self.float_x)
 
     def _measure(self, paths: dict[str, Path]) -> Any:
         contenders = [
@@ -189,32 +219,57 @@ class Bench:
         yield
 
     def weight(self, picks: Picks, kind: str) -> float:
-        """Bytes, multiply-adds or bytes of memory of a candidate's file, read off the file."""
-        return self._weighed(self.file(picks, pack=kind == "bytes"), kind)
+        """Bytes, multiply-adds or bytes of memory of a candidate's file, read off the file; of settings that files do
+        not show, what they save once coded."""
+        saved = self._saved(picks) if kind == "bytes" else 0.0
+        return self._weighed(self.file(picks, pack=kind == "bytes"), kind, self.x) - saved
+
+    def _saved(self, picks: Picks) -> float:
+        """Bytes that settings save which say how many their layer takes when coded."""
+        kept, picked, saved = self._kept(picks), self._bits(picks), 0.0
+        usual = 8 if any(step.family == "quantize" for step in self.steps) else 32
+        for index, places in picks.items():
+            for place, setting in places.items():
+                if (shape := self._shape_left(place, kept)) is None:
+                    continue
+                bits = picked.get(place, usual)
+                coded = self.steps[index].foretold_bytes(setting, shape, bits)
+                saved += 0.0 if coded is None else math.prod(shape) * bits / 8 - coded
+        return saved
+
+    def _shape_left(self, place: str, kept: dict[str, dict[str, list[int]]]) -> tuple[int, ...] | None:
+        """The shape of a layer's weight after a cut; None where the place is no layer with a weight."""
+        weight: Any = getattr(self.model.get_submodule(place), "weight", None)
+        if not isinstance(weight, torch.Tensor):
+            return None
+        shape = list(weight.shape)
+        for role, indices in kept.get(place, {}).items():
+            dim = 1 if role == "in" else 0
+            shape[dim] = min(shape[dim], len(indices))
+        return tuple(shape)
 
     def weight_of_original(self, kind: str) -> float:
         """The same of the original's float file."""
-        return self._weighed(self.float_path.read_bytes(), kind)
+        return self._weighed(self.float_path.read_bytes(), kind, self.float_x)
 
-    def _weighed(self, file: bytes, kind: str) -> float:
+    def _weighed(self, file: bytes, kind: str, x: np.ndarray) -> float:
         if kind == "bytes":
             return float(len(file))
         if kind == "macs":
-            return float(count_macs(file, self.x.shape))
+            return float(count_macs(file, x.shape))
         if self._memory is None:
             self._memory = memory_line(self.memories())
         rest, times = self._memory
-        return rest + times * memory_bytes(file, self.x.shape)
+        return rest + times * memory_bytes(file, x.shape)
 
     def memories(self) -> list[tuple[float, float]]:
         """(read off the file, measured) bytes of memory of the unchanged network and of the float file; () where memory
         cannot be measured."""
-        entries = [Entry("base", self.base_path, self.runtime), Entry("float", self.float_path, self.runtime)]
-        found = measure_apart(
-            entries, x=self.x, batch=self.batch, threads=self.threads, budget_s=0.5, energy=False
-        )  # fmt: skip
+        entries = [Entry("base", self.base_path, self.runtime, self.x), self._float]
+        found = measure_apart(entries, batch=self.batch, threads=self.threads, budget_s=0.5, energy=False)
         peaks = [found.peak_bytes(entry.key) for entry in entries]
-        said = [memory_bytes(Path(entry.path).read_bytes(), self.x.shape) for entry in entries]
+        shapes = (self.x.shape, self.float_x.shape)
+        said = [memory_bytes(entry.path.read_bytes(), shape) for entry, shape in zip(entries, shapes, strict=True)]
         return [(float(a), float(b)) for a, b in zip(said, peaks, strict=True) if b is not None]
 
 

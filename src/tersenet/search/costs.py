@@ -21,6 +21,7 @@ from tersenet.search.sites import Picks, Site
 from tersenet.search.table import Table
 
 CHECKS = 20  # random candidates that the prediction is held against
+_WRITTEN = 36  # entries that are measured before the table is written
 
 
 @dataclass
@@ -136,7 +137,7 @@ def latency_costs(bench: Bench, sites: Sequence[Site], table: Table, network: st
         for site in {site.key: site for pair in pairs for site in pair}.values():
             picks.setdefault(site.step, {})[site.place] = _half(site)
         wanted.append((f"{kind}=half", len(pairs), picks))
-    entry = _network(bench, table, network)
+    entry = network_times(bench, table, network)
     base = float(entry["ms"])
     missing = [each for each in wanted if each[0] not in table.changes]
     if missing and table.frozen:
@@ -144,17 +145,17 @@ def latency_costs(bench: Bench, sites: Sequence[Site], table: Table, network: st
             f"the table {table.path} lacks {len(missing)} of {len(wanted)} entries that this search needs, such as for "
             f"{sites[0].said}; fill it on its device with the same model: tersenet table"
         )
-    for (key, count, _), (_, share) in zip(
-        missing, bench.times([picks for *_, picks in missing], "filling the latency table"), strict=True
-    ):
-        table.changes[key] = base * (share - 1) / count
+    for start in range(0, len(missing), _WRITTEN):  # what is measured stays measured if the search is stopped
+        part = missing[start : start + _WRITTEN]
+        said = f"filling the latency table, from {start} of {len(missing)}"
+        for (key, count, _), (_, share) in zip(part, bench.times([picks for *_, picks in part], said), strict=True):
+            table.changes[key] = base * (share - 1) / count
+        table.write()
     changes = {
         site.key: [0.0, *(table.changes[f"{site.kind}={setting}"] for setting in site.settings[1:])] for site in sites
     }
     costs = Costs(base, changes)
     _pair_terms(costs, pair_kinds, table)
-    if missing:
-        table.write()
     _check(costs, bench, sites, table, entry)
     return costs
 
@@ -174,7 +175,8 @@ def _pair_terms(costs: Costs, pair_kinds: dict[str, list[tuple[Site, Site]]], ta
             costs.pairs[a.key, b.key] = max(0.0, (together - alone) / terms)
 
 
-def _network(bench: Bench, table: Table, network: str) -> dict[str, Any]:
+def network_times(bench: Bench, table: Table, network: str) -> dict[str, Any]:
+    """What the table knows of a network; its own times are measured where it does not."""
     if network not in table.networks:
         if table.frozen:
             raise SettingsError(

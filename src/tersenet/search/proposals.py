@@ -136,11 +136,14 @@ def compare(
     sites: Sequence[Site],
     losses: Losses,
     folder: Path | None = None,
+    original: torch.Tensor | None = None,
 ) -> None:
     """Fills in each proposal's loss: built, repaired, compared with the original; without images, the summed one.
 
     Args:
+        images: of the size that the task has.
         folder: where results are kept, because building takes long; None keeps none.
+        original: the same images as the original takes them; None where that is no other size.
     """
     if images is None:
         for each in proposals:
@@ -152,8 +155,9 @@ def compare(
     # One half repairs, the other judges: what was fitted to images looks better on them than it is.
     half = len(images) // 2
     task = dataclasses.replace(task, calibrate=[images[:half]], train=None)
-    wanted = outputs_of(model, images[half:])
-    digest = digest_of(steps, sites, model, images)
+    original = images if original is None else original
+    wanted = outputs_of(model, original[half:])
+    digest = digest_of(steps, sites, model, images, original)
     for each in proposals:
 
         def built(picks: Picks = each.picks) -> list[float]:

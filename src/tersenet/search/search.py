@@ -8,30 +8,30 @@ What a pick saves is measured in the runtime (table.py, costs.py), what it hurts
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 import warnings
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from tersenet.cache import cache_folder
 from tersenet.errors import NoEffect, SettingsError
-from tersenet.search.bench import Bench, check_runtime, device_of, images_of, working_folder
-from tersenet.search.correction import corrected
-from tersenet.search.costs import Costs, exact_costs, latency_costs
-from tersenet.search.proposals import Proposal, cheapest, compare, propose
+from tersenet.search.bench import check_runtime, images_of, working_folder
+from tersenet.search.costs import Costs
+from tersenet.search.ground import Budget, Ground, NoChoice
+from tersenet.search.proposals import Proposal, compare, propose
 from tersenet.search.sensitivity import Losses, find_losses
-from tersenet.search.sites import Picks, Site, configured, context, describe, find_sites, fingerprint, picks_key
+from tersenet.search.sites import Picks, configured, context
+from tersenet.search.situations import Situation, situations
 from tersenet.search.table import Table
+from tersenet.search.ways import Way, first_to_reach, possible_ways, without
 from tersenet.step import Chain, Plan, Step
 from tersenet.task import Task
 
-# A latency is measured again on the file that ships, and no two measurements are equal.
-_MARGIN = 0.015
 # Times that an answer which misses in a process of its own makes the search aim lower.
 _CONFIRMATIONS = 3
 _UNITS = {"latency": "ms", "bytes": "bytes", "macs": "multiply-adds", "memory": "bytes of memory"}
@@ -47,6 +47,7 @@ class Found:
         left_out: names of steps that do not pay here.
         met: whether the budget is met by what was measured.
         said: everything that a reader would ask, as JSON.
+        wider: whether the picks are among the steps' wider choices.
     """
 
     steps: tuple[Step, ...]
@@ -54,73 +55,42 @@ class Found:
     left_out: tuple[str, ...]
     met: bool
     said: dict[str, Any] = field(repr=False)
+    wider: bool = False
 
 
-class NoChoice(SettingsError):
-    """There is nothing to pick."""
+@dataclass
+class _Answer:
+    """What one situation gave: the best of some proposals, its cost confirmed."""
+
+    ground: Ground
+    way: Way
+    situation: Situation
+    best: Proposal
+    proposals: list[Proposal]
+
+    @property
+    def met(self) -> bool:
+        return self.best.cost <= self.ground.limit
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """What meets the budget comes before what does not; then the least loss, else the least cost."""
+        return not self.met, (self.best.loss or 0.0) if self.met else self.best.cost / self.ground.limit
+
+    def to_json(self, each: Proposal) -> dict[str, Any]:
+        return {**each.to_json(self.ground.steps), **({"inputs": self.situation.said} if self.situation.said else {})}
 
 
-@dataclass(frozen=True)
-class _Ground:
-    """What a search stands on: what can be picked, what it costs, the budget in the same unit; for a latency the table,
-    and the network's key in it."""
-
-    sites: list[Site]
-    bench: Bench
-    costs: Costs
-    budget: float
-    original: float
-    kind: str
-    table: Table | None
-    network: str = ""
-
-    def not_paying(self, steps: tuple[Step, ...]) -> tuple[str, ...]:
-        """Names of the steps that quantize, where what they make is slower than the float file."""
-        rounding = tuple(step.name for step in steps if step.family == "quantize")
-        return rounding if self.kind == "latency" and self.costs.base >= self.original else ()
-
-    def measured(self, candidates: list[Picks]) -> list[float]:
-        """The real costs of some picks, timed once; predicted ones where the table is another device's."""
-        if self.table is None:
-            return [self.bench.weight(picks, self.kind) for picks in candidates]
-        if self.table.frozen:
-            return [self.costs.predict(picks, self.sites) for picks in candidates]
-        known = self.table.networks[self.network].setdefault("timed", {})
-        new = [picks for picks in candidates if picks_key(picks) not in known]
-        for picks, (_, share) in zip(new, self.bench.times(new, "timing the best"), strict=True):
-            known[picks_key(picks)] = self.costs.base * share
-        self.table.write()
-        return [known[picks_key(picks)] for picks in candidates]
-
-    def confirmed(self, answer: Proposal) -> float:
-        """The cost of an answer; a latency is measured once more, beside the float file and as files that ship are:
-        each in a process of its own, which can differ from what was timed among other candidates in one process."""
-        if self.table is None or self.table.frozen:
-            return answer.cost
-        known = self.table.networks[self.network].setdefault("confirmed", {})
-        key = picks_key(answer.picks)
-        if key not in known:
-            known[key] = self.original * self.bench.share_of_float(answer.picks)
-            self.table.write()
-        return known[key]
-
-
-def _answers(
-    ground: _Ground, losses: Losses, aim: float, known: list[Proposal]
-) -> tuple[list[Proposal], Proposal, bool]:
-    """(all answers so far, the cheapest of them, whether any is within the aim); where none is, what costs least
-    whatever it hurts is among them."""
-    sites, costs = ground.sites, ground.costs
+def _answers(ground: Ground, losses: Losses, aim: float, known: list[Proposal]) -> tuple[list[Proposal], Proposal]:
+    """(all answers so far, the cheapest of them); where none is within the aim, what costs least whatever it hurts is
+    among them."""
     found = list(known)
-    for each in propose(sites, costs, losses, aim, ground.measured):
+    for each in propose(ground.sites, ground.costs, losses, aim, ground.measured):
         if all(each.picks != other.picks for other in found):
             found.append(each)
     if not any(each.cost <= aim for each in found):
-        learned = corrected(costs, sites, [*costs.seen, *((each.picks, each.cost) for each in found)])
-        picks = cheapest(sites, learned)
-        found.append(Proposal("cheapest", picks, learned.predict(picks, sites), ground.measured([picks])[0]))
-    least = min(found, key=lambda each: each.cost)
-    return found, least, least.cost <= aim
+        found.append(ground.least(found))
+    return found, min(found, key=lambda each: each.cost)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +110,8 @@ class Search(Step):
         threads, batch: for latency and memory.
         table: a latency table that was filled on another device, in place of this machine's own.
         images: how many calibration inputs judge a candidate; 0 for noise, where only the shares taken away count.
+        widen: where the steps' ordinary choices do not reach the budget, take those that they keep back, such as
+            channels that pass through residual additions.
     """
 
     family: ClassVar[str] = "search"
@@ -156,6 +128,7 @@ class Search(Step):
     batch: int = 1
     table: str | None = None
     images: int = 256
+    widen: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,7 +136,7 @@ class Search(Step):
         given = [name for name in _UNITS if getattr(self, name) is not None]
         if len(given) != 1:
             raise SettingsError(f"give one budget of latency, bytes, macs and memory, got {', '.join(given) or 'none'}")
-        if not any(tunable(step) for step in self.steps):
+        if not any(step.tunable for step in self.steps):
             raise SettingsError("a search needs a step with choices, such as drop_blocks or prune_channels")
         amount(given[0], str(getattr(self, given[0])))
         check_runtime(self.runtime)
@@ -191,96 +164,111 @@ class Search(Step):
         say = _sayer(task.quiet)
         steps = tuple(dataclasses.replace(step, **_inside(self, step)) for step in self.steps)
         images = images_of(task, 2 * self.images) if self.images else None
-        kind, notes = self.budget[0], []
-        left_out: tuple[str, ...] = ()
         with working_folder() as folder:
-            ground = self._ground(steps, model, task, folder, say)
-            left_out = ground.not_paying(steps)
-            if left_out:
-                slower = ground.costs.base / ground.original
-                notes.append(f"{', '.join(left_out)} makes the network {slower:.2f}x slower than float here: left out")
-                say(notes[-1])
-                steps = without(steps, left_out)
-                ground = self._ground(steps, model, task, folder, say)
-            sites, costs, budget = ground.sites, ground.costs, ground.budget
-            judges = None if images is None else images[: self.images]
-            losses = find_losses(steps, sites, model, task, judges, cache_folder() / "sensitivities", say)
-            aim = budget * (1 - _MARGIN) if kind == "latency" else budget
-            proposals: list[Proposal] = []
-            for _ in range(_CONFIRMATIONS):
-                proposals, best, fits = _answers(ground, losses, aim, known=proposals)
-                compare(proposals, steps, model, task, images, sites, losses, cache_folder() / "sensitivities")
-                if fits:
-                    best = min((each for each in proposals if each.cost <= aim), key=lambda each: each.loss or 0.0)
-                best = dataclasses.replace(best, cost=ground.confirmed(best))
-                if best.cost <= budget or not fits:
-                    break
-                aim *= budget * (1 - _MARGIN) / best.cost
-            if best.cost > budget:
-                notes.append(_binding(sites, best, budget, kind))
+            answers, note = self._all(steps, model, task, images, folder, say)
+            answer, notes = answers[0], [note] if note else []
+            ground, costs, original = answer.ground, answer.ground.costs, answer.ground.original
+        notes += answer.way.notes
+        if not answer.met:
+            notes.append(_binding(ground, answer.best))
         said = {
-            "target": {"kind": kind, "asked": getattr(self, kind), "budget": budget, "unit": _UNITS[kind]},
-            "original": ground.original, "unchanged": costs.base, "picked": best.to_json(steps),
-            "proposals": [each.to_json(steps) for each in proposals],
+            "target": {
+                "kind": ground.budget.kind, "asked": ground.budget.asked, "budget": ground.limit,
+                "unit": _UNITS[ground.budget.kind],
+            },
+            "original": original, "unchanged": costs.base, "picked": answer.to_json(answer.best),
+            "proposals": [each.to_json(proposal) for each in answers for proposal in each.proposals],
             "checks": {"candidates": len(costs.checks), "error": costs.error, "fitted_error": costs.fitted_error},
-            "met": best.cost <= budget, "note": "; ".join(notes),
-            "places": len(sites), "seconds": round(time.monotonic() - started, 1),
+            "met": answer.met, "note": "; ".join(notes),
+            "places": len(ground.sites), "seconds": round(time.monotonic() - started, 1),
         }  # fmt: skip
-        return Found(tuple(picked(steps, best.picks)), best.picks, left_out, best.cost <= budget, said)
+        picks = {**answer.way.moved(answer.situation.picks, steps), **answer.best.picks}
+        found = picked(ground.steps, picks)
+        return Found(tuple(found), picks, answer.way.left_out, answer.met, said, answer.way.wider)
 
-    def _ground(self, steps: tuple[Step, ...], model: nn.Module, task: Task, folder: Path, say: Any) -> _Ground:
-        """What can be picked and what it costs."""
-        sites = find_sites(steps, model, task)
-        if not sites:
-            raise NoChoice("no step of the search has a choice in this model; use a recipe instead of a target")
-        say(f"{len(sites)} places with {sum(len(site.settings) for site in sites)} settings")
-        bench = Bench(
-            steps, sites, model, task, runtime=self.runtime, threads=self.threads, batch=self.batch, folder=folder,
-            progress=not task.quiet,
-        )  # fmt: skip
-        unable = [site for site in sites if not bench.able(site)]
-        if unable:
-            sites = [site for site in sites if site not in unable]
-            say(f"{len(unable)} places cannot be timed by changing a file, such as {unable[0].place}: left as they are")
-        if not sites:
-            raise NoChoice("no choice of the search can be timed by changing a file; use a recipe instead of a target")
+    def _all(
+        self, steps: tuple[Step, ...], model: nn.Module, task: Task, images: Tensor | None, folder: Path, say: Any
+    ) -> tuple[list[_Answer], str]:
+        """(the answers of all situations, the best one first; what does not pay here, in words)."""
+        found = situations(steps, model, task)
+        table = self._budget().open_table() if self.budget[0] == "latency" else None
+        made = itertools.count()
+        grounds: list[Ground] = []
+
+        def ground(way: Way, at: Task, whole: Ground | None) -> Ground:
+            inner = folder / str(next(made))
+            inner.mkdir()
+            like = next((one for one in grounds if one.task is at and context(one.steps) == context(way.steps)), None)
+            grounds.append(Ground(way.steps, model, at, self._budget(), table, inner, say, whole, like))
+            return grounds[-1]
+
+        whole = ground(Way(steps), task, None)
+        ways, note = possible_ways(steps, whole, self.widen)
+        if note:
+            say(note)
+        answers = []
+        for number, situation in enumerate(found):
+            if number:
+                say(f"inputs of {situation.said}")
+            for way, there in first_to_reach(ways, whole, situation, ground, say):
+                answers.append(self._answer(there, way, situation, model, task, images, say))
+                if answers[-1].met:
+                    break
+        return sorted(answers, key=lambda each: each.rank), note
+
+    def _answer(
+        self,
+        ground: Ground,
+        way: Way,
+        situation: Situation,
+        model: nn.Module,
+        task: Task,
+        images: Tensor | None,
+        say: Any,
+    ) -> _Answer:
+        """Proposals for one ground, the best one confirmed; where it misses on its own, the aim is lowered."""
+        own, folder = None if images is None else situation.inputs(images), cache_folder() / "sensitivities"
+        judges = None if own is None else own[: self.images]
+        losses = find_losses(ground.steps, ground.sites, model, situation.task, judges, folder, say)
+        aim, scale = ground.aim, 1.0
+        proposals: list[Proposal] = []
+        for _ in range(_CONFIRMATIONS):
+            proposals, best = _answers(ground, losses, aim, known=proposals)
+            compare(proposals, ground.steps, model, situation.task, own, ground.sites, losses, folder, images)
+            if images is None:  # of every place the same share is gone
+                for each in proposals:
+                    each.loss = (each.loss or 0.0) + situation.shrunk(task) ** 2 * len(ground.sites)
+            fits = best.cost <= aim
+            if fits:
+                best = min((each for each in proposals if each.cost <= aim), key=lambda each: each.loss or 0.0)
+            # What files take on their own, against what they took among others, is the same for like answers.
+            timed, predicted = best.cost, best.predicted * scale
+            best = dataclasses.replace(best, predicted=predicted, cost=ground.confirmed(best))
+            scale = best.cost / timed
+            if best.cost <= ground.limit or not fits:
+                break
+            aim *= ground.aim / best.cost
+        return _Answer(ground, way, situation, best, proposals)
+
+    def _budget(self) -> Budget:
         kind, value, is_share = self.budget
-        if kind != "latency":
-            costs, network = exact_costs(bench, sites, kind), ""
-            original = costs.base if kind == "macs" else bench.weight_of_original(kind)
-            table = None
-        else:
-            table = self._table()
-            network = fingerprint(describe(model, task.example), sites, context(steps))
-            costs = latency_costs(bench, sites, table, network)
-            original = float(table.networks[network]["float_ms"])
-        return _Ground(sites, bench, costs, value * original if is_share else value, original, kind, table, network)
-
-    def _table(self) -> Table:
-        """This device's table, or the one that was given."""
-        if self.table is None:
-            return Table.open(device_of(self.runtime, self.threads, self.batch))
-        table = Table.read(self.table)
-        table.frozen = True
-        wanted = (self.runtime, self.threads, self.batch)
-        was = tuple(table.device.get(key) for key in ("runtime", "threads", "batch"))
-        if was != wanted:
-            raise SettingsError(
-                f"the table {self.table} is of {was[0]} with {was[1]} threads and batch {was[2]}, the search of "
-                f"{wanted[0]}, {wanted[1]} and {wanted[2]}; give the same"
-            )
-        return table
+        asked = str(getattr(self, kind))
+        return Budget(kind, asked, value, is_share, self.runtime, self.threads, self.batch, self.table)
 
     def fill(self, model: nn.Module, task: Task) -> tuple[Table, Costs, float]:
         """(the latency table with all that this model can ask for, its costs, the seconds it took)."""
         started = time.monotonic()
+        table = self._budget().open_table()
         with working_folder() as folder:
-            ground = self._ground(self.steps, model, task, folder, _sayer(task.quiet))
-            left_out = ground.not_paying(self.steps)
-            if left_out:  # a search here will want the float entries too
-                ground = self._ground(without(self.steps, left_out), model, task, folder, _sayer(task.quiet))
-        assert ground.table is not None, "only a latency has a table"
-        return ground.table, ground.costs, round(time.monotonic() - started, 1)
+            say, budget = _sayer(task.quiet), self._budget()
+            (folder / "whole").mkdir()
+            (folder / "float").mkdir()
+            ground = Ground(self.steps, model, task, budget, table, folder / "whole", say)
+            costs = ground.costs
+            ways, _ = possible_ways(self.steps, ground, widen=False)
+            if ways[0].left_out:  # a search here will want the float entries too
+                costs = Ground(ways[0].steps, model, task, budget, table, folder / "float", say, ground).costs
+        return table, costs, round(time.monotonic() - started, 1)
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"picks": what was picked, "plan": the steps' plans}; runs the search, and the steps on a copy."""
@@ -292,14 +280,24 @@ class Search(Step):
 
     def _plan(self, found: Found, inner: Plan) -> Plan:
         picks = {str(index): places for index, places in found.picks.items()}
-        return {"picks": picks, "left_out": list(found.left_out), "plan": inner} if inner else {}
+        plan = {"picks": picks, "left_out": list(found.left_out), "plan": inner}
+        return ({**plan, "wider": True} if found.wider else plan) if inner else {}
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         if not plan:
             return model
+        return Chain(steps=self._replayed(plan)).apply(model, plan["plan"])
+
+    def task_after(self, task: Task, plan: Plan) -> Task:
+        return Chain(steps=self._replayed(plan)).task_after(task, plan["plan"]) if plan else task
+
+    def _replayed(self, plan: Plan) -> tuple[Step, ...]:
+        """The steps that a plan was made with."""
         picks = {int(index): places for index, places in plan["picks"].items()}
-        steps = picked(without(self.steps, plan["left_out"]), picks)
-        return Chain(steps=tuple(steps)).apply(model, plan["plan"])
+        steps = without(self.steps, plan["left_out"])
+        if plan.get("wider"):
+            steps = tuple(step.wider() or step for step in steps)
+        return tuple(picked(steps, picks))
 
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
         """Where nothing can be picked, the model stays as it is and `NoEffect` is warned of."""
@@ -310,16 +308,6 @@ class Search(Step):
             return model, {}
         model, inner = Chain(steps=found.steps).run(model, task)
         return model, self._plan(found, inner)
-
-
-def without(steps: tuple[Step, ...], names: Collection[str]) -> tuple[Step, ...]:
-    """The steps but those of some names."""
-    return tuple(step for step in steps if step.name not in names)
-
-
-def tunable(step: Step) -> bool:
-    """Whether a step has choices at all."""
-    return type(step).choices is not Step.choices
 
 
 def amount(kind: str, text: str) -> tuple[float, bool]:
@@ -340,12 +328,12 @@ def amount(kind: str, text: str) -> tuple[float, bool]:
 
 def picked(steps: tuple[Step, ...], picks: Picks) -> list[Step]:
     """The steps of a search with what was picked: a recipe."""
-    return configured(steps, {index: picks.get(index, {}) for index, step in enumerate(steps) if tunable(step)})
+    return configured(steps, {index: picks.get(index, {}) for index, step in enumerate(steps) if step.tunable})
 
 
 def _inside(search: Search, step: Step) -> dict[str, Any]:
     """`only` and `skip` of the search hold for its steps with choices."""
-    if not tunable(step) or not (search.only or search.skip):
+    if not step.tunable or not (search.only or search.skip):
         return {}
     return {"only": step.only or search.only, "skip": (*step.skip, *search.skip)}
 
@@ -357,11 +345,12 @@ def _sayer(quiet: bool) -> Any:
     return lambda text: console.print(f"    {text}", soft_wrap=True)
 
 
-def _binding(sites: list[Site], best: Proposal, budget: float, kind: str) -> str:
+def _binding(ground: Ground, best: Proposal) -> str:
     """Which limit stands in the way, in words."""
+    sites, unit = ground.sites, _UNITS[ground.budget.kind]
     left = [site for site in sites if best.picks.get(site.step, {}).get(site.place) != site.settings[-1]]
     what = "every choice is used up" if not left else f"{len(left)} of {len(sites)} places could give no more"
     return (
-        f"the least that was found is {best.cost:.4g} {_UNITS[kind]}, {100 * (best.cost / budget - 1):.0f} % above the "
-        f"budget of {budget:.4g}; {what}, and what no step can change costs the rest"
+        f"the least that was found is {best.cost:.4g} {unit}, {100 * (best.cost / ground.limit - 1):.0f} % above the "
+        f"budget of {ground.limit:.4g}; {what}, and what no step can change costs the rest"
     )

@@ -135,13 +135,17 @@ def kept_row(folder: Path | None, name: str, make: Callable[[], list[float]]) ->
     return row
 
 
-def digest_of(steps: Sequence[Step], sites: Sequence[Site], model: nn.Module, images: Tensor) -> str:
+def digest_of(
+    steps: Sequence[Step], sites: Sequence[Site], model: nn.Module, images: Tensor, original: Tensor | None = None
+) -> str:
     """What results on some images depend on: weights, images, choices, and the settings of the steps that pick."""
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
         digest.update(f"{key} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     digest.update(images.numpy().tobytes())
+    if original is not None and original.shape != images.shape:
+        digest.update(original.numpy().tobytes())
     digest.update(repr([(site.key, site.settings) for site in sites]).encode())
     digest.update(repr([steps[index].settings() for index in sorted({site.step for site in sites})]).encode())
     return digest.hexdigest()[:24]

@@ -55,7 +55,7 @@ def find_sites(steps: Sequence[Step], model: nn.Module, task: Task) -> list[Site
     around = context(steps)
     found = []
     for index, step in enumerate(steps):
-        for place, settings in step.choices(model, task).items():
+        for place, settings in (step.choices(model, task) if step.tunable and not step.changes_task else {}).items():
             if len(settings) < 2:
                 continue
             layers = _reached(step, place, settings[-1], model, task, known)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import math
 import sys
@@ -60,6 +61,7 @@ def train(settings: Train, model: nn.Module, task: Task) -> None:
             return
     fabric.barrier()  # nobody writes before everybody has read
     with chance_kept(fabric.device), _chosen(settings, model), _placed(settings, model):
+        settings = dataclasses.replace(settings, companions=tuple(each.placed(task) for each in settings.companions))
         training = _Training(settings, model, task, fabric, batches, checkpoint)
         training.announce(chosen)
         if state is not None:
