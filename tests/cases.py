@@ -16,7 +16,10 @@ from tersenet.prune.prune_channels import PruneChannels
 from tersenet.prune.prune_weights import PruneWeights
 from tersenet.prune.ramp import Ramp
 from tersenet.prune.rewind import Rewind
+from tersenet.quantize.binarise import Binarise
 from tersenet.quantize.quantize import Quantize
+from tersenet.quantize.quantize_aware import QuantizeAware
+from tersenet.quantize.ternarise import Ternarise
 from tersenet.repeat import Repeat
 from tersenet.resize import Resize
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
@@ -149,6 +152,26 @@ CASES = {
             Quantize(weights="int4", rounding="repaired", correct_bias=True, formats={"linear": "int8"}),
         )
     },
+    "quantize_aware": Case(
+        QuantizeAware(weights="int4", activations="int6"),
+        zero=QuantizeAware(weights="int8", activations="int8"),
+        tolerance=0.05,
+    ),
+    "quantize_aware_trained": Case(
+        Chain(steps=(QuantizeAware(weights="int3", activations="int5"), Train(epochs=1), FoldBatchNorm(), Settle()))
+    ),
+    "quantize_aware_weights_only": Case(QuantizeAware(weights="int3", activations=None, method="dorefa")),
+    "binarise": Case(Binarise()),
+    "binarise_in_two_stages": Case(
+        Chain(
+            steps=(
+                Binarise(method="xnor", stage="activations"),
+                Train(epochs=1),
+                Binarise(method="xnor", stage="weights"),
+            )
+        )
+    ),
+    "ternarise": Case(Ternarise(method="ttq")),
     "train": Case(
         Train(epochs=1, learning_rate=0.01, companions=(SoftTargets(),)),
         zero=Train(epochs=0, companions=(SoftTargets(),)),

@@ -40,7 +40,7 @@ def test_a_recipe_survives_yaml_and_comes_back_equal() -> None:
     ("text", "said"),
     [
         ("steps: [{prune_chanels: {}}]", "did you mean 'prune_channels'"),
-        ("steps: [{nonsense: {}}]", "known: activation_penalty, chain"),
+        ("steps: [{nonsense: {}}]", "known: activation_penalty, binarise, chain"),
         ("steps: [{prune_channels: {sparsty: 0.5}}]", "did you mean 'sparsity'"),
         ("steps: [{prune_channels: {companions: 1}}]", "has no setting 'companions'"),
         ("steps: [{train: {companions: []}}]", "known: .*with"),

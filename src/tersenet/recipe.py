@@ -29,6 +29,7 @@ SCHEMA = 1
 
 # Every step and companion that a recipe can name, and the module that holds its class.
 STEPS = {
+    "binarise": "tersenet.quantize.binarise:Binarise",
     "chain": "tersenet.step:Chain",
     "drop_blocks": "tersenet.prune.drop_blocks:DropBlocks",
     "fold_batch_norm": "tersenet.rewrite.fold_batch_norm:FoldBatchNorm",
@@ -36,15 +37,18 @@ STEPS = {
     "prune_channels": "tersenet.prune.prune_channels:PruneChannels",
     "prune_weights": "tersenet.prune.prune_weights:PruneWeights",
     "quantize": "tersenet.quantize.quantize:Quantize",
+    "quantize_aware": "tersenet.quantize.quantize_aware:QuantizeAware",
     "repeat": "tersenet.repeat:Repeat",
     "resize": "tersenet.resize:Resize",
     "rewind": "tersenet.prune.rewind:Rewind",
     "search": "tersenet.search.search:Search",
     "settle": "tersenet.rewrite.settle:Settle",
+    "ternarise": "tersenet.quantize.ternarise:Ternarise",
     "train": "tersenet.train:Train",
 }
 COMPANIONS = {
     "activation_penalty": "tersenet.prune.activation_penalty:ActivationPenalty",
+    "freeze": "tersenet.quantize.freeze:Freeze",
     "group_lasso": "tersenet.prune.penalties:GroupLasso",
     "keep_early": "tersenet.prune.rewind:KeepEarly",
     "ramp": "tersenet.prune.ramp:Ramp",

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from tersenet.bricks.few_bits import FewBitLayer
 from tersenet.bricks.settle import settle
 from tersenet.deploy.apart import Entry, measure_apart
 from tersenet.deploy.artifact import save_terse
@@ -21,6 +22,7 @@ from tersenet.deploy.runtimes import RUNTIMES, open_file
 from tersenet.deploy.timings import Measurement
 from tersenet.deploy.verify import Agreement, score_file, verify
 from tersenet.errors import SettingsError, require
+from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.task import Score, Task, batch_input
 
 # What each runtime reads.
@@ -71,7 +73,12 @@ def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequen
         ExportError: when a file cannot be written or disagrees in shape.
     """
     formats = dict.fromkeys(READS[runtime] for runtime in runtimes)
-    model = settle(copy.deepcopy(model))
+    model = copy.deepcopy(model)
+    if any(isinstance(module, FewBitLayer) for module in model.modules()):
+        # Settled layers of few values are whole numbers, into which no norm can be folded any more.
+        fold = FoldBatchNorm()
+        model = fold.apply(model, fold.plan(model, task))
+    model = settle(model)
     shipped = Shipped(model, {"terse": save_terse(model, task.example, folder / f"{stem}.terse", task.preparation)})
     for kind in formats:
         path = folder / f"{stem}.{kind}"

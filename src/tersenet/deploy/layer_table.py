@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tersenet.bricks.binary import ShiftedPReLU, Sign
 from tersenet.bricks.brick import Brick
 from tersenet.bricks.coded import StoredConv2d, StoredLinear
 from tersenet.bricks.quantized import Int8Conv2d, Int8Linear
@@ -29,6 +30,8 @@ BRICKS: dict[str, type[Brick]] = {
     "Quantizer": Quantizer,
     "StoredConv2d": StoredConv2d,
     "StoredLinear": StoredLinear,
+    "ShiftedPReLU": ShiftedPReLU,
+    "Sign": Sign,
     "Threshold": Threshold,
 }
 

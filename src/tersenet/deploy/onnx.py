@@ -97,6 +97,7 @@ def _prepared(preparation: Preparation | None) -> dict[str, str]:
 def _simplify(graph: fx.GraphModule) -> None:
     """Folds norms, drops clips that rounding repeats, and puts export twins in place of our bricks."""
     fold_all(graph)
+    settle(graph)
     for node in list(graph.graph.nodes):
         if _repeats(graph, node):
             node.replace_all_uses_with(node.args[0])
@@ -106,7 +107,6 @@ def _simplify(graph: fx.GraphModule) -> None:
                 new = graph.graph.call_function(_global_average_pool, (node.args[0], len(node.meta["shape"])))
             node.replace_all_uses_with(new)
             graph.graph.erase_node(node)
-    settle(graph)
     for name, module in list(graph.named_modules()):
         if isinstance(module, Quantizer):
             graph.add_submodule(name, _QuantizeDequantize(module))
@@ -140,20 +140,32 @@ def _global_average_pool(x: Tensor, dims: int) -> Tensor:
 
 
 class _QuantizeDequantize(nn.Module):
-    """A quantizer as the pair QuantizeLinear, DequantizeLinear."""
+    """A quantizer as the pair QuantizeLinear, DequantizeLinear; below 8 bits with a Clip of the integers between.
+
+    The integer operators of the runtimes work on 8 bits. A clip in front of QuantizeLinear would keep them from fusing
+    the convolution before it, and a clip of integers does not.
+    """
 
     scale: Tensor
     zero_point: Tensor
+    low: Tensor | None
+    high: Tensor | None
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
         self.register_buffer("scale", quantizer.scale)
         self.register_buffer("zero_point", quantizer.zero_point)
+        self.clipped = quantizer.high < 255
+        ends = torch.tensor([quantizer.low, quantizer.high], dtype=torch.uint8, device=quantizer.scale.device)
+        self.register_buffer("low", ends[0].clone() if self.clipped else None)
+        self.register_buffer("high", ends[1].clone() if self.clipped else None)
 
     def forward(self, x: Tensor) -> Tensor:
         q = torch.onnx.ops.symbolic(
             "QuantizeLinear", (x, self.scale, self.zero_point), dtype=torch.uint8, shape=x.shape
         )
+        if self.clipped:
+            q = torch.onnx.ops.symbolic("Clip", (q, self.low, self.high), dtype=torch.uint8, shape=x.shape)
         return torch.onnx.ops.symbolic(
             "DequantizeLinear", (q, self.scale, self.zero_point), dtype=x.dtype, shape=x.shape
         )

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from tersenet.bricks.brick import Brick
+from tersenet.bricks.few_bits import FewBitLayer
 from tersenet.bricks.mask import only_masked, stored_weight
 
 
@@ -42,7 +43,7 @@ def foldable(graph: fx.GraphModule) -> list[tuple[str, str]]:
 def _fits(layer: nn.Module, norm: nn.Module) -> bool:
     return (
         isinstance(layer, _ConvNd | nn.Linear)
-        and not isinstance(layer, Brick)
+        and (not isinstance(layer, Brick) or isinstance(layer, FewBitLayer))
         and isinstance(norm, _BatchNorm)
         and norm.running_mean is not None
         and (not parametrize.is_parametrized(layer) or only_masked(layer))
@@ -54,9 +55,9 @@ def fold(layer: Any, norm: Any) -> None:
     """Moves an evaluating batch norm into the weight and bias of the layer before it; gives it a bias if it has none.
 
     weight' = weight * g / sqrt(var + eps), bias' = (bias - mean) * g / sqrt(var + eps) + b, per output channel. Numbers
-    under a mask are scaled like the others, so the mask still means the same.
+    under a mask are scaled like the others, so the mask still means the same. A layer of few values keeps its weight
+    and takes the factor over as its `gain`.
     """
-    weight: Tensor = stored_weight(layer)
     with torch.no_grad():
         mean, variance = norm.running_mean.double(), norm.running_var.double()
         factor = torch.rsqrt(variance + norm.eps)
@@ -65,6 +66,10 @@ def fold(layer: Any, norm: Any) -> None:
             factor = factor * norm.weight.double()
         if norm.bias is not None:
             shift = norm.bias.double()
+        if isinstance(layer, FewBitLayer):
+            layer.absorb(factor, shift - mean * factor)
+            return
+        weight: Tensor = stored_weight(layer)
         bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.double()
         folded = (weight.double() * _beside(factor, layer)).to(weight.dtype)
         if only_masked(layer):

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from tersenet.errors import ModelError
-from tersenet.models import cifar_resnet, digits, mobilenet_v2, resnet, vgg
+from tersenet.models import binary_resnet, cifar_resnet, digits, mobilenet_v2, resnet, vgg
 from tersenet.task import Preparation
 
 _CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -44,6 +44,9 @@ REFERENCES: dict[str, Reference] = {
     "resnet44": Reference(cifar_resnet.resnet44, CIFAR10, "CIFAR ResNet-44, parameter-free shortcuts"),
     "resnet56": Reference(cifar_resnet.resnet56, CIFAR10, "CIFAR ResNet-56, parameter-free shortcuts"),
     "resnet110": Reference(cifar_resnet.resnet110, CIFAR10, "CIFAR ResNet-110, parameter-free shortcuts"),
+    "binary_resnet20": Reference(
+        binary_resnet.binary_resnet20, CIFAR10, "binary weights and activations, to be trained in two stages"
+    ),
     "resnet18": Reference(resnet.resnet18, IMAGENET, "ImageNet ResNet-18, torchvision's names"),
     "resnet34": Reference(resnet.resnet34, IMAGENET, "ImageNet ResNet-34, torchvision's names"),
     "resnet50": Reference(resnet.resnet50, IMAGENET, "ImageNet ResNet-50, torchvision's names"),

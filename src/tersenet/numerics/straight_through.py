@@ -18,25 +18,30 @@ from tersenet.numerics.rounding import fake_quantize
 
 
 class _LearnedStep(torch.autograd.Function):
+    """In as few passes over the values as plain operators allow, since training on a GPU waits for memory here."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | int, low: float, high: float, factor: float
     ) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        ctx.grid = (zero_point, low, high, factor)
-        return fake_quantize(x, scale, zero_point, low, high)
+        # With z added to the ends and not to the values: the same whole numbers, two passes less.
+        ends = (low - zero_point, high - zero_point)
+        y = (x / scale).round_().clamp_(*ends).mul_(scale)
+        ctx.save_for_backward(x, scale, y)
+        ctx.grid = (*ends, factor)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        x, scale = ctx.saved_tensors
-        zero_point, low, high, factor = ctx.grid
-        ratio = x / scale
-        steps = torch.round(ratio) + zero_point
-        inside = (steps >= low) & (steps <= high)
-        slope = steps.clamp(low, high) - zero_point - torch.where(inside, ratio, 0.0)
+        x, scale, y = ctx.saved_tensors
+        low, high, factor = ctx.grid
+        steps = (x / scale).round_()
+        through = grads[0] * (steps.clamp(low, high) == steps)
+        # The slope times s is y outside of the grid and y - x inside.
+        pull = (grads[0] * y).addcmul_(through, x, value=-1)
         # Summed in float64: millions of terms that nearly cancel.
-        pull = (grads[0] * slope).double().sum_to_size(scale.shape).to(scale.dtype)
-        return grads[0] * inside, pull * factor, None, None, None, None
+        total = pull.sum(dtype=torch.float64) if scale.dim() == 0 else pull.double().sum_to_size(scale.shape)
+        return through, (total / scale * factor).to(scale.dtype), None, None, None, None
 
 
 def lsq(x: Tensor, scale: Tensor, zero_point: Tensor | int, low: float, high: float, factor: float) -> Tensor:
@@ -54,6 +59,8 @@ def lsq(x: Tensor, scale: Tensor, zero_point: Tensor | int, low: float, high: fl
         low, high: the grid; the paper's has the lowest value too: `grid(bits, signed, full=True)`.
         factor: of the scale's gradient, `lsq_factor`.
     """
+    if not torch.is_grad_enabled():
+        return fake_quantize(x, scale, zero_point, low, high)
     return _LearnedStep.apply(x, scale, zero_point, low, high, factor)
 
 

@@ -1,0 +1,80 @@
+"""Ternary weights: prepares a training in which weights are -1, 0 or +1 times scales.
+
+Li, Zhang and Liu, "Ternary weight networks", arXiv:1605.04711 (twn); Zhu et al., "Trained ternary quantization",
+arXiv:1612.01064 (ttq). Values and gradients are at the rules, bricks/weight_rules.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from tersenet.bricks.few_bits import FewBitLayer, few_bit_kind
+from tersenet.errors import ModelError, SettingsError
+from tersenet.quantize.learned_graph import edges_of
+from tersenet.quantize.quantize_aware import few_bit_twin
+from tersenet.step import Plan, Step, replace
+from tersenet.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ternarise(Step):
+    """Prepares convolutions and linear layers for a training with ternary weights; `train` stands behind it.
+
+    Activations stay float. After the training `settle` makes whole numbers of the weights of twn, and three values per
+    layer of those of ttq, whose two scales are on no grid; files code both in under two bits a weight.
+
+    Args:
+        method: twn (one scale, threshold 0.7 mean |w|), twn_exact (the threshold of least squared error) or ttq (two
+            scales per layer, trained).
+        granularity: what shares threshold and scale in twn: "channel", or "tensor" as in the paper.
+        edges: whether the first and the last layers stay "float", as in both papers, or are ternary as well ("same").
+    """
+
+    family: ClassVar[str] = "quantize"
+    summary: ClassVar[str] = "prepares a training with ternary weights (TWN, TTQ)"
+    serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
+
+    method: Literal["twn", "twn_exact", "ttq"] = "twn"
+    granularity: Literal["channel", "tensor"] = "channel"
+    edges: Literal["float", "same"] = "float"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in ("twn", "twn_exact", "ttq"):
+            raise SettingsError(f"method must be twn, twn_exact or ttq, got {self.method!r}")
+        if self.granularity not in ("channel", "tensor"):
+            raise SettingsError(f"granularity must be channel or tensor, got {self.granularity!r}")
+        if self.edges not in ("float", "same"):
+            raise SettingsError(f"edges must be float or same, got {self.edges!r}")
+
+    def plan(self, model: nn.Module, task: Task) -> Plan:
+        """{"layers": {path: scheme}}."""
+        edges = edges_of(model, task.example) if self.edges == "float" else set()
+        scheme = {"rule": self.method, "bits": 2, "granularity": self.granularity}
+        found = {
+            path: dict(scheme)
+            for path, module in model.named_modules()
+            if few_bit_kind(module) and self.matches(path, module) and path not in edges
+        }
+        return {"layers": found} if found else {}
+
+    def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Swaps the bricks in. Raises SettingsError when the plan is another model's."""
+        layers = plan.get("layers", {})
+        return replace(model, {path: few_bit_twin(model, path, scheme) for path, scheme in layers.items()})
+
+    def fit(self, model: nn.Module, task: Task) -> None:
+        """First scales, of least squared error. Raises ModelError on weights that are not finite."""
+        start_layers(model, ("twn", "twn_exact", "ttq"))
+
+
+def start_layers(model: nn.Module, rules: tuple[str, ...]) -> None:
+    """First numbers of the layers of some rules."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, FewBitLayer) and layer.rule_name in rules:
+            if not bool(layer.weight.isfinite().all()):
+                raise ModelError(f"the weights of {path or 'the layer'} hold NaN or infinity; load finite weights")
+            layer.start()
