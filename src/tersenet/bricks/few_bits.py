@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tersenet.bricks.brick import Brick
-from tersenet.bricks.quantized import BIAS_STEPS, HIGH, Int8Conv2d, Int8Layer, Int8Linear, _config, _hand_over
+from tersenet.bricks.quantized import BIAS_STEPS, Int8Conv2d, Int8Layer, Int8Linear, hand_over, layer_config
 from tersenet.bricks.weight_rules import RULES, Rule
 
 
@@ -68,15 +68,15 @@ class FewBitLayer(Brick):
     def of(cls, layer: Any, rule: str, bits: int, granularity: str = "channel") -> FewBitLayer:
         """The twin of a torch.nn layer; it takes over the layer's parameters, with their masks."""
         with torch.device("meta"):  # without initial values, because those would be drawn at random
-            brick = cls(**_config(layer), rule=rule, bits=bits, granularity=granularity)
+            brick = cls(**layer_config(layer), rule=rule, bits=bits, granularity=granularity)
         brick.to_empty(device=layer.weight.device).to(layer.weight.dtype)
         with torch.no_grad():
             brick.rule.reset(brick)
-        return _hand_over(layer, brick)
+        return hand_over(layer, brick)
 
     def config(self) -> dict[str, Any]:
         own = {"rule": self.rule_name, "bits": self.bits, "granularity": self.granularity}
-        return {**_config(self), **own, "folded": self.gain is not None}
+        return {**layer_config(self), **own, "folded": self.gain is not None}
 
     def start(self) -> None:
         """First numbers of the rule, from the float weights."""
@@ -121,7 +121,7 @@ class FewBitLayer(Brick):
         coarse = torch.maximum(scale, least)
         steps = torch.where(beside(coarse > scale, steps), torch.round(steps * beside(scale / coarse, steps)), steps)
         with torch.device("meta"):
-            brick = self.settled_kind(**_config(self), input_quantized=input_scale is not None)
+            brick = self.settled_kind(**layer_config(self), input_quantized=input_scale is not None)
         brick.weight = steps.to(torch.int8)
         brick.weight_scale = coarse.clone()
         brick.bias = None if self.bias is None else self.bias.detach().clone()
@@ -134,7 +134,7 @@ class FewBitLayer(Brick):
 
     def _floating(self) -> nn.Module:
         with torch.device("meta"):
-            layer = self.float_kind(**_config(self))
+            layer = self.float_kind(**layer_config(self))
         layer.weight = nn.Parameter(self.rounded_weight().clone())
         layer.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
         return layer.train(self.training)
@@ -147,7 +147,7 @@ def _finer(steps: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     step of an 8-bit output.
     """
     largest = max(1, int(steps.abs().max()))
-    times = 2.0 ** ((HIGH // largest).bit_length() - 1)
+    times = 2.0 ** ((127 // largest).bit_length() - 1)
     return steps * times, scale / times
 
 
