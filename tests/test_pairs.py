@@ -1,4 +1,8 @@
-"""Every ordered pair of steps: runs, replays, keeps the shape, exports. One per family here; all of them when slow."""
+"""Every ordered pair of steps: runs, replays, keeps the shape, exports. One per family here; all of them when slow.
+
+Where a step stands in the table with several settings, the first goes with every step and the others with one step per
+family: what differs between them is no matter of other settings of other steps.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,14 @@ from cases import CASES, FAMILIES, task_for, tiny
 from tersenet.step import Chain
 
 FAST = list(itertools.product(FAMILIES, repeat=2))
-REST = [pair for pair in itertools.product(sorted(CASES), repeat=2) if pair not in FAST]
+_FIRST = set({type(case.step): name for name, case in reversed(CASES.items())}.values())
+
+
+def _meet(first: str, second: str) -> bool:
+    return {first, second} <= _FIRST or first in FAMILIES or second in FAMILIES
+
+
+REST = [pair for pair in itertools.product(sorted(CASES), repeat=2) if pair not in FAST and _meet(*pair)]
 
 
 def run_pair(first: str, second: str, folder: Path) -> None:
