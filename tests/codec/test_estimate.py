@@ -40,6 +40,18 @@ def test_zero_is_cheaper_where_all_around_is_zero() -> None:
     assert quiet[..., four].mean() > loud[..., four].mean() + 2
 
 
+def test_what_looks_like_its_neighbours_is_cheaper() -> None:
+    """All but one kernel number is 3: there 3 costs less than -3, and the other way round where all are -3."""
+    q = np.random.default_rng(0).normal(0, 1, (40, 30, 1, 1)).repeat(3, 2).repeat(3, 3)
+    q = np.rint(q * 2 + np.random.default_rng(1).normal(0, 0.3, q.shape)).clip(-6, 6).astype(np.int32)
+    q[3, 4], q[5, 6] = 3, -3
+    lengths = estimate.code_lengths(q)
+    column = np.arange(-3, 4) - lengths.low
+    high, low = lengths.bits[lengths.contexts[3, 4, 0, 0], column], lengths.bits[lengths.contexts[5, 6, 0, 0], column]
+    assert high[-1] < high[0] - 3
+    assert low[0] < low[-1] - 3
+
+
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(ValueError, match="at most 255"):
         estimate.code_lengths(np.array([255], np.int32))

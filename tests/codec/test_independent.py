@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tersenet.codec import container, contexts, numbers
+from tersenet.codec import container, contexts, numbers, predicted
 
 ROOT = Path(__file__).parents[2]
 DECODER = ROOT / "examples" / "read_terse.py"
@@ -48,6 +48,23 @@ def test_contexts_of_every_layout_read_the_same(shape: tuple[int, ...], low: int
     stream = contexts.encode(q, shape, 1)
     assert np.array_equal(contexts.decode(stream, shape), q)
     assert np.array_equal(READ["contexts"](stream, list(shape)), q)
+
+
+@pytest.mark.parametrize("strength", [0, 2])
+@pytest.mark.parametrize(
+    ("shape", "scale", "distance"),
+    [((20, 9, 3, 3), 2, 1), ((9, 3, 5, 5), 1, 2), ((5, 4, 7), 40, 1), ((40, 1, 2, 2), 0.3, 1), ((3, 3, 4, 6), 90, 2),
+     ((2, 2, 2, 2, 3), 9, 0), ((30, 10, 3, 3), 0.05, 1), ((1, 1, 8, 8), 3, 1), ((64, 1, 1, 9), 3, 2)],
+)  # fmt: skip
+def test_predictions_of_every_layout_read_the_same(
+    shape: tuple[int, ...], scale: float, distance: int, strength: int
+) -> None:
+    q = np.random.default_rng(0).laplace(0, scale, shape)
+    q = np.rint(q + np.roll(q, 1, -1)).clip(-255, 255).astype(np.int32).reshape(-1)
+    q[0] = 1
+    stream = predicted.encode(q, shape, strength, distance)
+    assert np.array_equal(predicted.decode(stream, shape), q)
+    assert np.array_equal(READ["predicted"](stream, list(shape)), q)
 
 
 def test_many_long_blocks_read_the_same() -> None:

@@ -83,7 +83,7 @@ def test_special_values_survive_in_a_codebook() -> None:
 def test_noise_and_near_grids_are_no_grid() -> None:
     weight = whole((40, 30), 7) * 0.1
     weight[0, 0] = torch.nextafter(weight[0, 0] + 0.1, torch.tensor(9.0))
-    assert values.encode_grid(weight.reshape(-1).numpy().view("<u4"), (40, 30)) is None
+    assert values.encode_grid(weight.reshape(-1).numpy().view("<u4"), (40, 30))[0] is None
     assert coded(torch.randn(40, 30))[0] == "floats"
 
 

@@ -1,7 +1,7 @@
 """Writes the golden files anew. Run it when the version of the format is raised, and only then.
 
 sample.terse is what the writer chooses by itself; the files form-*.terse hold a tensor that was coded in one form
-alone. The .json files hold the manifest and the SHA-256 of each tensor's bytes.
+alone; version-2.terse is what version 2 wrote. The .json files hold the manifest and the SHA-256 of each tensor.
 """
 
 from __future__ import annotations

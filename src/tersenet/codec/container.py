@@ -30,7 +30,8 @@ from tersenet.codec.values import Forms
 from tersenet.errors import ExportError, FileError
 
 MAGIC = b"TERSE"
-VERSION = 2
+VERSION = 3
+READABLE = (2, 3)  # version 3 adds the form "predicted" of numbers, and nothing else
 HEADER = struct.Struct("<5sBBxQIII")  # magic, version, flags, file length, head stored, head decoded, CRC-32 of head
 DEFLATED = 1  # flag: the head is a zlib stream
 MAX_HEAD = 64 << 20
@@ -243,8 +244,8 @@ def _contents(path: str | Path, file: BinaryIO) -> tuple[Contents, Any]:
     if len(header) < HEADER.size:
         raise _bad(path, len(header), "it ends within its header")
     _, version, flags, length, stored, decoded, crc = HEADER.unpack(header)
-    if version != VERSION or header[7]:
-        raise _bad(path, 5, f"it is of version {version}, and this tersenet reads version {VERSION}; write it anew")
+    if version not in READABLE or header[7]:
+        raise _bad(path, 5, f"it is of version {version}, and this tersenet reads versions 2 and 3; write it anew")
     if flags & ~DEFLATED:
         raise _bad(path, 6, f"its flags are {flags}, allowed are 0 and 1")
     if length != size:

@@ -100,7 +100,7 @@ def _table(phase: int) -> NDArray[np.uint8]:
 
 
 def log16(x: Ints | int) -> Ints:
-    """16 log2(x), interpolated linearly between powers of two and rounded down; x from 1 to 2**52."""
+    """16 log2(x), interpolated linearly between powers of two and rounded down; x from 1 to 2**52 (0 gives -32)."""
     mantissa, exponent = np.frexp(np.asarray(x, np.float64))  # exact
     return (mantissa * 32).astype(np.int64) + 16 * exponent.astype(np.int64) - 32
 

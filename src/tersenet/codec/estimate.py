@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tersenet.codec import contexts, numbers, tensors
+from tersenet.codec import contexts, numbers, predicted, tensors
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class CodeLengths:
     """The cost of every value at every place of a tensor."""
 
     low: int  # the value of the first column of `bits`
-    contexts: NDArray[np.uint8]  # of the tensor's shape: which row of `bits` a place uses
+    contexts: NDArray[np.uint16]  # of the tensor's shape: which row of `bits` a place uses
     bits: NDArray[np.float32]  # (contexts, values): the cost of value low + i
 
     def of(self, q: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -55,10 +55,26 @@ def code_lengths(q: NDArray[np.int32], spread: int = 1) -> CodeLengths:
     low, high = min(0, int(q.min())) - spread, max(0, int(q.max())) + spread
     if low < -numbers.LIMIT or high > numbers.LIMIT:
         raise ValueError(f"numbers reach from {low} to {high} with their spread; at most {numbers.LIMIT} is allowed")
+    if predicted.kernel(q.shape) is not None and q.min() < 0 < q.max():
+        return _predicted_lengths(q.astype(np.int32), max(high, -low))
     found = contexts.contexts_of(q.astype(np.int32).reshape(-1), q.shape)
-    size = high - low + 1
-    counts = np.bincount(found.astype(np.int64) * size + (q.reshape(-1) - low), minlength=contexts.CONTEXTS * size)
-    start = np.array([contexts.starting_model(context, low, high, 1) for context in range(contexts.CONTEXTS)])
-    weights = (start + 64 * counts.reshape(contexts.CONTEXTS, size)).astype(np.float64)
-    bits = -np.log2(weights / weights.sum(1, keepdims=True))
-    return CodeLengths(low, found.reshape(q.shape), bits.astype(np.float32))
+    start = [contexts.starting_model(context, low, high, 1) for context in range(contexts.CONTEXTS)]
+    bits = _learned(found, q.reshape(-1) - low, np.array(start))
+    return CodeLengths(low, found.reshape(q.shape).astype(np.uint16), bits)
+
+
+def _predicted_lengths(q: NDArray[np.int32], reach: int) -> CodeLengths:
+    """Contexts whose forecast is negative are rows of their own, mirrored: both signs learn together."""
+    keys, signs = predicted.keys_of(q.reshape(-1), q.shape)
+    start = [predicted.starting_weights(key, reach, 1) for key in range(predicted.KEYS)]
+    bits = _learned(keys, q.reshape(-1) * signs + reach, np.array(start))
+    rows = keys.astype(np.uint16) + np.where(signs < 0, predicted.KEYS, 0).astype(np.uint16)
+    return CodeLengths(-reach, rows.reshape(q.shape), np.concatenate([bits, bits[:, ::-1]]))
+
+
+def _learned(rows: NDArray[np.integer], symbols: NDArray[np.integer], start: NDArray[np.int64]) -> NDArray[np.float32]:
+    """(rows, n) bits of each symbol once a row has seen all of its own."""
+    size = start.shape[1]
+    counts = np.bincount(rows.astype(np.int64) * size + symbols, minlength=start.size).reshape(start.shape)
+    weights = (start + 64 * counts).astype(np.float64)
+    return (-np.log2(weights / weights.sum(1, keepdims=True))).astype(np.float32)

@@ -2,7 +2,8 @@
 
 Indices of codebooks, steps of grids, ternary and binary weights, int8 weights and masks are all such numbers.
 The forms: packed bits, one constant, canonical Huffman, Huffman with relative indices (both of Deep Compression),
-adaptive ANS without contexts, ANS with contexts, and significance with contexts followed by what is not 0.
+adaptive ANS without contexts, ANS with contexts, significance with contexts followed by what is not 0, and ANS with
+forecasts from a kernel's own numbers.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from collections.abc import Collection, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from tersenet.codec import contexts, entropy, huffman
+from tersenet.codec import contexts, entropy, huffman, predicted
 
 Numbers = NDArray[np.int32]
 
-PACKED, CONSTANT, HUFFMAN, RELATIVE, STREAM, CONTEXTS, SIGNIFICANT = range(7)
+PACKED, CONSTANT, HUFFMAN, RELATIVE, STREAM, CONTEXTS, SIGNIFICANT, PREDICTED = range(8)
 LIMIT = contexts.LIMIT
 LONGEST = 1 << 30
-FORMS = ("packed", "constant", "huffman", "relative", "stream", "contexts", "significant")
+FORMS = ("packed", "constant", "huffman", "relative", "stream", "contexts", "significant", "predicted")
 _FEW = 1 << 12  # below this many numbers more is tried
+_VERY_FEW = 1 << 10
 
 
 def encode(q: Numbers, shape: tuple[int, ...], forms: Collection[str] | None = None) -> bytes:
@@ -36,28 +38,32 @@ def encode(q: Numbers, shape: tuple[int, ...], forms: Collection[str] | None = N
     if low == high:
         return struct.pack("<Bh", CONSTANT, low)
     if forms is None:
-        forms = _promising(q, low, high)
+        forms = _promising(q, shape, low, high)
     bodies = [bytes([FORMS.index(form)]) + body for form in forms for body in _bodies(form, q, shape, low, high)]
     return min(bodies or (encode(q, shape, ("packed",)),), key=len)
 
 
-def _promising(q: Numbers, low: int, high: int) -> tuple[str, ...]:
-    """Forms with a chance: ANS beats Huffman wherever its state of 8 bytes does not weigh."""
+def _promising(q: Numbers, shape: tuple[int, ...], low: int, high: int) -> tuple[str, ...]:
+    """Forms with a chance: ANS beats Huffman wherever its state of 8 bytes does not weigh, and forecasts beat contexts
+    wherever a few coefficients do not."""
     zeros = len(q) - int(np.count_nonzero(q))
-    forms = ["contexts"]
-    if len(q) < _FEW:
+    kernels = predicted.kernel(shape) is not None and low < 0 < high
+    few = len(q) < (_VERY_FEW if kernels else _FEW)
+    forms = ["predicted"] if kernels else ["contexts"]
+    if few:
+        forms += ["contexts"] if kernels else []
         forms += ["packed", "stream", "huffman"]
     elif high - low <= 3:  # nothing is smaller where chance alone decides
         forms += ["packed"]
-    if len(q) < _FEW and 2 * zeros > len(q):
+    if few and 2 * zeros > len(q):
         forms += ["relative"]
-    if 2 * zeros > len(q) and low < 0 < high:
+    if (4 if kernels else 2) * zeros > (3 if kernels else 1) * len(q) and low < 0 < high:
         forms += ["significant"]
     return tuple(forms)
 
 
 def _bodies(form: str, q: Numbers, shape: tuple[int, ...], low: int, high: int) -> Iterator[bytes]:
-    strengths = range(len(contexts.STRENGTHS)) if len(q) < 2 * _FEW else (1,)
+    strengths = range(len(contexts.STRENGTHS)) if len(q) < _FEW else (1,)
     if form == "packed":
         width = (high - low).bit_length()
         yield struct.pack("<hB", low, width) + huffman.pack_bits(q.astype(np.int64) - low, width)
@@ -71,6 +77,9 @@ def _bodies(form: str, q: Numbers, shape: tuple[int, ...], low: int, high: int) 
     elif form == "contexts":
         for strength in strengths:
             yield contexts.encode(q, shape, strength)
+    elif form == "predicted" and predicted.kernel(shape) is not None and (low or high):
+        for strength in (1, 2) if len(q) < _FEW else (1,):
+            yield predicted.encode(q, shape, strength)
     elif form == "significant" and not q.all():
         kept = q[q != 0]
         values = encode(kept, (len(kept),), ("packed", "huffman", "stream"))
@@ -89,12 +98,14 @@ def decode(stream: bytes, shape: tuple[int, ...], count: int) -> Numbers:
     form, body = stream[0], stream[1:]
     if form == CONTEXTS:
         return contexts.decode(body, shape)
+    if form == PREDICTED:
+        return predicted.decode(body, shape)
     if form == RELATIVE:
         return _bounded(huffman.decode_relative(body, count))
     if form == SIGNIFICANT:
         return _significant(body, shape, count)
     if form not in (PACKED, CONSTANT, HUFFMAN, STREAM):
-        raise ValueError(f"numbers are of form {form}, known are 0 to {SIGNIFICANT}")
+        raise ValueError(f"numbers are of form {form}, known are 0 to {PREDICTED}")
     if len(body) < 2:
         raise ValueError("numbers end early")
     (low,) = struct.unpack_from("<h", body)

@@ -20,7 +20,8 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 SIGNED = ("int8", "int16", "int32", "int64")
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int8": 1, "int16": 2, "int32": 4, "int64": 8,
          "uint8": 1, "bool": 1}  # fmt: skip
-_SMALL = 4096  # elements; below this codecs are tried beside grid and codebook too
+_SMALL = 256  # elements; below this every codec is tried
+_GAPS = 0.75  # share of a grid's numbers that come; below this a codebook of those alone is tried too
 
 
 def codecs(dtype: str) -> tuple[str, ...]:
@@ -53,9 +54,14 @@ def encode(
 
 def _floats(dtype: str, shape: tuple[int, ...], bits: Bits, forms: values.Forms) -> Iterator[tuple[str, bytes | None]]:
     small = len(bits) < _SMALL
-    grid = values.encode_grid(bits, shape, forms) if dtype == "float32" and len(bits) <= numbers.LONGEST else None
-    yield "grid", grid
-    book = values.encode_codebook(bits, shape, signed=True, forms=forms) if (grid is None or small) else None
+    grid = book = None
+    gaps = False
+    if dtype == "float32" and len(bits) <= numbers.LONGEST:
+        grid, share = values.encode_grid(bits, shape, forms)
+        gaps = share < _GAPS
+        yield "grid", grid
+    if grid is None or gaps or small:
+        book = values.encode_codebook(bits, shape, signed=True, forms=forms)
     yield "codebook", book
     if small or (grid is None and book is None):
         if 50 * (len(bits) - int(np.count_nonzero(bits))) > len(bits):

@@ -22,21 +22,28 @@ Forms = Collection[str] | None  # of `numbers`, the only ones to take
 LARGEST_BOOK = 256
 
 
-def encode_grid(bits: Bits, shape: tuple[int, ...], forms: Forms = None) -> bytes | None:
-    """(n,) float32 bits, n at least 1: 0, the step, numbers; or 1, bytes of the steps (uint32), steps, numbers."""
+def encode_grid(bits: Bits, shape: tuple[int, ...], forms: Forms = None) -> tuple[bytes | None, float]:
+    """(n,) float32 bits, n at least 1: 0, the step, numbers; or 1, bytes of the steps (uint32), steps, numbers.
+    None where they are on no grid. Beside it the share of the numbers between the smallest and the largest that come.
+    """
     values = bits.view("<f4")
     found = _grid(values)
     if found is not None:
-        return struct.pack("<Bf", 0, found[0]) + numbers.encode(found[1], shape, forms)
+        return struct.pack("<Bf", 0, found[0]) + numbers.encode(found[1], shape, forms), _share(found[1])
     if len(shape) < 2 or len(values) < 8 * shape[0] or _grid(values[: len(values) // shape[0]]) is None:
-        return None
+        return None, 1.0
     rows = [_grid(row) for row in values.reshape(shape[0], -1)]
     kept = [row for row in rows if row is not None]
     if len(kept) < len(rows):
-        return None
+        return None, 1.0
     coded = floats.encode(np.array([step for step, _ in kept], "<f4").view("<u4"))
     q = np.concatenate([row for _, row in kept])
-    return struct.pack("<BI", 1, len(coded)) + coded + numbers.encode(q, shape, forms)
+    return struct.pack("<BI", 1, len(coded)) + coded + numbers.encode(q, shape, forms), 1.0
+
+
+def _share(q: NDArray[np.int32]) -> float:
+    come = np.bincount(q - q.min())
+    return np.count_nonzero(come) / len(come)
 
 
 def decode_grid(payload: bytes, shape: tuple[int, ...], count: int) -> Bits:
