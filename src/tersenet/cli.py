@@ -354,10 +354,10 @@ def pack(
 @app.command()
 def unpack(
     source: Annotated[Path, typer.Argument(metavar="FILE.terse", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="MODEL.pt2 or MODEL.safetensors")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="MODEL.pt2, MODEL.onnx or MODEL.safetensors")],
     json_: Json = False,
 ) -> None:
-    """Turns a .terse file into one that plain PyTorch reads."""
+    """Turns a .terse file into one that plain PyTorch or ONNX Runtime reads."""
     from tersenet.deploy.artifact import unpack as unpack_file
 
     found = {"file": str(output), "bytes": unpack_file(source, output).stat().st_size}

@@ -38,7 +38,7 @@ MAX_HEAD = 64 << 20
 MAX_TENSORS = 1_000_000
 MAX_RANK = 32
 _DIGEST = 32
-_CHUNK = 1 << 20
+_FREELY = 4 << 20  # bytes of tensors that any file may declare
 
 DTYPES = {name: getattr(torch, name) for name in coding.SIZES}
 Bytes = NDArray[np.uint8]
@@ -160,18 +160,49 @@ def _each(work: Callable[[Any], Any], items: Sequence[Any], threads: int) -> lis
         return list(pool.map(work, items))
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A file in memory, checked as a whole, its tensors not decoded yet."""
+
+    path: str | Path
+    contents: Contents
+    payloads: tuple[bytes, ...]
+
+    def empty(self, name: str) -> Tensor:
+        """A tensor's shape and dtype, without its numbers (on the meta device)."""
+        blob = self.contents.blobs[self.contents.names[name]]
+        return torch.empty(blob.shape, dtype=DTYPES[blob.dtype], device="meta")
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor decoded, anew at each call. Raises FileError when its payload is damaged or hostile."""
+        index = self.contents.names[name]
+        return _decode(self.path, self.contents.blobs[index], self.payloads[index])
+
+
 def read(path: str | Path, max_bytes: int | None = None, threads: int = 1) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The manifest and the tensors (on the CPU, in the file's order).
 
     Args:
-        max_bytes: the most that the decoded tensors may take together; by default 16 MiB and 1024 times the file.
+        max_bytes: the most that the decoded tensors may take together; by default 4 MiB and 1024 times the file.
         threads: how many tensors are decoded at a time.
     Raises:
         FileError: when the file is damaged, truncated, hostile or no .terse file; says where.
     """
+    stored = read_coded(path, max_bytes)
+    jobs = list(zip(stored.contents.blobs, stored.payloads, strict=True))
+    found = _each(lambda job: _decode(path, *job), jobs, threads)
+    tensors, taken = {}, set()
+    for name, index in stored.contents.names.items():
+        tensors[name] = found[index].clone() if index in taken else found[index]  # equal, and still independent
+        taken.add(index)
+    return stored.contents.manifest, tensors
+
+
+def read_coded(path: str | Path, max_bytes: int | None = None) -> Stored:
+    """The file with its checksum verified, its tensors still coded; arguments and errors are those of `read`."""
     with _opened(path) as file:
         contents, digest = _contents(path, file)
-        limit = (16 << 20) + 1024 * contents.file_bytes if max_bytes is None else max_bytes
+        limit = _FREELY + 1024 * contents.file_bytes if max_bytes is None else max_bytes
         total = 0
         for blob in contents.blobs:
             total += blob.decoded
@@ -184,13 +215,7 @@ def read(path: str | Path, max_bytes: int | None = None, threads: int = 1) -> tu
             digest.update(payload)
         if file.read(_DIGEST) != digest.digest():  # before any tensor is decoded
             raise _bad(path, contents.file_bytes - _DIGEST, "the checksum of the whole file does not match")
-    jobs = list(zip(contents.blobs, payloads, strict=True))
-    found = _each(lambda job: _decode(path, *job), jobs, threads)
-    tensors, taken = {}, set()
-    for name, index in contents.names.items():
-        tensors[name] = found[index].clone() if index in taken else found[index]  # equal, and still independent
-        taken.add(index)
-    return contents.manifest, tensors
+    return Stored(path, contents, tuple(payloads))
 
 
 def inspect(path: str | Path) -> Contents:

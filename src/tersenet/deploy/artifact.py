@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from tersenet.bricks.settle import settle
 from tersenet.codec import container
 from tersenet.deploy import graph_json
+from tersenet.deploy.lazy import keep_coded
 from tersenet.errors import ExportError, FileError, SettingsError
 from tersenet.graph.trace import trace
 from tersenet.task import Preparation
@@ -68,22 +69,32 @@ def save_terse(
     return Path(path)
 
 
-def load_terse(path: str | Path, max_bytes: int | None = None) -> fx.GraphModule:
+def load_terse(path: str | Path, max_bytes: int | None = None, lazy: bool = False, threads: int = 1) -> fx.GraphModule:
     """The model of a file, in evaluation mode on the CPU: a plain torch.fx.GraphModule with the original's paths.
 
     It has `input_shape`, the shape (None, ...) of its input with the batch open.
 
     Args:
-        max_bytes: the most that its tensors may take; by default 16 MiB and 1024 times the file.
+        max_bytes: the most that its tensors may take; by default 4 MiB and 1024 times the file.
+        lazy: keep each layer's weights coded until something touches the layer. The file as a whole is checked at once,
+            each tensor when it is decoded.
+        threads: how many tensors are decoded at a time, where not `lazy`; the bits are the same with any.
     Raises:
         FileError: when the file is damaged, hostile, or holds no model; says where.
     """
-    manifest, tensors = container.read(path, max_bytes)
+    if lazy:
+        stored = container.read_coded(path, max_bytes)
+        manifest = stored.contents.manifest
+        tensors = {name: stored.empty(name) for name in stored.contents.names}
+    else:
+        manifest, tensors = container.read(path, max_bytes, threads)
     try:
         shape = _input_shape(manifest)
         model = graph_json.from_json(manifest.get("graph"), tensors)
     except (ValueError, RuntimeError, RecursionError) as error:
         raise _bad(path, str(error) or "it is nested too deeply") from error
+    if lazy:
+        keep_coded(model, stored.tensor)
     model.input_shape = shape  # type: ignore[assignment]
     return model
 
@@ -109,7 +120,7 @@ def terse_preparation(path: str | Path) -> Preparation:
 
 
 def unpack(path: str | Path, out: str | Path) -> Path:
-    """Writes a .terse file as one that needs no tersenet: a program (.pt2) or its tensors alone (.safetensors).
+    """Writes a .terse file as one that needs no tersenet: a program (.pt2, .onnx) or its tensors alone (.safetensors).
 
     Raises:
         FileError: when the file cannot be read.
@@ -126,16 +137,21 @@ def unpack(path: str | Path, out: str | Path) -> Path:
         with writing(out) as temporary:
             save_file(tensors, temporary)
         return out
-    if out.suffix == ".pt2":
-        from tersenet.deploy.pt2 import export_pt2
+    if out.suffix not in (".pt2", ".onnx"):
+        raise SettingsError(
+            f"a .terse file unpacks to .pt2, .onnx or .safetensors, got {out.name!r}; choose one of these endings"
+        )
+    model = load_terse(path)
+    manifest = container.inspect(path).manifest
+    example = torch.zeros([2, *model.input_shape[1:]], dtype=graph_json.DTYPES[manifest["input"]["dtype"]])  # type: ignore[index]
+    preparation = terse_preparation(path) if manifest.get("preparation") is not None else None
+    if out.suffix == ".onnx":
+        from tersenet.deploy.onnx import export_onnx
 
-        model = load_terse(path)
-        shape = [2, *model.input_shape[1:]]  # type: ignore[index]
-        dtype = graph_json.DTYPES[container.inspect(path).manifest["input"]["dtype"]]
-        said = container.inspect(path).manifest.get("preparation") is not None
-        metadata = terse_preparation(path).metadata() if said else None
-        return export_pt2(model, torch.zeros(shape, dtype=dtype), out, metadata)
-    raise SettingsError(f"a .terse file unpacks to .pt2 or .safetensors, got {out.name!r}; choose one of these endings")
+        return export_onnx(model, example, out, preparation)
+    from tersenet.deploy.pt2 import export_pt2
+
+    return export_pt2(model, example, out, None if preparation is None else preparation.metadata())
 
 
 def _without_signed_zeros(value: Tensor) -> Tensor:

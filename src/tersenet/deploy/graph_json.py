@@ -62,7 +62,7 @@ def to_json(graph: fx.GraphModule) -> dict[str, Any]:
 
 
 def from_json(data: Any, tensors: dict[str, Tensor]) -> fx.GraphModule:
-    """The inverse of `to_json`: a module in evaluation mode that owns `tensors`.
+    """The inverse of `to_json`: a module in evaluation mode that owns `tensors` (on the meta device, if these are).
 
     Raises:
         ValueError: when the JSON is not of this form, or does not fit the tensors; says why.
@@ -252,7 +252,7 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
         same_kind = value.is_floating_point() == tensors[name].is_floating_point()
         want(same_kind, f"{name} is of {tensors[name].dtype}, its layer needs {value.dtype}")
     module.load_state_dict(tensors, assign=True)
-    left = [name for name, tensor in _named(module) if tensor.is_meta]
+    left = [name for name, tensor in _named(module) if tensor.is_meta and name not in tensors]
     want(not left, f"the file has no numbers for {left[:3]}")
 
 
