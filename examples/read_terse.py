@@ -266,7 +266,7 @@ def predicted(data: bytes, shape: list[int]) -> np.ndarray:
     rows, groups, width, size = shape[0], shape[1], shape[-1], math.prod(shape[2:])
     away = [(abs(t // width - size // width // 2), abs(t % width - width // 2)) for t in range(size)]
     step = [(y | x) & -(y | x) for y, x in away]  # the highest power of 2 that divides both; 0 at the centre
-    rank = [(-v if v else -99, y // max(v, 1) % 2, x // max(v, 1) % 2) for v, (y, x) in zip(step, away, strict=True)]
+    rank = [(-v if v else -99, y // max(v, 1) % 2 * (x // max(v, 1) % 2)) for v, (y, x) in zip(step, away, strict=True)]
     order = sorted(range(size), key=lambda t: (rank[t], t))
     far = [[max(abs(t // width - s // width), abs(t % width - s % width)) for s in range(size)] for t in range(size)]
     sources = [[s for s in order if rank[s] < rank[t] and far[t][s] <= distance * step[t]] for t in order]

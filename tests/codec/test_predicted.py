@@ -20,10 +20,10 @@ def smooth(rows: int = 48, groups: int = 32, scale: float = 2.0) -> np.ndarray:
 
 def test_an_order_of_halves() -> None:
     plan = predicted.phases(3, 3, 1)
-    assert [phase.positions for phase in plan] == [(4,), (3, 5), (1, 7), (0, 2, 6, 8)]
-    assert plan[1].sources == ((0,), (0,))
-    assert plan[3].sources[0] == (0, 1, 3)  # the centre, its left and its upper neighbour, by order of coding
-    assert [len(phase.positions) for phase in predicted.phases(5, 5, 1)] == [1, 2, 2, 4, 6, 6, 4]
+    assert [phase.positions for phase in plan] == [(4,), (1, 3, 5, 7), (0, 2, 6, 8)]
+    assert plan[1].sources == ((0,),) * 4
+    assert plan[2].sources[0] == (0, 1, 2)  # the centre, the upper and the left neighbour, by order of coding
+    assert [len(phase.positions) for phase in predicted.phases(5, 5, 1)] == [1, 4, 4, 12, 4]
     assert not any(any(phase.sources) for phase in predicted.phases(5, 5, 0))
 
 
@@ -65,7 +65,7 @@ def test_models_start_around_their_forecast(reach: int) -> None:
     for context in (c for c in (8, 16, 20, 24, 28, 36) if contexts.power4(2 * c) <= 2048 * reach):
         means = [
             float((np.arange(-reach, reach + 1) * w).sum() / w.sum())
-            for w in (predicted.starting_weights(6 * context + level, reach, 2) for level in range(6))
+            for w in (predicted.starting_weights(reach, 2)[6 * context + level] for level in range(6))
         ]
         assert abs(means[0]) < 1e-3
         assert means == sorted(means)

@@ -66,8 +66,7 @@ def code_lengths(q: NDArray[np.int32], spread: int = 1) -> CodeLengths:
 def _predicted_lengths(q: NDArray[np.int32], reach: int) -> CodeLengths:
     """Contexts whose forecast is negative are rows of their own, mirrored: both signs learn together."""
     keys, signs = predicted.keys_of(q.reshape(-1), q.shape)
-    start = [predicted.starting_weights(key, reach, 1) for key in range(predicted.KEYS)]
-    bits = _learned(keys, q.reshape(-1) * signs + reach, np.array(start))
+    bits = _learned(keys, q.reshape(-1) * signs + reach, predicted.starting_weights(reach, 1))
     rows = keys.astype(np.uint16) + np.where(signs < 0, predicted.KEYS, 0).astype(np.uint16)
     return CodeLengths(-reach, rows.reshape(q.shape), np.concatenate([bits, bits[:, ::-1]]))
 

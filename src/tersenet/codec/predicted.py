@@ -74,7 +74,8 @@ class Phase:
 
 @lru_cache(maxsize=64)
 def phases(height: int, width: int, distance: int) -> tuple[Phase, ...]:
-    """The centre, then position by how often 2 divides its distance from it; row by row within a phase.
+    """The centre, then positions by how often 2 divides their distance from it, edges before corners; row by row
+    within a phase.
 
     Sources lie at most `distance` steps away, a step being what the phase halves.
     """
@@ -85,7 +86,7 @@ def phases(height: int, width: int, distance: int) -> tuple[Phase, ...]:
         if not dy | dx:
             return (-LARGEST_KERNEL, 0)
         halvings = ((dy | dx) & -(dy | dx)).bit_length() - 1
-        return (-halvings, 2 * (dy >> halvings & 1) + (dx >> halvings & 1))
+        return (-halvings, (dy >> halvings & 1) & (dx >> halvings & 1))
 
     ranks = {(y, x): rank(y, x) for y in range(height) for x in range(width)}
     found, known = [], list[tuple[int, int]]()
@@ -139,8 +140,8 @@ class Field:
         sums += 8 * mean
         sums[: self.groups] //= before * self.rows + first * size + 8
         sums[: self.groups] += 1
-        logs = log16(sums).astype(np.int32)
-        logs[: self.groups] += 2 - int(log16((before * self.groups + 8) * mean))
+        logs = log16(sums)
+        logs[: self.groups] += 2 - _log16((before * self.groups + 8) * mean)
         quarters = (logs[self.groups :, None] + logs[: self.groups]) >> 2
         np.maximum(quarters, 0, out=quarters)
         np.minimum(quarters, 2 * CONTEXTS - 1, out=quarters)
@@ -159,16 +160,18 @@ class Field:
         at += context
         return self.levels.take(at), signs.reshape(at.shape)
 
-    def _shifted(self, values: Floats, most: int) -> NDArray[np.int32]:
+    def _shifted(self, values: Floats, most: int) -> Ints:
         """Whole numbers, shifted to the right and at most `most`; `values` is used up."""
         if self.shift:
             values *= np.float32(1 / (1 << self.shift))
         np.minimum(values, np.float32(most), out=values)
-        return values.astype(np.int32)
+        return values.astype(np.int64)
 
     def put(self, phase: Phase, first: int, stop: int, values: Floats) -> None:
         """Takes in a block's (P, rows, G) numbers."""
         self.planes[phase.before : phase.stop, first:stop] = values
+        if phase.stop == len(self.planes):
+            return  # nothing comes after that would ask
         magnitudes = np.abs(values).sum(0)
         self.sums[first:stop] += magnitudes
         rows = magnitudes.sum(1, dtype=np.float64)
@@ -189,18 +192,18 @@ class Field:
 
 
 @lru_cache(maxsize=256)
-def _scales(before: int, shift: int) -> NDArray[np.int32]:
+def _scales(before: int, shift: int) -> Ints:
     """512 times the context by foretold mean (quarter octaves) and, where numbers are known, 256 sums of these."""
     quarters = np.arange(2 * CONTEXTS, dtype=np.int64)
     if not before:
-        return (((quarters + 1) >> 1).clip(0, CONTEXTS - 1) * (_CAP + 1)).astype(np.int32)
+        return (((quarters + 1) >> 1).clip(0, CONTEXTS - 1) * (_CAP + 1)).astype(np.int64)
     means = np.array([power4(int(j)) for j in quarters], np.int64)
     sums = np.arange(LIMIT + 1, dtype=np.int64) << shift
     logs = log16((UNIT * sums[None, :] + 6 * means[:, None]) // (before + 6))
-    return (((logs + 4) >> 3).clip(0, CONTEXTS - 1) * (_CAP + 1)).astype(np.int32).reshape(-1)
+    return (((logs + 4) >> 3).clip(0, CONTEXTS - 1) * (_CAP + 1)).astype(np.int64).reshape(-1)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def _levels(shift: int) -> Keys:
     """(CONTEXTS * 512,) the key of a context (512 times it) and a forecast's magnitude."""
     units = np.array([_unit(context, shift) for context in range(CONTEXTS)], np.int64)
@@ -214,33 +217,39 @@ def _unit(context: int, shift: int) -> int:
     return max(5, power4(2 * context) >> (8 + shift))
 
 
-def starting_weights(key: int, reach: int, strength: int) -> Ints:
-    """(2 reach + 1,) what the model of a key starts with: x -> (b + |x - centre|) exp(-|x - centre| / b), summed over
-    four points of each step, 64 for a count."""
-    context, level = divmod(key, len(LEVELS))
+def _log16(x: int) -> int:
+    """`log16` of one number."""
+    exponent = x.bit_length() - 1
+    return 16 * exponent + ((x - (1 << exponent)) << 4 >> exponent)
+
+
+@lru_cache(maxsize=64)
+def starting_weights(reach: int, strength: int) -> Ints:
+    """(KEYS, 2 reach + 1) what the models start with: x -> (b + |x - centre|) exp(-|x - centre| / b), summed over four
+    points of each step, 64 for a count."""
     shift = max(0, reach.bit_length() - 4)
-    scale = max(128, power4(2 * context))
-    centre = (LEVELS[level] * _unit(context, shift) >> 3) << shift
-    steps = 16 * np.arange(-reach, reach + 1, dtype=np.int64) - centre
-    away = np.abs(steps[:, None] + np.array((-6, -2, 2, 6)))
-    octaves = away * (580905600 // scale) >> 12  # 256ths
-    density = ((scale + 384 * away) * (((512 - (octaves & 255)) << 4) >> np.minimum(octaves >> 8, 40))).sum(1)
-    return 1 + density * (_COUNT * STRENGTHS[strength]) // max(1, int(density.sum()))
+    steps = 16 * np.arange(-reach, reach + 1, dtype=np.int64)[:, None] + np.array((-6, -2, 2, 6))
+    out = np.empty((CONTEXTS, len(LEVELS), 2 * reach + 1), np.int64)
+    for context in range(CONTEXTS):
+        scale = max(128, power4(2 * context))
+        centres = (np.array(LEVELS, np.int64) * _unit(context, shift) >> 3) << shift
+        away = np.abs(steps - centres[:, None, None])  # (levels, n, 4)
+        octaves = away * (580905600 // scale) >> 12  # 256ths
+        density = ((scale + 384 * away) * (((512 - (octaves & 255)) << 4) >> np.minimum(octaves >> 8, 40))).sum(2)
+        total = np.maximum(1, density.sum(1, keepdims=True))
+        out[context] = 1 + density * (_COUNT * STRENGTHS[strength]) // total
+    out.setflags(write=False)
+    return out.reshape(KEYS, -1)
 
 
 class Models:
-    """A table of weights per key, made when it is first asked for; each learns from what it coded."""
+    """A table of weights per key; each learns from what it coded."""
 
     def __init__(self, reach: int, strength: int) -> None:
-        self.reach, self.strength = reach, strength
-        self.weights = np.zeros((KEYS, 2 * reach + 1), np.int64)
-        self.made = np.zeros(KEYS, bool)
+        self.weights = starting_weights(reach, strength).copy()
 
     def shares(self, keys: Ints) -> Ints:
         """(len(keys), n) frequencies less 1."""
-        for key in keys[~self.made[keys]].tolist():
-            self.weights[key] = _starting_weights(key, self.reach, self.strength)
-        self.made[keys] = True
         return shares(self.weights[keys])
 
     def learn(self, keys: Ints, sizes: Ints, symbols: NDArray[np.int32]) -> None:
@@ -249,13 +258,6 @@ class Models:
         cells = np.repeat(np.arange(len(keys)) * width, sizes) + symbols
         counts = np.bincount(cells, minlength=len(keys) * width).reshape(len(keys), width)
         self.weights[keys] += _COUNT * counts
-
-
-@lru_cache(maxsize=8192)
-def _starting_weights(key: int, reach: int, strength: int) -> Ints:
-    found = starting_weights(key, reach, strength)
-    found.setflags(write=False)
-    return found
 
 
 def shares(weights: Ints) -> Ints:
@@ -295,6 +297,7 @@ def encode(q: NDArray[np.int32], shape: tuple[int, ...], strength: int, distance
             field, planes, coefficients = _laid_out(q, shape, 0)
     reach = field.reach
     models = Models(reach, strength)
+    last = (len(field.planes), field.rows)
     jobs = []
     for phase, first, stop in blocks(field.rows, field.groups, field.phases):
         values = planes[phase.before : phase.stop, first:stop]
@@ -303,7 +306,8 @@ def encode(q: NDArray[np.int32], shape: tuple[int, ...], strength: int, distance
         facing = values if signs is None else (values.view(np.uint32) ^ signs).view(np.float32)
         symbols = facing.reshape(-1).take(at).astype(np.int32) + reach
         jobs.append((symbols, models.shares(present), sizes))
-        models.learn(present, sizes, symbols)
+        if (phase.stop, stop) != last:
+            models.learn(present, sizes, symbols)
         field.put(phase, first, stop, values)
     coder = constriction.stream.stack.AnsCoder()
     for symbols, table, sizes in reversed(jobs):  # ANS is a stack: what is pushed last comes out first
@@ -335,13 +339,15 @@ def decode(stream: bytes, shape: tuple[int, ...]) -> NDArray[np.int32]:
         raise ValueError(f"a tensor of {list(shape)} has no kernels to predict")
     field = Field(shape, reach, start, distance)
     models = Models(reach, strength)
+    last = (len(field.planes), field.rows)
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(stream, "<u4", offset=HEAD.size).astype(np.uint32))
     coefficients = _decode_coefficients(coder, field.phases)
     for phase, first, stop in blocks(field.rows, field.groups, field.phases):
         keys, signs = field.keys(phase, first, stop, coefficients[phase.before])
         at, present, sizes = _sorted(keys.reshape(-1))
         symbols = _taken(coder, models.shares(present), sizes)
-        models.learn(present, sizes, symbols)
+        if (phase.stop, stop) != last:
+            models.learn(present, sizes, symbols)
         values = np.empty(keys.shape, np.float32)
         values.reshape(-1)[at] = symbols - reach
         if signs is not None:
@@ -388,7 +394,7 @@ def _laid_out(
 
 @lru_cache(maxsize=1)
 def _coefficient_model() -> Any:
-    weights = starting_weights(_COEFFICIENT_KEY, LARGEST_COEFFICIENT, len(STRENGTHS) - 1)
+    weights = starting_weights(LARGEST_COEFFICIENT, len(STRENGTHS) - 1)[_COEFFICIENT_KEY]
     return Categorical(shares(weights[None])[0].astype(np.float64), perfect=False)
 
 
@@ -403,16 +409,23 @@ def _flat(coefficients: dict[int, Floats | None], plan: Sequence[Phase]) -> NDAr
 
 
 def _decode_coefficients(coder: constriction.stream.stack.AnsCoder, plan: Sequence[Phase]) -> dict[int, Floats | None]:
-    total = sum(len(sources) for phase in plan for sources in phase.sources)
-    found = coder.decode(_coefficient_model(), total) - LARGEST_COEFFICIENT if total else None
+    sizes = [sum(map(len, phase.sources)) for phase in plan]
+    found = coder.decode(_coefficient_model(), sum(sizes)) - LARGEST_COEFFICIENT if any(sizes) else np.empty(0)
     at, out = 0, dict[int, Floats | None]()
-    for phase in plan:
+    for phase, size in zip(plan, sizes, strict=True):
         out[phase.before] = weights = _no_weights(phase)
-        for i, sources in enumerate(phase.sources):
-            if weights is not None and found is not None:
-                weights[i, list(sources)] = found[at : at + len(sources)]
-            at += len(sources)
+        if weights is not None:
+            weights[_rows(phase.sources)] = found[at : at + size]
+            at += size
     return out
+
+
+@lru_cache(maxsize=256)
+def _rows(sources: tuple[tuple[int, ...], ...]) -> tuple[Ints, Ints]:
+    """Where the coefficients of a phase go in its matrix."""
+    pairs = [(i, source) for i, each in enumerate(sources) for source in each]
+    rows, columns = np.array(pairs, np.int64).reshape(-1, 2).T
+    return rows, columns
 
 
 def _no_weights(phase: Phase) -> Floats | None:
