@@ -6,7 +6,8 @@ Small files of every codec, every form of numbers and one model are mutated: bit
 doubled or copied from another file, numbers in the head replaced, and every truncation of one file. Most of them get
 checksums and lengths that fit again, so that the decoders behind the checksums are reached. Each must load to exactly
 the original weights or raise FileError, within a second of processor time, and take no more memory than 8 MiB and four
-times the bytes that the file declares. Anything else counts as a failure and is kept, base64, in the log. The work is
+times the bytes that the file declares, an element counting as at least four: small integers are coded as the wider
+numbers that models and arithmetic need. Anything else counts as a failure and is kept, base64, in the log. The work is
 done in a process of its own: should it die, the log says at which file.
 """
 
@@ -159,7 +160,7 @@ def tried(path: Path, data: bytes, model: bool, known: set[bytes]) -> tuple[str,
         what = f"took {spent:.2f} s ({what})"
     elif peak > FLOOR:
         try:
-            declared = sum(blob.decoded for blob in container.inspect(path).blobs)
+            declared = sum(blob.count * max(4, blob.itemsize) for blob in container.inspect(path).blobs)
         except FileError:
             declared = 0
         if peak > FLOOR + TIMES * declared:

@@ -65,7 +65,7 @@ def test_models_start_around_their_forecast(reach: int) -> None:
     for context in (c for c in (8, 16, 20, 24, 28, 36) if contexts.power4(2 * c) <= 2048 * reach):
         means = [
             float((np.arange(-reach, reach + 1) * w).sum() / w.sum())
-            for w in (predicted.starting_weights(reach, 2)[6 * context + level] for level in range(6))
+            for w in (predicted.starting_weights(context, reach, 2)[level] for level in range(6))
         ]
         assert abs(means[0]) < 1e-3
         assert means == sorted(means)

@@ -141,7 +141,7 @@ def test_unpack(model: nn.Module, saved: Path) -> None:
     assert all(torch.equal(tensors[name], value) for name, value in model.state_dict().items())
     program = torch.export.load(unpack(saved, saved.with_suffix(".pt2"))).module()
     assert torch.allclose(program(x), model(x), atol=1e-6)
-    with pytest.raises(SettingsError, match=r"\.pt2 or \.safetensors"):
+    with pytest.raises(SettingsError, match=r"\.pt2, \.onnx or \.safetensors"):
         unpack(saved, saved.with_suffix(".bin"))
 
 

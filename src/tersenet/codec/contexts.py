@@ -57,7 +57,7 @@ class Known:
     def __post_init__(self) -> None:
         self.row_sums = np.zeros(self.rows, np.int64)
         self.column_sums = np.zeros((self.period, self.groups), np.int64)
-        self.kernel_sums = np.zeros((self.rows, self.groups), np.int32)
+        self.kernel_sums = np.zeros((self.rows, self.groups) if self.kernels else (0, 0), np.int32)
 
     def contexts(self, phase: int, first: int, stop: int) -> NDArray[np.uint8]:
         """(stop - first, G) the context of each number of a block of rows."""
@@ -69,8 +69,13 @@ class Known:
         if self.kernels:
             foretold = log16(group + 1)[None, :]
         else:
-            column = (UNIT * self.column_sums + 4 * group) // (before // self.period + 4)
-            foretold = log16(column + 1)[(phase - np.arange(first, stop)) % self.period]
+            inner = (phase - np.arange(first, stop)) % self.period
+            few = stop - first < self.period  # wide rows: only the columns that come
+            column = (self.column_sums[inner] if few else self.column_sums) * UNIT
+            column += 4 * group
+            column //= before // self.period + 4
+            column += 1
+            foretold = log16(column) if few else log16(column)[inner]
         quarters = (row[:, None] + (foretold + 2)) >> 2
         np.clip(quarters, 0, 2 * CONTEXTS - 1, out=quarters)
         if not phase or not self.kernels:
@@ -102,7 +107,12 @@ def _table(phase: int) -> NDArray[np.uint8]:
 def log16(x: Ints | int) -> Ints:
     """16 log2(x), interpolated linearly between powers of two and rounded down; x from 1 to 2**52 (0 gives -32)."""
     mantissa, exponent = np.frexp(np.asarray(x, np.float64))  # exact
-    return (mantissa * 32).astype(np.int64) + 16 * exponent.astype(np.int64) - 32
+    mantissa = np.multiply(mantissa, 32, out=mantissa if isinstance(mantissa, np.ndarray) else None)
+    logs = np.asarray(mantissa).astype(np.int64)
+    exponent *= 16
+    logs += exponent
+    logs -= 32
+    return logs
 
 
 def power4(x: int) -> int:

@@ -66,7 +66,8 @@ def code_lengths(q: NDArray[np.int32], spread: int = 1) -> CodeLengths:
 def _predicted_lengths(q: NDArray[np.int32], reach: int) -> CodeLengths:
     """Contexts whose forecast is negative are rows of their own, mirrored: both signs learn together."""
     keys, signs = predicted.keys_of(q.reshape(-1), q.shape)
-    bits = _learned(keys, q.reshape(-1) * signs + reach, predicted.starting_weights(reach, 1))
+    start = [predicted.starting_weights(context, reach, 1) for context in range(contexts.CONTEXTS)]
+    bits = _learned(keys, q.reshape(-1) * signs + reach, np.concatenate(start))
     rows = keys.astype(np.uint16) + np.where(signs < 0, predicted.KEYS, 0).astype(np.uint16)
     return CodeLengths(-reach, rows.reshape(q.shape), np.concatenate([bits, bits[:, ::-1]]))
 

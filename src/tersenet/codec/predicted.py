@@ -48,7 +48,7 @@ _FIRST_BLOCK = 256
 _LARGEST_BLOCK = 1 << 16
 _COUNT = 64
 KEYS = CONTEXTS * len(LEVELS)
-_COEFFICIENT_KEY = 28 * len(LEVELS)  # the model of coefficients: a mean magnitude of a quarter
+_COEFFICIENT_CONTEXT = 28  # the model of coefficients: a mean magnitude of a quarter
 _FAMILY = Categorical(perfect=False)
 
 
@@ -223,33 +223,43 @@ def _log16(x: int) -> int:
     return 16 * exponent + ((x - (1 << exponent)) << 4 >> exponent)
 
 
-@lru_cache(maxsize=64)
-def starting_weights(reach: int, strength: int) -> Ints:
-    """(KEYS, 2 reach + 1) what the models start with: x -> (b + |x - centre|) exp(-|x - centre| / b), summed over four
-    points of each step, 64 for a count."""
+def starting_weights(context: int, reach: int, strength: int) -> Ints:
+    """(levels, 2 reach + 1) what the models of a context start with, 64 for a count.
+
+    x -> (b + |x - centre|) exp(-|x - centre| / b), summed over four points of each step.
+    """
     shift = max(0, reach.bit_length() - 4)
     steps = 16 * np.arange(-reach, reach + 1, dtype=np.int64)[:, None] + np.array((-6, -2, 2, 6))
-    out = np.empty((CONTEXTS, len(LEVELS), 2 * reach + 1), np.int64)
-    for context in range(CONTEXTS):
-        scale = max(128, power4(2 * context))
-        centres = (np.array(LEVELS, np.int64) * _unit(context, shift) >> 3) << shift
-        away = np.abs(steps - centres[:, None, None])  # (levels, n, 4)
-        octaves = away * (580905600 // scale) >> 12  # 256ths
-        density = ((scale + 384 * away) * (((512 - (octaves & 255)) << 4) >> np.minimum(octaves >> 8, 40))).sum(2)
-        total = np.maximum(1, density.sum(1, keepdims=True))
-        out[context] = 1 + density * (_COUNT * STRENGTHS[strength]) // total
+    scale = max(128, power4(2 * context))
+    centres = (np.array(LEVELS, np.int64) * _unit(context, shift) >> 3) << shift
+    away = np.abs(steps - centres[:, None, None])  # (levels, n, 4)
+    octaves = away * (580905600 // scale) >> 12  # 256ths
+    density = ((scale + 384 * away) * (((512 - (octaves & 255)) << 4) >> np.minimum(octaves >> 8, 40))).sum(2)
+    out = 1 + density * (_COUNT * STRENGTHS[strength]) // np.maximum(1, density.sum(1, keepdims=True))
     out.setflags(write=False)
-    return out.reshape(KEYS, -1)
+    return out
+
+
+# Kept apart, so that a file with every reach there is does not fill the memory: 3 MB and 2 MB at most.
+_of_small = lru_cache(maxsize=1024)(starting_weights)
+_of_large = lru_cache(maxsize=64)(starting_weights)
 
 
 class Models:
-    """A table of weights per key; each learns from what it coded."""
+    """A table of weights per key, made when its context is first asked for; each learns from what it coded."""
 
     def __init__(self, reach: int, strength: int) -> None:
-        self.weights = starting_weights(reach, strength).copy()
+        self.reach, self.strength = reach, strength
+        self.weights = np.zeros((KEYS, 2 * reach + 1), np.int64)
+        self.made: set[int] = set()
 
     def shares(self, keys: Ints) -> Ints:
         """(len(keys), n) frequencies less 1."""
+        size = len(LEVELS)
+        for context in set((keys // size).tolist()) - self.made:
+            made = (_of_small if self.reach < 32 else _of_large)(context, self.reach, self.strength)
+            self.weights[context * size : (context + 1) * size] = made
+            self.made.add(context)
         return shares(self.weights[keys])
 
     def learn(self, keys: Ints, sizes: Ints, symbols: NDArray[np.int32]) -> None:
@@ -394,7 +404,7 @@ def _laid_out(
 
 @lru_cache(maxsize=1)
 def _coefficient_model() -> Any:
-    weights = starting_weights(LARGEST_COEFFICIENT, len(STRENGTHS) - 1)[_COEFFICIENT_KEY]
+    weights = starting_weights(_COEFFICIENT_CONTEXT, LARGEST_COEFFICIENT, len(STRENGTHS) - 1)[0]
     return Categorical(shares(weights[None])[0].astype(np.float64), perfect=False)
 
 
