@@ -23,7 +23,7 @@ from tersenet.errors import NoEffect, SettingsError
 from tersenet.search.bench import check_runtime, images_of, working_folder
 from tersenet.search.costs import Costs
 from tersenet.search.ground import Budget, Ground, NoChoice
-from tersenet.search.proposals import Proposal, compare, propose
+from tersenet.search.proposals import Proposal, approach, compare, propose
 from tersenet.search.sensitivity import Losses, find_losses
 from tersenet.search.sites import Picks, configured, context
 from tersenet.search.situations import Situation, situations
@@ -89,7 +89,10 @@ def _answers(ground: Ground, losses: Losses, aim: float, known: list[Proposal]) 
         if all(each.picks != other.picks for other in found):
             found.append(each)
     if not any(each.cost <= aim for each in found):
-        found.append(ground.least(found))
+        least = ground.least(found)
+        found.append(least)
+        if least.cost <= aim:
+            found += approach(ground.sites, ground.costs, losses, aim, least, ground.measured)
     return found, min(found, key=lambda each: each.cost)
 
 
