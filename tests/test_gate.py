@@ -120,3 +120,34 @@ def test_what_cannot_be_checked(run: Path, tmp_path: Path) -> None:
     (run / "report.json").write_text(json.dumps(report))
     with pytest.raises(SettingsError, match="has no score"):
         gate(run, max_drop=1.0)
+
+
+def test_a_file_is_held_to_being_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "net.onnx"
+    path.write_bytes(NET)
+    left = ["Gelu node_7"]
+    monkeypatch.setattr("tersenet.gate.left_in_float", lambda path, runtime: left)
+    monkeypatch.setattr("tersenet.gate.integer_operators", lambda path, runtime: 0)
+    found = gate(path, fused=True, runtime="openvino")
+    assert found["met"] is False
+    assert found["targets"][0]["operators"] == left
+    assert gate_text(found).splitlines()[1].strip() == "Gelu node_7"
+    left.clear()
+    with pytest.raises(SettingsError, match="runs in float in onnxruntime"):
+        gate(path, fused=True)
+    monkeypatch.setattr("tersenet.gate.integer_operators", lambda path, runtime: 5)
+    assert gate(path, fused=True)["met"] is True
+    twin = tmp_path / "net.tensorrt.onnx"
+    twin.write_bytes(NET)
+    monkeypatch.setattr("tersenet.gate.broken_rules", lambda path: ["opset 25 is not one of 13 to 20"])
+    assert gate(twin, fused=True)["targets"][0]["what"] == "rules of TensorRT broken"
+
+
+def test_a_run_is_held_to_being_fused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("tersenet.gate.left_in_float", lambda path, runtime: seen.append((path.name, runtime)) or ["x"])
+    assert gate(run, fused=True)["met"] is False
+    assert gate(run, fused=True, runtime="openvino")["met"] is False
+    assert seen == [("model.onnx", "onnxruntime"), ("model.onnx", "openvino")]
+    with pytest.raises(SettingsError, match="no file for 'litert'"):
+        gate(run, fused=True, runtime="litert")

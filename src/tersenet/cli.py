@@ -318,7 +318,10 @@ def measure(
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN|FILE.terse", show_default=False)],
-    to: Annotated[str, typer.Option(help="onnx, openvino, torch, litert or executorch; several with commas")],
+    to: Annotated[
+        str,
+        typer.Option(help="onnx, openvino, tensorrt, torch, litert, litert-fp16 or executorch; several with commas"),
+    ],
     out: Annotated[Path | None, typer.Option(help="the folder to write to (default: beside the source)")] = None,
     json_: Json = False,
 ) -> None:
@@ -393,13 +396,17 @@ def check(
     max_latency: Annotated[str | None, typer.Option(help="such as 3ms, or 0.5x of the original's")] = None,
     max_bytes: Annotated[str | None, typer.Option(help="such as 300000, or 0.1x of the original's")] = None,
     runtime: Annotated[str | None, typer.Option(help="default: the run's first, or the file's own")] = None,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="the runtime may leave nothing in float between integer operators")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """A gate for continuous integration. Exit code 1 when a run, as reported, or a file, measured now, misses one of
     these limits."""
     from tersenet.gate import gate, gate_text
 
-    found = gate(source, max_drop=max_drop, max_latency=max_latency, max_bytes=max_bytes, runtime=runtime)
+    found = gate(source, max_drop=max_drop, max_latency=max_latency, max_bytes=max_bytes, runtime=runtime,
+                 fused=fused)  # fmt: skip
     show(found, json_, lambda: gate_text(found))
     if not found["met"]:
         raise typer.Exit(1)

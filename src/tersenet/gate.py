@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tersenet.deploy.left_in_float import integer_operators, left_in_float
 from tersenet.deploy.measure import measure_files, serving
+from tersenet.deploy.tensorrt import broken_rules
 from tersenet.errors import FileError, SettingsError
 from tersenet.run import Run
-from tersenet.ship import sha256
+from tersenet.ship import READS, sha256
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,14 @@ class Limits:
         latency: "3ms", or "0.5x" of the original's.
         bytes: "300000", or "0.1x" of the original's .onnx, else .terse.
         runtime: where the latency is; None takes the run's first, or the file's own.
+        fused: whether the runtime must have made integer operators of all between the first and the last rounding.
     """
 
     drop: float | None = None
     latency: str | None = None
     bytes: str | None = None
     runtime: str | None = None
+    fused: bool = False
 
 
 def gate(
@@ -39,19 +43,23 @@ def gate(
     max_latency: str | None = None,
     max_bytes: str | None = None,
     runtime: str | None = None,
+    fused: bool = False,
 ) -> dict[str, Any]:
     """Holds a finished run, or a file, to limits: {"met": bool, "targets": [{"what", "wanted", "got", "met"}]}.
 
+    The target of `fused` has "operators" too, the names of what is left in float. A file for TensorRT, which ends in
+    .tensorrt.onnx, is held to its rules instead.
+
     Args:
         source: a run folder, or a file; only a file that lies in its run folder can be held to a share or a drop.
-        max_drop, max_latency, max_bytes, runtime: as in Limits. Of a run, bytes are those of its .terse file.
+        max_drop, max_latency, max_bytes, runtime, fused: as in Limits. Of a run, bytes are those of its .terse file.
     Raises:
         SettingsError: on no limit, one that cannot be read, or one that needs what the report does not have.
         RunError, FileError: when there is no finished run, or no such file.
     """
-    limits = Limits(max_drop, max_latency, max_bytes, runtime)
-    if max_drop is None and max_latency is None and max_bytes is None:
-        raise SettingsError("nothing to check: give --max-drop, --max-latency or --max-bytes")
+    limits = Limits(max_drop, max_latency, max_bytes, runtime, fused)
+    if max_drop is None and max_latency is None and max_bytes is None and not fused:
+        raise SettingsError("nothing to check: give --max-drop, --max-latency, --max-bytes or --fused")
     targets = _of_file(source, limits) if source.is_file() or source.suffix else _of_run(source, limits)
     return {"met": all(each["met"] for each in targets), "targets": targets}
 
@@ -60,7 +68,7 @@ def gate_text(found: dict[str, Any]) -> str:
     """A line per limit, for a terminal."""
     return "\n".join(
         f"{'met   ' if each['met'] else 'MISSED'}  {each['what']}: {_figure(each['got'])} "
-        f"(at most {_figure(each['wanted'])})"
+        f"(at most {_figure(each['wanted'])})" + "".join(f"\n        {name}" for name in each.get("operators", []))
         for each in found["targets"]
     )
 
@@ -84,6 +92,11 @@ def _of_run(folder: Path, limits: Limits) -> list[dict[str, Any]]:
     if limits.bytes is not None:
         limit = _limit("--max-bytes", limits.bytes, "", _original_bytes(first))
         targets.append(_target("bytes of model.terse", limit, last["file_bytes"]["terse"]))
+    if limits.fused:
+        name = limits.runtime or next(iter(last["latency_ms"]))
+        if name not in READS:
+            raise SettingsError(f"{folder} has no file for {name!r}; name one of {', '.join(READS)}, or check a file")
+        targets.append(_fused(Run(folder).file(f"model.{READS[name]}"), name))
     return targets
 
 
@@ -113,7 +126,20 @@ def _of_file(path: Path, limits: Limits) -> list[dict[str, Any]]:
     if limits.bytes is not None:
         limit = _limit("--max-bytes", limits.bytes, "", None if first is None else _original_bytes(first))
         targets.append(_target(f"bytes of {path.name}", limit, path.stat().st_size))
+    if limits.fused:
+        targets.append(_fused(path, runtime))
     return targets
+
+
+def _fused(path: Path, runtime: str) -> dict[str, Any]:
+    """What a runtime leaves in float; a file in which it runs nothing in integers is refused."""
+    if path.name.endswith(".tensorrt.onnx"):
+        operators, what = broken_rules(path), "rules of TensorRT broken"
+    else:
+        operators, what = left_in_float(path, runtime), f"operators left in float in {runtime}"
+        if not operators and not integer_operators(path, runtime):
+            raise SettingsError(f"{path} runs in float in {runtime}, so there is nothing to fuse; check an int8 file")
+    return {**_target(what, 0, len(operators)), "operators": operators}
 
 
 def _drop(what: str, first: dict[str, Any], score: float | None, limit: float) -> dict[str, Any]:

@@ -9,65 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nets import TASK, Mobile, Residual, X, lively
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tersenet.bricks.quantizer import Quantizer
-from tersenet.bricks.shortcut import PadShortcut
-from tersenet.deploy.onnx import export_onnx, operators_left_in_float
+from tersenet.deploy.left_in_float import left_in_float
+from tersenet.deploy.onnx import export_onnx
 from tersenet.errors import TersenetError, TraceError
 from tersenet.quantize.quantize import Quantize
 from tersenet.rewrite.settle import Settle
-from tersenet.task import Preparation, Task
+from tersenet.task import Preparation
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
-
-X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-TASK = Task(example=X[:2], calibrate=[(X, torch.zeros(6))], quiet=True)
-
-
-class Residual(nn.Module):
-    """A tiny net with all that the CIFAR ResNets have."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.shortcut, self.linear = PadShortcut(2, 2, 2), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)) + self.shortcut(x))
-        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
-class Mobile(nn.Module):
-    """Depthwise convolution, ReLU6, concatenation of values bounded alike and not, pooling, two linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.depthwise, self.point = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(16, 8, 1)
-        self.hidden, self.last = nn.Linear(96, 16), nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu6(self.norm(self.conv(x)))
-        x = torch.cat([x, F.relu6(self.depthwise(x))], 1)
-        x = torch.cat([x, self.point(x)], 1)
-        x = F.avg_pool2d(F.max_pool2d(x, 2), 2)
-        return self.last(F.relu(self.hidden(x.flatten(1))))
-
-
-def lively(model: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(module.weight)
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 2)
-    return model.eval()
 
 
 def in_onnxruntime(path: Path, x: Tensor) -> np.ndarray:
@@ -102,8 +56,10 @@ def test_runtimes_compute_what_is_simulated(quantized: tuple[nn.Module, Path], r
     assert float(np.abs(runtime(path, X) - simulated).max()) <= step
 
 
-def test_nothing_is_left_in_float(quantized: tuple[nn.Module, Path]) -> None:
-    assert operators_left_in_float(quantized[1]) == []
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_nothing_is_left_in_float(quantized: tuple[nn.Module, Path], runtime: str) -> None:
+    pytest.importorskip(runtime)
+    assert left_in_float(quantized[1], runtime) == []
 
 
 def test_how_the_numbers_are_stored(quantized: tuple[nn.Module, Path]) -> None:
@@ -123,7 +79,10 @@ def test_an_operator_left_in_float_is_found(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardswish(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
     model, plan = Quantize().run(lively(model), TASK)
     path = export_onnx(model, X, tmp_path / "model.onnx")
-    assert {name.split()[0] for name in operators_left_in_float(path)} == {"HardSigmoid", "Mul"}  # what ORT makes of it
+    assert {name.split()[0] for name in left_in_float(path, "onnxruntime")} == {
+        "HardSigmoid",
+        "Mul",
+    }  # what ORT makes of it
     assert ["Hardswish" in reason for reason in plan["float"].values()] == [True]
 
 

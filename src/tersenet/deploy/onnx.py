@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -63,10 +62,28 @@ def export_onnx(
         ExportError: when the exporter fails, or the file would be larger than 2 GiB.
         MissingExtra: when onnx or onnxscript is not installed.
     """
-    onnx = require("onnx", "onnx", "write ONNX files")
-    require("onnxscript", "onnx", "write ONNX files")
     graph = trace(copy.deepcopy(model).eval(), example)
     _simplify(graph)
+    return write_onnx(graph, example, path, preparation, metadata, type(model).__name__, pack)
+
+
+def write_onnx(
+    graph: nn.Module,
+    example: Tensor,
+    path: str | Path,
+    preparation: Preparation | None,
+    metadata: Mapping[str, str] | None,
+    name: str,
+    pack: bool = False,
+) -> Path:
+    """Writes a graph as it is, nothing folded or replaced; the rest as in `export_onnx`.
+
+    Args:
+        name: of the model, for errors.
+        pack: as in `export_onnx`.
+    """
+    onnx = require("onnx", "onnx", "write ONNX files")
+    require("onnxscript", "onnx", "write ONNX files")
     program = export(graph, example)
     with _silence():
         try:
@@ -77,7 +94,7 @@ def export_onnx(
             proto = made.model_proto
         except Exception as error:  # the exporter raises many kinds; each becomes one sentence
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ExportError(f"{type(model).__name__} could not be written as ONNX: {reason}") from error
+            raise ExportError(f"{name} could not be written as ONNX: {reason}") from error
     _finish(onnx, proto, {**_prepared(preparation), **(metadata or {})}, pack)
     if proto.ByteSize() > _LARGEST:
         raise ExportError(f"the ONNX file would have {proto.ByteSize()} bytes; one file can hold less than 2 GiB")
@@ -98,18 +115,31 @@ def _simplify(graph: fx.GraphModule) -> None:
     """Folds norms, drops clips that rounding repeats, and puts export twins in place of our bricks."""
     fold_all(graph)
     settle(graph)
+    drop_repeated_clips(graph)
+    to_onnx_operators(graph)
+
+
+def drop_repeated_clips(graph: fx.GraphModule) -> None:
+    """Takes out each ReLU or clip that a quantizer behind it repeats. Exact."""
     for node in list(graph.graph.nodes):
         if _repeats(graph, node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
-        elif is_global_pool(graph, node):
+    graph.recompile()
+
+
+def to_onnx_operators(graph: fx.GraphModule) -> None:
+    """Puts what becomes ONNX's own operators in place of our bricks and of global pools; only for the exporter."""
+    for node in list(graph.graph.nodes):
+        if is_global_pool(graph, node):
             with graph.graph.inserting_after(node):
                 new = graph.graph.call_function(_global_average_pool, (node.args[0], len(node.meta["shape"])))
             node.replace_all_uses_with(new)
             graph.graph.erase_node(node)
     for name, module in list(graph.named_modules()):
         if isinstance(module, Quantizer):
-            graph.add_submodule(name, _QuantizeDequantize(module))
+            ends = (module.low, module.high) if module.high < 255 else None
+            graph.add_submodule(name, QuantizeDequantize(module.scale, module.zero_point, ends))
         elif isinstance(module, Int8Layer):
             graph.add_submodule(name, _Dequantized(module))
         elif isinstance(module, StoredLayer):
@@ -139,11 +169,11 @@ def _global_average_pool(x: Tensor, dims: int) -> Tensor:
     return pooled if dims == 4 else pooled.flatten(1)
 
 
-class _QuantizeDequantize(nn.Module):
-    """A quantizer as the pair QuantizeLinear, DequantizeLinear; below 8 bits with a Clip of the integers between.
+class QuantizeDequantize(nn.Module):
+    """A quantizer as the pair QuantizeLinear, DequantizeLinear, to the type of its zero point.
 
-    The integer operators of the runtimes work on 8 bits. A clip in front of QuantizeLinear would keep them from fusing
-    the convolution before it, and a clip of integers does not.
+    Below 8 bits a Clip of the integers is between. The integer operators of the runtimes work on 8 bits. A clip in
+    front of QuantizeLinear would keep them from fusing the convolution before it, and a clip of integers does not.
     """
 
     scale: Tensor
@@ -151,21 +181,21 @@ class _QuantizeDequantize(nn.Module):
     low: Tensor | None
     high: Tensor | None
 
-    def __init__(self, quantizer: Quantizer) -> None:
+    def __init__(self, scale: Tensor, zero_point: Tensor, ends: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.register_buffer("scale", quantizer.scale)
-        self.register_buffer("zero_point", quantizer.zero_point)
-        self.clipped = quantizer.high < 255
-        ends = torch.tensor([quantizer.low, quantizer.high], dtype=torch.uint8, device=quantizer.scale.device)
-        self.register_buffer("low", ends[0].clone() if self.clipped else None)
-        self.register_buffer("high", ends[1].clone() if self.clipped else None)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+        self.clipped = ends is not None
+        low_high = None if ends is None else torch.tensor(ends, dtype=zero_point.dtype, device=scale.device)
+        self.register_buffer("low", None if low_high is None else low_high[0].clone())
+        self.register_buffer("high", None if low_high is None else low_high[1].clone())
 
     def forward(self, x: Tensor) -> Tensor:
         q = torch.onnx.ops.symbolic(
-            "QuantizeLinear", (x, self.scale, self.zero_point), dtype=torch.uint8, shape=x.shape
+            "QuantizeLinear", (x, self.scale, self.zero_point), dtype=self.zero_point.dtype, shape=x.shape
         )
         if self.clipped:
-            q = torch.onnx.ops.symbolic("Clip", (q, self.low, self.high), dtype=torch.uint8, shape=x.shape)
+            q = torch.onnx.ops.symbolic("Clip", (q, self.low, self.high), dtype=q.dtype, shape=x.shape)
         return torch.onnx.ops.symbolic(
             "DequantizeLinear", (q, self.scale, self.zero_point), dtype=x.dtype, shape=x.shape
         )
@@ -246,53 +276,3 @@ def _silence() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def operators_left_in_float(path: str | Path) -> list[str]:
-    """Float operators that ONNX Runtime leaves between integer ones, as "type name"; empty when all is fused.
-
-    Runs its graph optimiser and looks at what comes out. An operator counts when values that were quantized reach it
-    and what it computes is quantized again; what lies before the first or after the last rounding does not.
-    """
-    onnx = require("onnx", "onnx", "read ONNX files")
-    runtime = require("onnxruntime", "onnx", "optimise ONNX files")
-    with tempfile.TemporaryDirectory() as folder:
-        options = runtime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = 1
-        # Extended, because the level above writes layouts that are for this machine only; int8 fusion is done by then.
-        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(options.optimized_model_filepath).graph
-    return _between(graph)
-
-
-def _between(graph: Any) -> list[str]:
-    constants = {tensor.name for tensor in graph.initializer}
-    makers = {name: node for node in graph.node for name in node.output}
-    after: set[str] = set()  # float values that came out of integers
-    for node in graph.node:
-        if any(name in after for name in node.input) or (
-            node.op_type == "DequantizeLinear" and node.input[0] not in constants
-        ):
-            after.update(() if _is_integer(node) else node.output)
-    left: dict[str, str] = {}
-    front = [name for node in graph.node if node.op_type == "QuantizeLinear" for name in node.input[:1]]
-    while front:
-        node = makers.get(front.pop())
-        if (
-            node is None
-            or _is_integer(node)
-            or node.output[0] in left
-            or not any(name in after for name in node.output)
-        ):
-            continue
-        if node.op_type != "DequantizeLinear":
-            left[node.output[0]] = f"{node.op_type} {node.name or node.output[0]}"
-            front.extend(node.input)
-    return [left[node.output[0]] for node in graph.node if node.output[0] in left]
-
-
-def _is_integer(node: Any) -> bool:
-    return node.op_type.startswith(("QLinear", "QGemm", "QuantizeLinear")) or node.op_type.endswith("Integer")

@@ -241,6 +241,16 @@ def clip_bounds(graph: fx.GraphModule, node: fx.Node) -> tuple[float, float] | N
     return None
 
 
+def is_addition(node: fx.Node) -> bool:
+    """Whether a node adds two values of the graph, and does nothing else."""
+    return node.op == "call_function" and node.target in _ADDS and len(node.all_input_nodes) == 2 and not node.kwargs
+
+
+def is_concatenation(node: fx.Node) -> bool:
+    """Whether a node concatenates values of the graph."""
+    return node.op == "call_function" and node.target in _CONCATS
+
+
 def is_global_pool(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node is the mean over H and W of (N, C, H, W), however it was written."""
     if not node.args or not isinstance(node.args[0], fx.Node) or len(node.args[0].meta.get("shape", ())) != 4:
