@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from tersenet.data import open_data
 from tersenet.deploy.artifact import load_terse, save_terse, terse_preparation
+from tersenet.deploy.decomposed import rounds_activations
+from tersenet.deploy.left_in_float import left_in_float
 from tersenet.deploy.measure import measure_files as measure_in_runtimes
 from tersenet.deploy.measure import serving
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.pt2 import export_pt2
 from tersenet.deploy.runtimes import Runner, open_file
+from tersenet.deploy.tensorrt import broken_rules, export_tensorrt, symmetric
 from tersenet.deploy.verify import score_file, verify
 from tersenet.errors import SettingsError, require
 from tersenet.graph.costs import totals
@@ -36,8 +39,10 @@ from tersenet.task import Preparation, Task
 _WRITTEN = {
     "onnx": (".onnx", "onnxruntime"),
     "openvino": (".xml", "openvino"),
+    "tensorrt": (".tensorrt.onnx", "onnxruntime"),
     "torch": (".pt2", "pytorch"),
     "litert": (".tflite", "litert"),
+    "litert-fp16": (".fp16.tflite", "litert"),
     "executorch": (".pte", "executorch"),
 }
 
@@ -166,13 +171,17 @@ def _source(source: str | Path) -> tuple[nn.Module, Preparation, str]:
 
 
 def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> dict[str, dict[str, Any]]:
-    """Writes a compressed model for runtimes, each file checked against PyTorch: {file: {"bytes", "max_abs_error"}}.
+    """Writes a compressed model for runtimes, each file checked against PyTorch.
 
     Args:
         source: a run folder or a .terse file.
-        targets: of "onnx", "openvino", "torch", "litert", "executorch"; the last two have a fixed batch of 1.
+        targets: of "onnx", "openvino", "tensorrt", "torch", "litert", "litert-fp16", "executorch"; the last three have
+            a fixed batch of 1.
         out: the folder to write to; beside the source when None. What a run folder has already is kept and checked:
             its report tells the checksums of its files.
+    Returns:
+        {file: {"bytes", "max_abs_error"}}; of a model with rounded activations also "left_in_float", the operators that
+        the runtime does not run in integers. The error of a file for TensorRT is that against its own simulation.
     Raises:
         SettingsError: on another target.
         ExportError: when a file cannot be written.
@@ -184,28 +193,34 @@ def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> 
     own = set(Run(source).report["files"]) if out is None and source.is_dir() else set()
     folder = out if out is not None else (source if source.is_dir() else source.parent)
     example = example_of(preparation)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(targets):
         suffix, runtime = _WRITTEN[name]
         path = folder / f"{stem}{suffix}"
         if path.name not in own or not path.is_file():
-            _write(model, example, preparation, path)
-        agreement = verify(open_file(path, runtime), model, [example])
+            _write(model, example, preparation, path, name)
+        meant = symmetric(model, example) if name == "tensorrt" else model
+        agreement = verify(open_file(path, runtime), meant, [example])
         weights = path.with_suffix(".bin")
         size = path.stat().st_size + (weights.stat().st_size if suffix == ".xml" else 0)
         found[str(path)] = {"bytes": size, "max_abs_error": agreement.max_abs_error}
+        if rounds_activations(model) and name not in ("torch", "litert-fp16"):
+            left = broken_rules(path) if name == "tensorrt" else left_in_float(path, runtime)
+            found[str(path)]["left_in_float"] = left
     return found
 
 
-def _write(model: nn.Module, example: Tensor, preparation: Preparation, path: Path) -> None:
-    if path.suffix == ".pt2":
+def _write(model: nn.Module, example: Tensor, preparation: Preparation, path: Path, target: str) -> None:
+    if target == "tensorrt":
+        export_tensorrt(model, example, path, preparation)
+    elif path.suffix == ".pt2":
         export_pt2(model, example, path, preparation.metadata())
     elif path.suffix == ".onnx":
         export_onnx(model, example, path, preparation)
     elif path.suffix == ".tflite":
         from tersenet.deploy.litert import export_litert
 
-        export_litert(model, example[:1], path, preparation)
+        export_litert(model, example[:1], path, preparation, half=target == "litert-fp16")
     elif path.suffix == ".pte":
         from tersenet.deploy.executorch import export_executorch
 

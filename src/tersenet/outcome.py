@@ -61,7 +61,9 @@ def file_line(name: str, value: dict[str, Any]) -> str:
     """A file, its size, and how far it is from PyTorch."""
     error = value.get("max_abs_error")
     close = "" if error is None else f", largest error against PyTorch {error:.2g}"
-    return f"{name}: {value['bytes']:,} bytes{close}"
+    left = value.get("left_in_float")
+    fused = "" if left is None else f", left in float: {', '.join(left) if left else 'nothing'}"
+    return f"{name}: {value['bytes']:,} bytes{close}{fused}"
 
 
 def finish(run: Any, as_json: bool) -> None:

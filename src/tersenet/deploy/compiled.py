@@ -2,6 +2,10 @@
 
 Compiling happens at the first call with a new batch and takes seconds to minutes, so it shows in the time of the first
 call and not in that of loading. It needs a C++ compiler.
+
+An int8 model from a .terse file is rewritten in PyTorch's operators of quantization, for which Inductor has integer
+kernels (oneDNN's) on x86 CPUs. A .pt2 file is plain arithmetic by then, so there it is the simulation that is compiled:
+equal outputs, and no faster for being quantized.
 """
 
 from __future__ import annotations
@@ -9,6 +13,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch._inductor import config
+
+from tersenet.deploy.decomposed import INDUCTOR, decomposed, rounds_activations
 from tersenet.errors import SettingsError
 
 
@@ -18,8 +27,6 @@ def compiled(path: Path, model: Any) -> Any:
     Raises:
         SettingsError: where there is no C++ compiler.
     """
-    import torch
-    from torch._inductor import config
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     config.compile_threads = 1  # else a pool of processes that outlives the compiling, on cores that others measure on
@@ -30,4 +37,28 @@ def compiled(path: Path, model: Any) -> Any:
             f"pytorch-compiled cannot run {path.name}: torch.compile found no C++ compiler; install one, such as g++"
         ) from error
     model.requires_grad_(False)
-    return torch.compile(model, dynamic=False)
+    shape = getattr(model, "input_shape", None)
+    if shape is None or not rounds_activations(model):
+        return torch.compile(model, dynamic=False)
+    graph = decomposed(model, torch.zeros(2, *shape[1:]), INDUCTOR).requires_grad_(False)
+    return _Frozen(torch.compile(graph, dynamic=False))
+
+
+class _Frozen(nn.Module):
+    """Compiles with weights as constants, without which Inductor takes no integer kernels.
+
+    Inductor's `options` for one model do not reach the part that makes constants, so its global setting is on while a
+    new shape is compiled.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.seen = model, set[torch.Size]()
+
+    def forward(self, x: Tensor) -> Any:
+        if x.shape in self.seen:
+            return self.model(x)
+        with config.patch(freezing=True):
+            y = self.model(x)
+        self.seen.add(x.shape)
+        return y

@@ -1,7 +1,9 @@
 """ExecuTorch: `.pte` files whose layers are lowered to XNNPACK, run by ExecuTorch's own runtime.
 
 A .pte file has a fixed batch. What XNNPACK cannot take stays in ExecuTorch's portable operators, which are slow: they
-are a reference. How inputs are prepared is kept behind the file's own bytes (`tersenet.deploy.trailer`).
+are a reference. A model with rounded activations becomes XNNPACK's integer operators with our scales and zero points,
+but for layers behind the last rounding. How inputs are prepared is kept behind the file's own bytes
+(`tersenet.deploy.trailer`).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from tersenet.atomic import writing
 from tersenet.bricks.settle import unmask
+from tersenet.deploy.decomposed import EXECUTORCH, decomposed, rounds_activations
 from tersenet.deploy.quiet import quiet_native
 from tersenet.deploy.runtimes import Array, Runner
 from tersenet.deploy.trailer import read_trailer, with_trailer
@@ -68,7 +71,12 @@ def export_executorch(
         MissingExtra: when executorch is not installed.
     """
     require("executorch", "executorch", "write ExecuTorch files")
-    program = export(trace(unmask(copy.deepcopy(model)), example), example, dynamic_batch=False)
+    model = unmask(copy.deepcopy(model))
+    if rounds_activations(model):
+        graph = decomposed(model, example, EXECUTORCH)
+    else:
+        graph = trace(model, example)
+    program = export(graph, example, dynamic_batch=False)
     try:
         with quiet_native():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

@@ -1,13 +1,16 @@
 """LiteRT (TensorFlow Lite): `.tflite` files written by litert-torch, run by ai-edge-litert with XNNPACK.
 
 A .tflite file has a fixed batch. litert-torch keeps PyTorch's order of axes, so inputs are (N, C, H, W) here too.
-How inputs are prepared is kept behind the file's own bytes (`tersenet.deploy.trailer`).
+A model with rounded activations becomes integer operators with our scales and zero points, and takes its input rounded
+to int8: q = round(x / scale) + zero point, both in the file. Floats can be stored in 16 bits; LiteRT computes with them
+in 32. How inputs are prepared is kept behind the file's own bytes (`tersenet.deploy.trailer`).
 """
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +19,19 @@ from torch._inductor.constant_folding import constant_fold
 
 from tersenet.atomic import writing
 from tersenet.bricks.settle import unmask
+from tersenet.deploy.decomposed import LITERT, decomposed, rounds_activations
 from tersenet.deploy.quiet import quiet_native
 from tersenet.deploy.runtimes import Array, Runner
 from tersenet.deploy.trailer import read_trailer, with_trailer
-from tersenet.errors import ExportError, FileError, TersenetError, require
+from tersenet.errors import ExportError, FileError, SettingsError, TersenetError, require
 from tersenet.graph.trace import export, trace
 from tersenet.task import Preparation
 
 
 def open_litert(path: Path, threads: int) -> Runner:
-    """Opens a .tflite file of one float32 input; the first output is what it gives.
+    """Opens a .tflite file of one float32 or int8 input; the first output is what it gives.
+
+    A file of integer operators takes its input rounded, as the file says; the runner does that, within the call.
 
     Raises:
         FileError: when it has more inputs than one.
@@ -40,8 +46,12 @@ def open_litert(path: Path, threads: int) -> Runner:
     if len(inputs) != 1:
         raise FileError(f"{path} has {len(inputs)} inputs; files of one input can be run here")
     into, out = inputs[0]["index"], outputs[0]["index"]
+    kind, (scale, zero_point) = np.dtype(inputs[0]["dtype"]), inputs[0]["quantization"]
+    low, high = (np.iinfo(kind).min, np.iinfo(kind).max) if kind.kind in "iu" else (0, 0)
 
     def call(x: Array) -> Array:
+        if kind != np.float32:
+            x = np.clip(np.rint(x / np.float32(scale)) + zero_point, low, high).astype(kind)
         interpreter.set_tensor(into, x)
         interpreter.invoke()
         return np.asarray(interpreter.get_tensor(out), dtype=np.float32)  # a copy
@@ -50,7 +60,13 @@ def open_litert(path: Path, threads: int) -> Runner:
     return Runner("litert", path, shape, call, threads, read_trailer(path))
 
 
-def export_litert(model: nn.Module, example: Tensor, path: str | Path, preparation: Preparation | None = None) -> Path:
+def export_litert(
+    model: nn.Module,
+    example: Tensor,
+    path: str | Path,
+    preparation: Preparation | None = None,
+    half: bool = False,
+) -> Path:
     """Writes a model as a .tflite file whose batch is that of the example; the model is left as it was.
 
     Args:
@@ -58,7 +74,9 @@ def export_litert(model: nn.Module, example: Tensor, path: str | Path, preparati
         example: (N, ...) float32; only its shape is used.
         path: ends in .tflite. Written whole or not at all.
         preparation: of the inputs, kept in the file.
+        half: weights of layers in float16.
     Raises:
+        SettingsError: on `half` for a model with rounded activations, whose weights have 8 bits.
         TraceError: when the forward cannot be captured.
         ExportError: when the exporter fails.
         MissingExtra: when litert-torch is not installed.
@@ -66,12 +84,20 @@ def export_litert(model: nn.Module, example: Tensor, path: str | Path, preparati
     with quiet_native():
         litert_torch = require("litert_torch", "litert", "write LiteRT files")
         require("ai_edge_litert", "litert", "write LiteRT files")
-    # Our own capture: a module that came from torch.export cannot be switched to evaluation, which the exporter tries.
-    graph = _folded(trace(unmask(copy.deepcopy(model)), example), example)
+    if half and rounds_activations(model):
+        raise SettingsError("this model has 8-bit weights and activations; float16 would make it larger: use litert")
+    model = unmask(copy.deepcopy(model))
     try:
         with quiet_native(), writing(Path(path)) as temporary:
-            litert_torch.convert(graph, (example,), strict_export=False).export(str(temporary))
-            temporary.write_bytes(with_trailer(temporary.read_bytes(), preparation))
+            # Our own capture: a module that came from torch.export cannot be switched to evaluation, which the
+            # converter tries.
+            if rounds_activations(model):
+                graph, settings = decomposed(model, example, LITERT), {"quant_config": _integers()}
+            else:
+                graph, settings = _folded(trace(model, example), example), {}
+            litert_torch.convert(graph, (example,), strict_export=False, **settings).export(str(temporary))
+            content = _in_half(temporary) if half else temporary.read_bytes()
+            temporary.write_bytes(with_trailer(content, preparation))
     except TersenetError:
         raise
     except Exception as error:  # the exporter raises many kinds; each becomes one sentence
@@ -80,11 +106,34 @@ def export_litert(model: nn.Module, example: Tensor, path: str | Path, preparati
     return Path(path)
 
 
+def _integers() -> Any:
+    """The converter's setting that makes integer operators of quantize, operator, dequantize."""
+    from litert_torch.quantize.pt2e_quantizer import PT2EQuantizer, get_symmetric_quantization_config
+    from litert_torch.quantize.quant_config import QuantConfig
+
+    # What the quantizer is set to matters only where the converter quantizes itself, and we have done so.
+    static = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=False)
+    return QuantConfig(pt2e_quantizer=PT2EQuantizer().set_global(static))
+
+
+def _in_half(path: Path) -> bytes:
+    """A .tflite file with the weights of its layers in float16, each read through a DEQUANTIZE operator."""
+    from ai_edge_quantizer import quantizer
+    from ai_edge_quantizer.qtyping import TFLOperationName
+
+    made = quantizer.Quantizer(str(path))
+    for name in ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE", "FULLY_CONNECTED"):
+        made.add_weight_only_config(
+            ".*", getattr(TFLOperationName, name), 16, algorithm_key=quantizer.AlgorithmName.FLOAT_CASTING
+        )
+    return bytes(made.quantize().quantized_model)
+
+
 def _folded(graph: fx.GraphModule, example: Tensor) -> fx.GraphModule:
     """The graph with all that depends on constants alone worked out.
 
-    The converter refuses unsigned constants, which our quantizers' zero points are. The weights of a quantized model so
-    become floats on their grid: the file gives the same outputs, and is neither small nor fast for being quantized.
+    Integer weights without rounded activations so become floats on their grid: the file gives the same outputs, and is
+    not smaller for being quantized.
     """
     folded = export(graph, example, dynamic_batch=False).module(check_guards=False)
     for node in list(folded.graph.nodes):
