@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.machine import machine
 from tersenet.graph.costs import totals
 from tersenet.recipe import Recipe
 from tersenet.repeat import Repeat
 from tersenet.report.words import bytes_text, count_text, percent
 from tersenet.search.search import Search
-from tersenet.ship import READS, check_runtimes, peaks, ship, time_files
+from tersenet.ship import READS, check_runtimes, peaks, ship, slower_in_integers, time_files
 from tersenet.step import Chain, Step
 from tersenet.targets import NO_TARGET, Target, aim_of, judged, searched
 from tersenet.task import Task
@@ -92,6 +93,8 @@ def dry_run(
                     ratio = found.ratio(name, names[index - 1])
                     row["latency_ms"][runtime]["left_of_previous"] = [ratio.ratio, ratio.low, ratio.high]
                     row["notes"] += _verdict(row, rows[-1], runtime, ratio)
+                if rounds_activations(each) and not rounds_activations(models[index - 1]):
+                    row["notes"] += [*shipped[index].notes, *slower_in_integers(timed, name, names[index - 1])]
             rows.append(row)
     targets = judged(target if target.given else aim_of(recipe.steps), rows, runtimes[0])
     return {

@@ -8,12 +8,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from tersenet.deploy.artifact import load_terse
+from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.machine import machine
 from tersenet.deploy.pt2 import export_pt2
 from tersenet.deploy.runtimes import open_file, open_module
@@ -25,7 +27,17 @@ from tersenet.report.card import write_card
 from tersenet.report.page import write_html
 from tersenet.report.report import new_report, row, target, write_json
 from tersenet.run import Journal
-from tersenet.ship import READS, Shipped, describe_file, inputs, peaks, preparation_dict, ship, time_files
+from tersenet.ship import (
+    READS,
+    Shipped,
+    describe_file,
+    inputs,
+    peaks,
+    preparation_dict,
+    ship,
+    slower_in_integers,
+    time_files,
+)
 from tersenet.targets import Target, judged, missed_digits
 from tersenet.task import Score, Task, score_model
 
@@ -83,12 +95,20 @@ def prove(
         commands=[command] if command else [],
         targets=[*judged(wanted, rows, runtimes[0]), *_drop(rows, settings)],
         preparation=preparation_dict(task),
-        warnings=[note for name in names for note in shipped[name].notes],
+        warnings=[note for name in names for note in shipped[name].notes]
+        + [note for before, name in pairwise(names) for note in _slower(shipped, latencies, name, before)],
     )
     (folder / "recipe.yaml").write_text(journal.identity["recipe"], encoding="utf-8")
     write_card(report, folder / "README.md")
     write_html([report], folder / "report.html")
     write_json(report, folder / "report.json")
+
+
+def _slower(shipped: dict[str, Shipped], latencies: dict[str, Measurement], name: str, before: str) -> list[str]:
+    """What is said where a step made integers of floats, and time was lost by it."""
+    if not rounds_activations(shipped[name].model) or rounds_activations(shipped[before].model):
+        return []
+    return slower_in_integers(latencies, name, before)
 
 
 def _zeros(model: nn.Module) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from tersenet.bricks.few_bits import FewBitLayer
 from tersenet.bricks.settle import settle
 from tersenet.deploy.apart import Entry, measure_apart
 from tersenet.deploy.artifact import save_terse
+from tersenet.deploy.decomposed import rounds_activations
+from tersenet.deploy.left_in_float import READERS, left_in_float
 from tersenet.deploy.machine import usable_cores
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.pt2 import export_pt2
@@ -22,9 +24,12 @@ from tersenet.deploy.runtimes import RUNTIMES, open_file
 from tersenet.deploy.timings import Measurement
 from tersenet.deploy.verify import Agreement, score_file, verify
 from tersenet.errors import SettingsError, require
+from tersenet.report.headline import SLACK
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.task import Score, Task, batch_input
 
+# Instructions that multiply 8-bit integers and add the products, as the processor names them.
+_INTEGER_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "dotprod", "i8mm"}
 # What each runtime reads.
 READS = {"onnxruntime": "onnx", "openvino": "onnx", "pytorch": "pt2"}
 
@@ -92,7 +97,40 @@ def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequen
         shipped.agreements[runtime] = verify(runner, model, inputs(task))
         if task.test is not None:
             shipped.scores[runtime] = score_file(runner, task, task.test)
+        if rounds_activations(model) and runtime in READERS:
+            left = left_in_float(shipped.files[READS[runtime]], runtime)
+            if left:
+                shipped.notes.append(left_note(runtime, left))
     return shipped
+
+
+def left_note(runtime: str, left: Sequence[str]) -> str:
+    """That a runtime leaves operators of an int8 file in float, which, and what to do."""
+    shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+    return (
+        f"{runtime} leaves {len(left)} operator{'s' if len(left) > 1 else ''} of the int8 file in float: {shown}; "
+        "use a ReLU there, or skip the layers beside them"
+    )
+
+
+def slower_in_integers(timed: Mapping[str, Measurement], name: str, before: str) -> list[str]:
+    """Where an int8 model is surely slower than the float one that it was made of, beyond the slack; one sentence each.
+
+    Args:
+        timed: runtime -> the measurement that both took part in.
+        name, before: of the int8 model and of the one before it, there.
+    """
+    said = []
+    for runtime, found in timed.items():
+        ratio = found.ratio(name, before)
+        if ratio.low > SLACK:
+            flags = set(found.machine.get("flags", ()))
+            why = "" if flags & _INTEGER_FLAGS else ": this processor has no instructions for int8 products (VNNI)"
+            said.append(
+                f"int8 is {ratio.ratio:.2f}x slower than float in {runtime} on this machine{why}; ship the model "
+                "before it, or quantize the weights alone (activations: null) for a smaller file"
+            )
+    return said
 
 
 def inputs(task: Task) -> Iterable[Any]:
