@@ -1,7 +1,8 @@
 """Chooses the ranges of activations on calibration data.
 
-Two passes: the first finds the extremes, the second counts values between them; min-max needs only the first. Weights
-are rounded already, so the ranges are those that the runtime will see, up to the rounding of activations.
+One pass over the data: it finds the extremes of all values, and keeps an even sample of them, whose histogram the range
+is chosen from; min-max needs the extremes alone. Weights are rounded already, so the ranges are those that the runtime
+will see, up to the rounding of activations.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from tersenet.errors import DataError, ModelError
 from tersenet.numerics.ranges import Histogram, affine, divergence_range, mse_range, percentile_range
 from tersenet.task import Task, batch_input, to_device
 
+# Values of one place that ranges are chosen from, and how many of each input there are at least.
+_KEPT, _LEAST = 2**18, 256
+
 
 def calibrate(model: nn.Module, task: Task, ranges: str, percentile: float, samples: int) -> None:
     """Sets scale and zero point of every quantizer, then the input scale of every quantized layer.
@@ -33,13 +37,14 @@ def calibrate(model: nn.Module, task: Task, ranges: str, percentile: float, samp
         if isinstance(layer, QuantizedLayer) and layer.input_scale is not None:
             layer.input_scale.fill_(UNSET)  # so that calibrating again gives the same again
     quantizers = {path: module for path, module in model.named_modules() if isinstance(module, Quantizer)}
-    extremes = {path: _Extremes(path) for path in quantizers}
-    _observe(model, task, samples, quantizers, extremes)
-    found = {path: (seen.low, seen.high) for path, seen in extremes.items()}
+    each = 0 if ranges == "minmax" else max(_LEAST, _KEPT // samples)
+    seen = {path: _Seen(path, each) for path in quantizers}
+    _observe(model, task, samples, quantizers, seen)
+    found = {path: (values.low, values.high) for path, values in seen.items()}
     if ranges != "minmax":
         histograms = {path: Histogram(low, high) for path, (low, high) in found.items()}
-        _observe(model, task, samples, quantizers, {path: histogram.add for path, histogram in histograms.items()})
         for path, histogram in histograms.items():
+            histogram.add(torch.cat(seen[path].kept))
             bits = quantizers[path].bits
             if ranges == "percentile":
                 found[path] = percentile_range(histogram, percentile)
@@ -56,11 +61,17 @@ def calibrate(model: nn.Module, task: Task, ranges: str, percentile: float, samp
 _FAR = 20.0
 
 
-class _Extremes:
-    """Lowest and highest value seen at one place."""
+class _Seen:
+    """Lowest and highest value seen at one place, and some of the values.
 
-    def __init__(self, path: str) -> None:
-        self.path, self.low, self.high = path, math.inf, -math.inf
+    Args:
+        path: of the quantizer.
+        each: how many values to keep of each input.
+    """
+
+    def __init__(self, path: str, each: int) -> None:
+        self.path, self.each, self.low, self.high = path, each, math.inf, -math.inf
+        self.kept: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> None:
         low, high = (float(v) for v in torch.aminmax(x.detach()))
@@ -70,6 +81,10 @@ class _Extremes:
                 f"the activations at {place} are not finite during calibration; check the weights for NaN or overflow"
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
+        if self.each:
+            # Every so many values; an odd number, or all would come from the same columns of the images.
+            step = x.numel() // (self.each * len(x)) | 1
+            self.kept.append(x.detach().flatten()[::step].clone())
 
 
 def _observe(
