@@ -1,55 +1,65 @@
 """Our int8 file against ONNX Runtime's own static quantizer and, where it is installed, NNCF: speed and score, one run.
 
-All contenders start from the same float model and 512 training images. The files of one runtime take turns in one
-process; each is scored on the whole test set in the runtime that it is for. NNCF's model is OpenVINO's, so it is
-measured and scored there only, beside our file. Run it on a machine that does nothing else:
+All contenders start from the same float model and the same training images. The files of one runtime take turns in one
+process; each is scored on the whole test set in the runtime that it is for. NNCF quantizes twice: our float ONNX file
+for ONNX Runtime, and OpenVINO's model of it for OpenVINO. Run it on a machine that does nothing else:
 
     python benchmarks/int8_against_onnxruntime.py resnet20 \\
         --weights cifar10_resnet20.safetensors --data parquet:cifar10
+    python benchmarks/int8_against_onnxruntime.py resnet50 --data random:3x224x224 --samples 16 --calls 10
 
 Writes benchmarks/results/int8_MODEL.json. ONNX Runtime's quantizer runs as its documentation asks: after
-quant_pre_process, as QDQ, weights int8 per channel, activations uint8, min-max ranges (its default).
+quant_pre_process, as QDQ, weights int8 per channel, activations uint8, min-max ranges (its default); NNCF by default.
+`seconds` are those of calibrating and rounding alone, with the images in memory. The work can be split: with --keep the
+files stay in a folder, and --stage make, time or score does one part of it and adds to the log.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import importlib.util
 import json
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
+from tersenet.deploy.left_in_float import left_in_float
 from tersenet.deploy.measure import Contender, measure
-from tersenet.deploy.onnx import export_onnx, operators_left_in_float
+from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.runtimes import open_file
 from tersenet.deploy.verify import score_file, verify
 from tersenet.quantize.quantize import Quantize
 from tersenet.sources import open_model, open_task
 from tersenet.task import Task, batch_input
 
-SAMPLES = 512
 RESULTS = Path(__file__).parent / "results"
 
 
-def calibration_images(task: Task) -> np.ndarray:
-    """(512, C, H, W): the images that all quantizers see."""
-    batches = [np.asarray(batch_input(batch)) for batch in task.calibration(SAMPLES)]
-    return np.concatenate(batches)[:SAMPLES].astype(np.float32)
+def calibration_images(task: Task, samples: int) -> np.ndarray:
+    """(N, C, H, W): the images that all quantizers see."""
+    batches = [np.asarray(batch_input(batch)) for batch in task.calibration(samples)]
+    return np.concatenate(batches)[:samples].astype(np.float32)
 
 
-def ours(model: nn.Module, task: Task, path: Path) -> Path:
-    quantized, _ = Quantize(samples=SAMPLES).run(model, task)
-    return export_onnx(quantized.eval(), task.example, path, task.preparation)
+def ours(model: nn.Module, task: Task, images: np.ndarray, path: Path) -> float:
+    task = dataclasses.replace(task, calibrate=[(torch.from_numpy(part),) for part in np.array_split(images, 4)])
+    step, start = Quantize(samples=len(images)), time.perf_counter()
+    quantized, _ = step.run(model, task)
+    seconds = time.perf_counter() - start
+    export_onnx(quantized.eval(), task.example, path, task.preparation)
+    return seconds
 
 
-def onnxruntimes_own(float_file: Path, images: np.ndarray, path: Path) -> Path:
+def onnxruntimes_own(float_file: Path, images: np.ndarray, path: Path) -> float:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -63,77 +73,128 @@ def onnxruntimes_own(float_file: Path, images: np.ndarray, path: Path) -> Path:
 
     prepared = path.with_name("prepared.onnx")
     quant_pre_process(str(float_file), str(prepared))
+    start = time.perf_counter()
     quantize_static(
         str(prepared), str(path), Images(), quant_format=QuantFormat.QDQ, per_channel=True,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
     )  # fmt: skip
-    return path
+    return time.perf_counter() - start
 
 
-def nncfs(float_file: Path, images: np.ndarray, path: Path) -> Path:
+def nncfs(float_file: Path, images: np.ndarray, path: Path) -> float:
+    """For OpenVINO where the path ends in .xml, for ONNX Runtime where it ends in .onnx."""
     import nncf
+    import onnx
     import openvino as ov
 
-    model = ov.Core().read_model(str(float_file))
-    data = nncf.Dataset([image[None] for image in images])
-    ov.save_model(nncf.quantize(model, data, subset_size=len(images)), path, compress_to_fp16=False)
-    return path
+    openvinos = path.suffix == ".xml"
+    model = ov.Core().read_model(str(float_file)) if openvinos else onnx.load(float_file)
+    feeds = [image[None] if openvinos else {"input": image[None]} for image in images]
+    start = time.perf_counter()
+    quantized = nncf.quantize(model, nncf.Dataset(feeds), subset_size=len(images))
+    seconds = time.perf_counter() - start
+    if openvinos:
+        ov.save_model(quantized, path, compress_to_fp16=False)
+    else:
+        onnx.save(quantized, path)
+    return seconds
 
 
-def contenders(model: nn.Module, task: Task, folder: Path) -> dict[str, dict[str, Path]]:
-    """{runtime: {name: file}}, the float file first."""
-    images = calibration_images(task)
+def make(model: nn.Module, task: Task, samples: int, folder: Path) -> dict[str, float]:
+    """Writes the files of `contenders`; the seconds that each quantizer took."""
+    images = calibration_images(task, samples)
     float_file = export_onnx(model, task.example, folder / "float.onnx", task.preparation)
-    mine = ours(model, task, folder / "ours.onnx")
-    left = operators_left_in_float(mine)
-    if left:
-        print(f"left in float by ONNX Runtime: {', '.join(left)}", file=sys.stderr)
-    theirs = onnxruntimes_own(float_file, images, folder / "onnxruntime.onnx")
-    files = {"float": float_file, "tersenet int8": mine, "onnxruntime int8": theirs}
-    found = {"onnxruntime": dict(files)}
-    if importlib.util.find_spec("openvino"):
-        found["openvino"] = dict(files)
-        if importlib.util.find_spec("nncf"):
-            found["openvino"]["nncf int8"] = nncfs(float_file, images, folder / "nncf.xml")
+    seconds = {"tersenet int8": ours(model, task, images, folder / "ours.onnx")}
+    for runtime in ("onnxruntime", "openvino"):
+        if importlib.util.find_spec(runtime) and (left := left_in_float(folder / "ours.onnx", runtime)):
+            print(f"left in float by {runtime}: {', '.join(left)}", file=sys.stderr)
+    seconds["onnxruntime int8"] = onnxruntimes_own(float_file, images, folder / "onnxruntime.onnx")
+    if importlib.util.find_spec("nncf"):
+        seconds["nncf int8"] = nncfs(float_file, images, folder / "nncf.xml")
+        seconds["nncf int8 (onnx)"] = nncfs(float_file, images, folder / "nncf.onnx")
+    return seconds
+
+
+def contenders(folder: Path) -> dict[str, dict[str, Path]]:
+    """{runtime: {name: file}}, the float file first."""
+    files = {"float": "float.onnx", "tersenet int8": "ours.onnx", "onnxruntime int8": "onnxruntime.onnx"}
+    runtimes = {"onnxruntime": {**files, "nncf int8": "nncf.onnx"}, "openvino": {**files, "nncf int8": "nncf.xml"}}
+    found = {
+        runtime: {name: folder / file for name, file in each.items() if (folder / file).exists()}
+        for runtime, each in runtimes.items()
+        if importlib.util.find_spec(runtime)
+    }
+    if not all("tersenet int8" in each for each in found.values()):
+        raise SystemExit(f"there are no files in {folder}; call it with --stage make first")
     return found
 
 
-def compare(
-    files: dict[str, Path], runtime: str, model: nn.Module, task: Task, turns: int, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Times the files of one runtime against each other, and scores each there."""
-    x = calibration_images(task)[:1]
+def timed(files: dict[str, Path], runtime: str, task: Task, turns: int, calls: int) -> dict[str, Any]:
+    """Times the files of one runtime against each other."""
+    x = calibration_images(task, 1)
     runners = {name: open_file(path, runtime, threads=1) for name, path in files.items()}
-    timed = measure([Contender(name, runner, x) for name, runner in runners.items()], turns=turns, progress=True)
+    found = measure(
+        [Contender(name, runner, x) for name, runner in runners.items()], turns=turns, calls=calls,
+        discard=max(2, calls // 5), progress=True,
+    )  # fmt: skip
     rows: dict[str, Any] = {}
-    for name, runner in runners.items():
-        ratio = timed.ratio(name, "float")
-        agreement = verify(runner, model, task.calibration(256))
+    for name in runners:
+        ratio = found.ratio(name, "float")
         rows[name] = {
-            "latency_ms": timed.latency(name),
+            "latency_ms": found.latency(name),
             "of_float": [ratio.ratio, ratio.low, ratio.high],
             "bytes": sum(
                 path.stat().st_size for path in {files[name], files[name].with_suffix(".bin")} if path.exists()
             ),
-            "max_abs_error_from_float": agreement.max_abs_error,
         }
-        if task.test is not None:
-            score = score_file(runner, task, task.test)
-            rows[name] |= {"score": score.value, "score_interval": [score.low, score.high], "samples": score.samples}
-        say(
+        print(
             f"{runtime:12} {name:18} {rows[name]['latency_ms']['median']:8.3f} ms  {ratio.ratio:.3f} of float "
-            f"({ratio.low:.3f} to {ratio.high:.3f})  {100 * rows[name].get('score', float('nan')):.2f} %"
+            f"({ratio.low:.3f} to {ratio.high:.3f})"
         )
     verdicts = {}
     for rival in list(files)[2:]:
-        ratio = timed.ratio("tersenet int8", rival)
+        ratio = found.ratio("tersenet int8", rival)
         verdicts[rival] = {
             "ratio": ratio.ratio, "low": ratio.low, "high": ratio.high,
-            "not_slower": timed.not_slower("tersenet int8", rival),
+            "not_slower": found.not_slower("tersenet int8", rival),
         }  # fmt: skip
-        say(f"{runtime:12} ours / {rival}: {ratio.ratio:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
-    say(f"{runtime:12} {timed.verdict}")
-    return {"files": rows, "ours_over": verdicts, "verdict": timed.verdict, "machine": dict(timed.machine)}
+        print(f"{runtime:12} ours / {rival}: {ratio.ratio:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
+    return {"files": rows, "ours_over": verdicts, "verdict": found.verdict, "machine": dict(found.machine)}
+
+
+def scored(files: dict[str, Path], runtime: str, model: nn.Module, task: Task) -> dict[str, dict[str, Any]]:
+    """Scores the files of one runtime, and compares their outputs with those of the float model."""
+    rows = {}
+    for name, path in files.items():
+        runner = open_file(path, runtime, threads=1)
+        rows[name] = {"max_abs_error_from_float": verify(runner, model, task.calibration(256)).max_abs_error}
+        if task.test is not None:
+            score = score_file(runner, task, task.test)
+            rows[name] |= {"score": score.value, "score_interval": [score.low, score.high], "samples": score.samples}
+            print(f"{runtime:12} {name:18} {100 * score.value:.2f} %")
+    return rows
+
+
+def work(arguments: argparse.Namespace, folder: Path, log: dict[str, Any]) -> None:
+    """Does the stages that were asked for and writes what they gave into the log."""
+    model, preparation = open_model(arguments.model, arguments.weights)
+    task = open_task(model, preparation, arguments.data)
+    if "make" in arguments.stage:
+        log["seconds"] = make(model, task, arguments.samples, folder)
+        log["samples"] = arguments.samples
+        for name, seconds in log["seconds"].items():
+            print(f"{name:18} quantized in {seconds:.1f} s")
+    for runtime, files in contenders(folder).items():
+        entry = log.setdefault(runtime, {"files": {}})
+        if "time" in arguments.stage:
+            found = timed(files, runtime, task, arguments.turns, arguments.calls)
+            log["machine"], log["turns"], log["calls"] = found.pop("machine"), arguments.turns, arguments.calls
+            for name, row in found.pop("files").items():
+                entry["files"].setdefault(name, {}).update(row)
+            entry.update(found)
+        if "score" in arguments.stage:
+            for name, row in scored(files, runtime, model, task).items():
+                entry["files"].setdefault(name, {}).update(row)
 
 
 def main() -> None:
@@ -141,20 +202,23 @@ def main() -> None:
     parser.add_argument("model", help="as for `tersenet compress`, such as resnet20")
     parser.add_argument("--weights", help="a .safetensors file, or .pt")
     parser.add_argument("--data", required=True, help="as for `tersenet compress`, such as parquet:DIR")
+    parser.add_argument("--samples", type=int, default=512, help="calibration images")
     parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--calls", type=int, default=50)
+    parser.add_argument("--keep", type=Path, help="a folder for the files, which are removed otherwise")
+    parser.add_argument("--stage", default="make,time,score", type=lambda text: text.split(","))
     parser.add_argument("--out", type=Path, help="the log; benchmarks/results/int8_MODEL.json by default")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module=r"onnxruntime|nncf|openvino|torch")
-    model, preparation = open_model(arguments.model, arguments.weights)
-    task = open_task(model, preparation, arguments.data)
-    log: dict[str, Any] = {"schema": 1, "model": arguments.model, "samples": SAMPLES, "turns": arguments.turns}
-    with tempfile.TemporaryDirectory() as folder:
-        for runtime, files in contenders(model, task, Path(folder)).items():
-            found = compare(files, runtime, model, task, arguments.turns, print)
-            log["machine"] = found.pop("machine")
-            log[runtime] = found
     name = "".join(letter if letter.isalnum() else "_" for letter in Path(arguments.model).stem)
     out = arguments.out if arguments.out is not None else RESULTS / f"int8_{name}.json"
+    log: dict[str, Any] = {"schema": 1, "model": arguments.model}
+    if "make" not in arguments.stage and out.is_file():
+        log = json.loads(out.read_text(encoding="utf-8"))
+    with contextlib.ExitStack() as stack:
+        folder = arguments.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        work(arguments, folder, log)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
     print(f"written to {out}")
