@@ -15,14 +15,17 @@ import torch.ao.quantization.fx._decomposed  # registers the operators
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from tersenet.bricks.quantized import HIGH, LOW, Int8Conv2d, Int8Layer, Int8Linear
+from tersenet.bricks.coded import StoredLayer
+from tersenet.bricks.quantized import Int8Conv2d, Int8Layer, Int8Linear, layer_config
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.settle import settle
 from tersenet.graph.fold import fold_all
 from tersenet.graph.points import is_concatenation, is_global_pool
 from tersenet.graph.trace import trace
+from tersenet.numerics.rounding import grid
 
 _ops = torch.ops.quantized_decomposed
+_LOW, _HIGH = grid(8, signed=True)
 
 
 def rounds_activations(model: nn.Module) -> bool:
@@ -74,7 +77,9 @@ def decomposed(model: nn.Module, example: Tensor, dialect: Dialect) -> fx.GraphM
     for path, module in list(graph.named_modules()):
         if isinstance(module, Quantizer):
             graph.add_submodule(path, _Rounded(module, 0 if dialect.unsigned else 128))
-        elif isinstance(module, Int8Layer) and (path in last or not module.input_quantized):
+        elif isinstance(module, StoredLayer) or (
+            isinstance(module, Int8Layer) and (path in last or not module.input_quantized)
+        ):
             graph.add_submodule(path, _float(module))
         elif isinstance(module, Int8Layer):
             graph.add_submodule(path, _Layer(module, dialect.float_weights))
@@ -142,14 +147,24 @@ def _behind_the_last_rounding(graph: fx.GraphModule) -> set[str]:
     return {str(node.target) for node in calls} - {str(node.target) for node in calls if node in before}
 
 
-def _float(layer: Int8Layer) -> nn.Module:
+def with_float_weights(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """The same function with the weights of quantized layers as floats, for runtimes that have no type for them."""
+    graph = trace(copy.deepcopy(model).eval(), example)
+    settle(graph)
+    for path, module in list(graph.named_modules()):
+        if isinstance(module, StoredLayer | Int8Layer):
+            graph.add_submodule(path, _float(module))
+    graph.recompile()
+    return graph
+
+
+def _float(layer: Int8Layer | StoredLayer) -> nn.Module:
     """The torch.nn layer with the rounded weights as floats."""
     kind: Any = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
-    config = {name: value for name, value in layer.config().items() if name != "input_quantized"}
     with torch.device("meta"):
-        new = kind(**config)
+        new = kind(**layer_config(layer))
     new.weight = nn.Parameter(layer.rounded_weight(), requires_grad=False)
-    bias = layer.rounded_bias()
+    bias = layer.rounded_bias() if isinstance(layer, Int8Layer) else layer.bias
     new.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return new.train(layer.training)
 
@@ -184,7 +199,7 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer, weight = self.like[0], self.weight
-        grid = (self.weight_scale, self.weight_zero_point, 0, LOW, HIGH, torch.int8)
+        grid = (self.weight_scale, self.weight_zero_point, 0, _LOW, _HIGH, torch.int8)
         if self.float_weights:
             weight = _ops.quantize_per_channel.default(weight, *grid)
         weight = _ops.dequantize_per_channel.default(weight, *grid)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from tersenet.atomic import writing
 from tersenet.bricks.settle import unmask
-from tersenet.deploy.decomposed import EXECUTORCH, decomposed, rounds_activations
+from tersenet.deploy.decomposed import EXECUTORCH, decomposed, rounds_activations, with_float_weights
 from tersenet.deploy.quiet import quiet_native
 from tersenet.deploy.runtimes import Array, Runner
 from tersenet.deploy.trailer import read_trailer, with_trailer
 from tersenet.errors import ExportError, FileError, TersenetError, require
-from tersenet.graph.trace import export, trace
+from tersenet.graph.trace import export
 from tersenet.task import Preparation
 
 
@@ -75,7 +75,7 @@ def export_executorch(
     if rounds_activations(model):
         graph = decomposed(model, example, EXECUTORCH)
     else:
-        graph = trace(model, example)
+        graph = with_float_weights(model, example)
     program = export(graph, example, dynamic_batch=False)
     try:
         with quiet_native():

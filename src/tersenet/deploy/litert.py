@@ -19,12 +19,12 @@ from torch._inductor.constant_folding import constant_fold
 
 from tersenet.atomic import writing
 from tersenet.bricks.settle import unmask
-from tersenet.deploy.decomposed import LITERT, decomposed, rounds_activations
+from tersenet.deploy.decomposed import LITERT, decomposed, rounds_activations, with_float_weights
 from tersenet.deploy.quiet import quiet_native
 from tersenet.deploy.runtimes import Array, Runner
 from tersenet.deploy.trailer import read_trailer, with_trailer
 from tersenet.errors import ExportError, FileError, SettingsError, TersenetError, require
-from tersenet.graph.trace import export, trace
+from tersenet.graph.trace import export
 from tersenet.task import Preparation
 
 
@@ -94,7 +94,7 @@ def export_litert(
             if rounds_activations(model):
                 graph, settings = decomposed(model, example, LITERT), {"quant_config": _integers()}
             else:
-                graph, settings = _folded(trace(model, example), example), {}
+                graph, settings = _folded(with_float_weights(model, example), example), {}
             litert_torch.convert(graph, (example,), strict_export=False, **settings).export(str(temporary))
             content = _in_half(temporary) if half else temporary.read_bytes()
             temporary.write_bytes(with_trailer(content, preparation))
@@ -130,11 +130,7 @@ def _in_half(path: Path) -> bytes:
 
 
 def _folded(graph: fx.GraphModule, example: Tensor) -> fx.GraphModule:
-    """The graph with all that depends on constants alone worked out.
-
-    Integer weights without rounded activations so become floats on their grid: the file gives the same outputs, and is
-    not smaller for being quantized.
-    """
+    """The graph with all that depends on constants alone worked out."""
     folded = export(graph, example, dynamic_batch=False).module(check_guards=False)
     for node in list(folded.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
