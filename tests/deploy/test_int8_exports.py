@@ -152,3 +152,14 @@ def test_whether_activations_are_rounded() -> None:
     assert not rounds_activations(weights_only)
     assert not rounds_activations(lively(Residual()))
     assert rounds_activations(quantized(Residual))
+
+
+@pytest.mark.minutes
+@pytest.mark.parametrize("runtime", EXPORTERS)
+def test_weights_of_few_bits_become_floats(runtime: str, tmp_path: Path) -> None:
+    exporter, name, package = EXPORTERS[runtime]
+    pytest.importorskip(package)
+    model, _ = Quantize(weights="int4", activations=None).run(lively(Residual()), TASK)
+    path = exporter(model, X[:1], tmp_path / name)
+    with torch.no_grad():
+        np.testing.assert_allclose(open_file(path).run(X.numpy()), model(X).numpy(), rtol=1e-4, atol=1e-4)
