@@ -58,7 +58,10 @@ def test_a_grid_keeps_its_reach_and_a_small_one_its_steps() -> None:
     assert float(SymmetricQuantizer.of(quantizer).scale) == pytest.approx(0.1 * 128 / 127)
     four = Quantizer(4)
     four.scale.fill_(0.1)
-    assert float(SymmetricQuantizer.of(four).scale) == pytest.approx(0.1)
+    small = SymmetricQuantizer.of(four)
+    assert float(small.scale) == pytest.approx(0.1)
+    assert float(small(torch.tensor(1e3))) == pytest.approx(1.5)  # 15 steps of 0.1, not 127
+    assert float(small(torch.tensor(-1e3))) == 0.0
 
 
 def _initializer(proto: Any, name: str) -> Any:

@@ -174,10 +174,14 @@ class _Rounded(nn.Module):
         super().__init__()
         # Numbers, not tensors: the converters read them from the graph.
         kind = torch.uint8 if shift == 0 else torch.int8
-        self.grid = (int(quantizer.zero_point) - shift, quantizer.low - shift, quantizer.high - shift, kind)
-        self.scale = float(quantizer.scale)
+        zero, self.scale = int(quantizer.zero_point), float(quantizer.scale)
+        self.grid = (zero - shift, -shift, 255 - shift, kind)
+        # The runtimes' integers end at 8 bits, whatever the operators say; a grid of fewer ends before.
+        ends = ((quantizer.low - zero) * self.scale, (quantizer.high - zero) * self.scale)
+        self.ends = None if quantizer.bits == 8 else ends
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.ends is None else x.clamp(*self.ends)
         q = _ops.quantize_per_tensor.default(x, self.scale, *self.grid)
         return _ops.dequantize_per_tensor.default(q, self.scale, *self.grid)
 

@@ -44,22 +44,30 @@ _MOVES = ("Transpose", "Reshape")  # between a weight and its layer
 
 
 class SymmetricQuantizer(nn.Module):
-    """Rounds to signed integers around 0: y = clamp(round(x / scale), -128, 127) * scale; any shape."""
+    """Rounds to signed integers around 0: y = clamp(round(x / scale), -128, 127) * scale; any shape.
+
+    Args:
+        ends: between which values x is kept first, where the grid of 8 bits reaches further than it should.
+    """
 
     scale: Tensor
 
-    def __init__(self, scale: Tensor) -> None:
+    def __init__(self, scale: Tensor, ends: tuple[float, float] | None = None) -> None:
         super().__init__()
         self.register_buffer("scale", scale)
+        self.ends = ends
 
     @classmethod
     def of(cls, quantizer: Quantizer) -> SymmetricQuantizer:
         """The one that reaches as far as an affine quantizer does."""
         zero = int(quantizer.zero_point)
-        steps = max(zero - quantizer.low, quantizer.high - zero)
-        return cls(quantizer.scale * max(1.0, steps / HIGH))
+        below, above = zero - quantizer.low, quantizer.high - zero
+        scale = float(quantizer.scale)
+        ends = (-below * scale, above * scale) if quantizer.bits < 8 else None
+        return cls(quantizer.scale * max(1.0, max(below, above) / HIGH), ends)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.ends is None else x.clamp(*self.ends)
         return fake_quantize(x, self.scale, 0, LOW, HIGH)
 
 
@@ -105,7 +113,10 @@ def export_tensorrt(
     for name, module in list(graph.named_modules()):
         if isinstance(module, SymmetricQuantizer):
             zero = torch.zeros((), dtype=torch.int8, device=module.scale.device)
-            graph.add_submodule(name, QuantizeDequantize(module.scale, zero))
+            rounded: nn.Module = QuantizeDequantize(module.scale, zero)
+            if module.ends is not None:
+                rounded = nn.Sequential(nn.Hardtanh(*module.ends), rounded)
+            graph.add_submodule(name, rounded)
     to_onnx_operators(graph)
     path = write_onnx(graph, example, path, preparation, metadata, type(model).__name__)
     if broken := broken_rules(path):
