@@ -71,9 +71,16 @@ def read(value: Tensor, module: Any, chosen: Tensor) -> Tensor:
     """(N, I, H, W) of a convolution -> (R, I K K), what its kernel sees; (N, ..., I) of a linear layer -> (R, I)."""
     if isinstance(module, nn.Linear):
         return given(value, module, chosen)
-    step = max(1, FLOATS // 4 // max(1, value[0].numel() * module.kernel_size[0] * module.kernel_size[1]))
-    parts = [
-        F.unfold(part, module.kernel_size, module.dilation, module.padding, module.stride)[:, :, chosen]
-        for part in value.split(step)
-    ]
-    return torch.cat(parts).transpose(1, 2).flatten(0, 1)
+    (top, left), (down, across) = module.padding, module.stride
+    padded = F.pad(value, (left, left, top, top))
+    reach = module.dilation[1] * (module.kernel_size[1] - 1) + 1
+    width = (padded.shape[3] - reach) // across + 1  # of the output
+    ys = _seen(chosen // width * down, module.kernel_size[0], module.dilation[0])
+    xs = _seen(chosen % width * across, module.kernel_size[1], module.dilation[1])
+    patches = padded[:, :, ys[:, :, None], xs[:, None, :]]  # (N, I, P, K, K)
+    return patches.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _seen(start: Tensor, size: int, dilation: int) -> Tensor:
+    """(P,) -> (P, K): the coordinates that a kernel sees from where it starts."""
+    return start[:, None] + dilation * torch.arange(size, device=start.device)
