@@ -51,9 +51,9 @@ class StoredAsOnnx(nn.Module):
     def weight(self) -> Tensor:
         inputs = (self.codes, *(getattr(self, name) for name in self.names))
         if self.kind == "dequantize":
-            axis = {"axis": 0} if inputs[1].dim() else {}
+            axis: dict[str, Any] = {"axis": 0} if inputs[1].dim() else {}
             return torch.onnx.ops.symbolic("DequantizeLinear", inputs, axis, dtype=inputs[1].dtype, shape=self.shape)
-        attributes = {"kind": self.kind, "bits": self.bits, "shape": self.shape}
+        attributes: dict[str, Any] = {"kind": self.kind, "bits": self.bits, "shape": self.shape}
         return torch.onnx.ops.symbolic(
             f"{_DOMAIN}::{_OPERATOR}", inputs, attributes, dtype=torch.float32, shape=self.shape, version=1
         )

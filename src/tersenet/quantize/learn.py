@@ -7,7 +7,7 @@ the inputs, and the best of where learning ends and rounding to nearest is kept,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def learned(layer: QuantizedLayer | RoundedLayer, inputs: Inputs, rows: Tensor) 
     weight = layer.weight.detach()
     grouped = weight.flatten(1).unflatten(0, (len(inputs.gram), -1))  # (G, O, I)
     wanted = inputs.target(grouped).to(weight.dtype)
-    grid = Grid(layer.bits) if isinstance(layer, QuantizedLayer) else layer.code.grid  # type: ignore[union-attr]
+    grid: Grid = Grid(layer.bits) if isinstance(layer, QuantizedLayer) else cast(GridCode, layer.code).grid
     flat = torch.Size((wanted.shape[:-1].numel(), wanted.shape[-1]))
     importance = damped(inputs.gram, DAMPING).diagonal(dim1=-2, dim2=-1)[..., None, :].expand(wanted.shape)
     scale, zero_point = least_squares_scales(wanted.reshape(flat), grid, importance.reshape(flat))

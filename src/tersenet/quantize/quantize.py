@@ -196,7 +196,7 @@ class Quantize(Step):
                 layers[path] = {"weights": name}
             else:
                 storage = Storage(self.granularity, self.symmetric, self.piece, self.pieces)
-                entry = storage.entry(name, tuple(module.weight.shape))  # type: ignore[union-attr, arg-type]
+                entry = storage.entry(name, tuple(module.weight.shape))
                 if entry is None:
                     floats[path] = "too small for pieces"
                 else:

@@ -52,7 +52,8 @@ class SideBySide(fx.Interpreter):
         return value
 
     def _float(self, node: fx.Node) -> Any:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda source: self.floats[source])
+        found: Any = map_arg((node.args, node.kwargs), lambda source: self.floats[source])
+        args, kwargs = found
         layer = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(layer, Quantizer):
             return args[0].clone()
