@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, fx, nn
 
+from tersenet.bricks.learned_quantizer import LearnedQuantizer
 from tersenet.bricks.quantized import BIAS_STEPS, UNSET, QuantizedLayer
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.errors import DataError, ModelError
@@ -36,7 +37,12 @@ def calibrate(model: nn.Module, task: Task, ranges: str, percentile: float, samp
     for layer in model.modules():
         if isinstance(layer, QuantizedLayer) and layer.input_scale is not None:
             layer.input_scale.fill_(UNSET)  # so that calibrating again gives the same again
-    quantizers = {path: module for path, module in model.named_modules() if isinstance(module, Quantizer)}
+    # Ranges that were learned in a training stay.
+    quantizers = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, Quantizer) and not isinstance(module, LearnedQuantizer)
+    }
     each = 0 if ranges == "minmax" else max(_LEAST, _KEPT // samples)
     seen = {path: _Seen(path, each) for path in quantizers}
     _observe(model, task, samples, quantizers, seen)
@@ -145,7 +151,7 @@ def set_input_scales(model: nn.Module) -> None:
             continue
         quantizer = model.get_submodule(str(node.args[0].target))
         assert isinstance(quantizer, Quantizer)
-        layer.input_scale.copy_(quantizer.scale)
+        layer.input_scale.copy_(quantizer.scale.detach())
         if layer.bias is not None:
             # A channel of (nearly) zero weights has a tiny scale, in which a bias would be a huge integer.
             least = layer.bias.detach().abs() / (layer.input_scale * BIAS_STEPS)
