@@ -14,7 +14,8 @@ from cases import batches, task_for, tiny
 from tersenet.bricks.few_bits import FewBitLayer
 from tersenet.bricks.learned_quantizer import LearnedQuantizer
 from tersenet.bricks.quantized import Int8Layer
-from tersenet.deploy.onnx import export_onnx, operators_left_in_float
+from tersenet.deploy.left_in_float import left_in_float
+from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.runtimes import open_file
 from tersenet.errors import DataError, ModelError, NoEffect, SettingsError
 from tersenet.models.cifar_resnet import resnet20
@@ -117,7 +118,7 @@ def test_folding_is_exact_and_the_file_is_all_integers(method: str, tmp_path: Pa
     assert float(error.median()) < 2e-3
     expected = folded(x).detach()
     path = export_onnx(model, task.example, tmp_path / "m.onnx")
-    assert operators_left_in_float(path) == []
+    assert left_in_float(path, "onnxruntime") == []
     for runtime in ("onnxruntime", "openvino"):
         found = torch.from_numpy(open_file(path, runtime).run(x.numpy()))
         error = (found - expected).abs().flatten(1).amax(dim=1) / expected.abs().max()
