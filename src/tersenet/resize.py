@@ -50,8 +50,12 @@ class Resize(Step):
         object.__setattr__(self, "sizes", tuple(map(str, given)))
         if not self.sizes:
             raise SettingsError("sizes is empty; give at least one size of inputs, such as sizes: [192]")
-        for text in self.sizes:
+        for text in self._texts:
             size_in(text)
+
+    @property
+    def _texts(self) -> tuple[str, ...]:
+        return tuple(map(str, self.sizes))
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"size": [height, width]}; {} where that is the task's own size.
@@ -61,9 +65,9 @@ class Resize(Step):
         """
         if len(self.sizes) > 1:
             raise SettingsError(
-                f"sizes are {', '.join(self.sizes)}; several are choices of a search, a step by itself takes one"
+                f"sizes are {', '.join(self._texts)}; several are choices of a search, a step by itself takes one"
             )
-        size = size_in(self.sizes[0])
+        size = size_in(self._texts[0])
         if size == tuple(task.example.shape[2:]):
             return {}
         check_takes(model, task, size)
@@ -79,7 +83,7 @@ class Resize(Step):
             SettingsError: when the network does not take inputs of one of the sizes.
         """
         own = (int(task.example.shape[2]), int(task.example.shape[3]))
-        others = [size for size in dict.fromkeys(map(size_in, self.sizes)) if size != own]
+        others = [size for size in dict.fromkeys(map(size_in, self._texts)) if size != own]
         for size in others:
             check_takes(model, task, size)
         return {"": [size_text(size) for size in (own, *others)]} if others else {}
@@ -138,7 +142,7 @@ def at_size(task: Task, size: tuple[int, int]) -> Task:
     task can be opened again (`Task.reopen`), as a program that uses the file will read its images; else resized too.
     """
     preparation = dataclasses.replace(task.preparation, size=size)
-    changed = {
+    changed: dict[str, Any] = {
         name: None if data is None else Resized(data, size)
         for name, data in (("train", task.train), ("calibrate", task.calibrate))
     }

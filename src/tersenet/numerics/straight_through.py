@@ -26,7 +26,7 @@ class _LearnedStep(torch.autograd.Function):
     ) -> Tensor:
         # With z added to the ends and not to the values: the same whole numbers, two passes less.
         ends = (low - zero_point, high - zero_point)
-        y = (x / scale).round_().clamp_(*ends).mul_(scale)
+        y = (x / scale).round_().clamp_(*ends).mul_(scale)  # type: ignore[arg-type]
         ctx.save_for_backward(x, scale, y)
         ctx.grid = (*ends, factor)
         return y

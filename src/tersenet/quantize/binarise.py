@@ -139,7 +139,7 @@ def _place_signs(model: nn.Module, task: Task) -> None:
 
     def place(sign: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
-        sign.shift.copy_(x.mean(dim=[d for d in range(x.dim()) if d != 1]))  # type: ignore[operator, union-attr]
+        sign.shift.copy_(x.mean(dim=[d for d in range(x.dim()) if d != 1]))  # type: ignore[operator]
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batch = next(iter(task.calibration()))

@@ -94,8 +94,8 @@ class Bench:
         x = batch_input(next(iter(task.calibration(1)))) if task.calibrate is not None or task.train else task.example
         self.x = x[:1].repeat(batch, *[1] * (x.dim() - 1)).float().numpy()
         # What a share is a share of: the original with the inputs that it was made for.
-        self.float_x = self.x if whole is None else whole.float_x
-        self.float_path = folder / "float.onnx" if whole is None else whole.float_path
+        self.float_x: Any = self.x if whole is None else whole.float_x
+        self.float_path: Path = folder / "float.onnx" if whole is None else whole.float_path
         if whole is None:
             export_onnx(model, task.example, self.float_path)
 

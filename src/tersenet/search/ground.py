@@ -101,7 +101,7 @@ class Ground:
         if not self.sites:
             raise NoChoice("no step of the search has a choice in this model; use a recipe instead of a target")
         say(f"{len(self.sites)} places with {sum(len(site.settings) for site in self.sites)} settings")
-        self.bench = Bench(
+        self.bench: Bench = Bench(
             steps, self.sites, model, task, runtime=budget.runtime, threads=budget.threads, batch=budget.batch,
             folder=folder, progress=not task.quiet, whole=None if whole is None else whole.bench,
             base=None if like is None else like.bench.base_path,

@@ -61,14 +61,14 @@ def thin_costs(costs: Costs, sites: Sequence[Site], bench: Bench, table: Table, 
         for (key, count, _), found in zip(missing, times, strict=True):
             table.changes[key] = (found - bottom) / count
         table.write()
-    found = {}
+    both_gone: dict[tuple[tuple[int, str], tuple[int, str]], float] = {}
     for key, pairs in paired.items():
-        both = {site.key: site for pair in pairs for site in pair}.values()
-        alone = sum(table.changes[f"{site.kind}={site.settings[0]} thin"] for site in both)
+        ends = {site.key: site for pair in pairs for site in pair}.values()
+        alone = sum(table.changes[f"{site.kind}={site.settings[0]} thin"] for site in ends)
         terms = sum(gone(a, thinnest[a.key]) * gone(b, thinnest[b.key]) for a, b in pairs)
         more = max(0.0, (table.changes[key] * len(pairs) - alone) / terms)
-        found.update({(a.key, b.key): more for a, b in pairs})
-    costs = dataclasses.replace(costs, pairs=found)
+        both_gone.update({(a.key, b.key): more for a, b in pairs})
+    costs = dataclasses.replace(costs, pairs=both_gone)
     return _solved(costs, sites, thinnest, kept[picks_key(thin)], table)
 
 
