@@ -25,6 +25,8 @@ from tersenet.resize import Resize
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.rewrite.settle import Settle
 from tersenet.search.search import Search
+from tersenet.size.share_weights import ShareWeights
+from tersenet.size.shrink_file import ShrinkFile
 from tersenet.step import Chain, Step
 from tersenet.task import Preparation, Task
 from tersenet.train import Train
@@ -187,10 +189,12 @@ CASES = {
     "resize": Case(Resize(sizes=("8x10",)), zero=Resize(sizes=("12",))),
     "rewind": Case(Rewind(only=("linear",)), zero=Rewind(only=("linear",))),
     "settle": Case(Settle(), zero=Settle(), model=quantized),
+    "share_weights": Case(ShareWeights(bits=3), zero=ShareWeights(bits=8), tolerance=0.05),
+    "shrink_file": Case(ShrinkFile(price=1e-8), zero=ShrinkFile(price=1e-14), tolerance=0.05),
     "chain": Case(
         Chain(steps=(PruneChannels(sparsity=0.25), FoldBatchNorm())),
         zero=Chain(steps=(FoldBatchNorm(), Train(epochs=0))),
     ),
 }
 # One per family: these pair with each other in `make test`; all of CASES pair in `make test-all`.
-FAMILIES = ("fold_batch_norm", "prune_channels", "prune_weights", "quantize", "train", "settle")
+FAMILIES = ("fold_batch_norm", "prune_channels", "prune_weights", "quantize", "train", "settle", "shrink_file")

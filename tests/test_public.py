@@ -9,7 +9,8 @@ import tersenet
 PROMISED = {
     "ActivationPenalty", "Chain", "Companion", "DropBlocks", "FoldBatchNorm", "GroupLasso", "KeepEarly", "NoEffect",
     "Plan", "Preparation", "PruneActivations", "PruneChannels", "PruneWeights", "Quantize", "Ramp", "Recipe", "Recover",
-    "Repeat", "Resize", "Rewind", "Run", "ScalePenalty", "Score", "Search", "Settle", "SoftTargets", "Step", "Target",
+    "Repeat", "Resize", "Rewind", "Run", "ScalePenalty", "Score", "Search", "Settle", "ShareWeights", "ShrinkFile",
+    "SoftTargets", "Step", "Target",
     "Task", "TersenetError", "Train", "__version__", "compress", "costs", "dry_run", "load", "measure",
     "open_model", "open_task", "trace",
 }  # fmt: skip

@@ -38,6 +38,8 @@ _HOME = {
     "Score": "tersenet.task",
     "Search": "tersenet.search.search",
     "Settle": "tersenet.rewrite.settle",
+    "ShareWeights": "tersenet.size.share_weights",
+    "ShrinkFile": "tersenet.size.shrink_file",
     "SoftTargets": "tersenet.distill.soft_targets",
     "Step": "tersenet.step",
     "Target": "tersenet.targets",

@@ -337,21 +337,47 @@ def pack(
     source: Annotated[str, typer.Argument(metavar="RUN|MODEL", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="FILE.terse")],
     weights: Weights = None,
+    data: Annotated[str | None, typer.Option(help="images to choose by, and a test set to score on")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="as small as so many points of score lost allow")] = None,
+    bytes_: Annotated[str | None, typer.Option("--bytes", help="0.08x of the float32 weights, or 90000")] = None,
+    seed: Seed = 0,
+    validate: Validate = None,
+    mean: Mean = None,
+    std: Std = None,
+    image_size: ImageSize = None,
+    columns: Columns = None,
+    on_bad_image: OnBadImage = "stop",
     json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Writes one compressed file that loads without the model's class."""
+    """Writes one compressed file that loads without the model's class. With --max-drop or --bytes weights are rounded,
+    by what they cost in the file and what they hurt, without training; else the file is lossless."""
     from tersenet.files import pack as pack_source
     from tersenet.report.words import both_ways
 
-    found = pack_source(source, output, weights)
-    show(
-        found,
-        json_,
-        lambda: (
-            f"{output}: {found['bytes']:,} bytes; its float32 weights have {found['float32_bytes']:,} "
-            f"({both_ways(found['float32_bytes'], found['bytes'])})"
-        ),
-    )
+    if max_drop is None and bytes_ is None:
+        found = pack_source(source, output, weights)
+        show(
+            found,
+            json_,
+            lambda: (
+                f"{output}: {found['bytes']:,} bytes; its float32 weights have {found['float32_bytes']:,} "
+                f"({both_ways(found['float32_bytes'], found['bytes'])})"
+            ),
+        )
+        return
+    from tersenet.packing import check_budget, pack_within, said
+
+    check_budget(output, data is not None, max_drop, bytes_)
+    if Path(source).is_dir():
+        from tersenet.run import Run
+
+        source = str(Run(source).file("model.terse"))
+    network, task = _open(source, weights, data, validate, seed, mean, std, image_size, columns, on_bad_image, quiet)
+    found = pack_within(network, task, output, max_drop=max_drop, bytes=bytes_)
+    show(found, json_, lambda: said(found))
+    if not found["met"]:
+        raise typer.Exit(1)
 
 
 @app.command()

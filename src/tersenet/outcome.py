@@ -79,8 +79,9 @@ def finish(run: Any, as_json: bool) -> None:
         console.print(table(run.report))
         for name, value in run.report["files"].items():
             console.print(file_line(name, value), markup=False)
-        if zeros := run.report["settings"].get("zeros"):
-            console.print(f"\n{zeros['said']}", markup=False, soft_wrap=True)
+        for part in ("zeros", "stages"):
+            if found := run.report["settings"].get(part):
+                console.print(f"\n{found['said']}", markup=False, soft_wrap=True)
         console.print(f"\n{run.verdict}", markup=False)
         console.print(f"open {run.folder / 'report.html'}", markup=False, soft_wrap=True)
     if not run.met:

@@ -38,6 +38,7 @@ from tersenet.ship import (
     slower_in_integers,
     time_files,
 )
+from tersenet.size import stages
 from tersenet.targets import Target, judged, missed_digits
 from tersenet.task import Score, Task, score_model
 
@@ -72,7 +73,7 @@ def prove(
         stem = f"{count:02d}-{'original' if count == 0 else journal.entries[count - 1].name}"
         replayed = journal.replay(original, count)
         if count == len(names) - 1:
-            settings = {**settings, **_zeros(replayed)}
+            settings = {**settings, **_zeros(replayed), **_stages(journal, original, tasks[name], say)}
         shipped[name] = ship(replayed, tasks[name], folder / "files", stem, runtimes)
     latencies = {}
     for runtime in runtimes:
@@ -117,6 +118,20 @@ def _zeros(model: nn.Module) -> dict[str, Any]:
     if not rows or rows[-1].sparsity < _FEW:
         return {}
     return {"zeros": {"said": table(rows), "rows": [{**asdict(row), "buys": row.buys} for row in rows]}}
+
+
+def _stages(journal: Journal, original: nn.Module, task: Task, say: Callable[..., None]) -> dict[str, Any]:
+    """Bytes stage by stage where the run shared values: before it did, and where they were trained last."""
+    names = [entry.name for entry in journal.entries]
+    if "share_weights" not in names:
+        return {}
+    first = names.index("share_weights")
+    last = first + 1
+    while last < len(names) and names[last] == "train":
+        last += 1
+    say("bytes stage by stage")
+    rows = stages.stages(journal.replay(original, first), journal.replay(original, last), task)
+    return {"stages": {"said": stages.table(rows), "rows": stages.as_dicts(rows)}}
 
 
 def _row(

@@ -43,6 +43,8 @@ STEPS = {
     "rewind": "tersenet.prune.rewind:Rewind",
     "search": "tersenet.search.search:Search",
     "settle": "tersenet.rewrite.settle:Settle",
+    "share_weights": "tersenet.size.share_weights:ShareWeights",
+    "shrink_file": "tersenet.size.shrink_file:ShrinkFile",
     "ternarise": "tersenet.quantize.ternarise:Ternarise",
     "train": "tersenet.train:Train",
 }

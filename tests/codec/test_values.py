@@ -46,6 +46,19 @@ def test_a_grid_per_row_is_found() -> None:
     assert len(payload) < 12000 * 4 / 8 + 4 * 40 + 64
 
 
+def test_steps_of_rows_with_a_common_part_stay_apart() -> None:
+    q = whole((32, 90), 3)
+    steps = torch.tensor([8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0]).repeat(4)[:, None] / 64
+    apart, together = coded(q * steps + 0.0), coded(q * 0.125 + 0.0)
+    assert apart[0] == together[0] == "grid"
+    assert len(apart[1]) < len(together[1]) + 60  # 32 steps more
+
+
+def test_rows_whose_numbers_are_never_one_apart_are_found() -> None:
+    q = torch.tensor([0, 3, 5, 8, -5, -3]).repeat(2, 20).float()
+    assert coded(q * torch.tensor([[0.037], [0.0411]]) + 0.0)[0] == "grid"
+
+
 def test_a_large_grid_is_found() -> None:
     assert coded(whole((300, 400), 7) * 0.013)[0] == "grid"
     steps = torch.rand(300, 1, generator=torch.Generator().manual_seed(1)) + 0.01

@@ -64,6 +64,12 @@ def parquet(root: Path, **changes) -> str:
     return f"parquet:{root}"
 
 
+def test_pictures_of_one_channel_are_not_mirrored(tmp_path: Path) -> None:
+    spec = parquet(tmp_path)
+    assert open_data(spec, RGB).train.augment == "crop_flip"
+    assert open_data(spec, GREY).train.augment == "crop"
+
+
 def test_digits_are_split_the_same_way_always() -> None:
     data = open_data("digits", GREY, seed=7)
     assert (data.train.samples, data.test.samples, data.classes) == (1438, 359, 10)

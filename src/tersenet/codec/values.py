@@ -20,6 +20,7 @@ Bits = NDArray[np.unsignedinteger]
 Forms = Collection[str] | None  # of `numbers`, the only ones to take
 
 LARGEST_BOOK = 256
+_PARTS = 4  # of the smallest difference, that may be the step
 
 
 def encode_grid(bits: Bits, shape: tuple[int, ...], forms: Forms = None) -> tuple[bytes | None, float]:
@@ -28,17 +29,32 @@ def encode_grid(bits: Bits, shape: tuple[int, ...], forms: Forms = None) -> tupl
     """
     values = bits.view("<f4")
     found = _grid(values)
-    if found is not None:
-        return struct.pack("<Bf", 0, found[0]) + numbers.encode(found[1], shape, forms), _share(found[1])
+    if found is None:
+        return _encode_rows(values, shape, forms), 1.0
+    whole = struct.pack("<Bf", 0, found[0]) + numbers.encode(found[1], shape, forms)
+    if len(shape) < 2 or len(values) < 8 * shape[0] or not _coarser(found[1].reshape(shape[0], -1)):
+        return whole, _share(found[1])
+    # Steps of rows that have a common part are one grid together, but a fine one.
+    apart = _encode_rows(values, shape, forms)
+    return (whole, _share(found[1])) if apart is None or len(apart) >= len(whole) else (apart, 1.0)
+
+
+def _coarser(q: NDArray[np.int32]) -> bool:
+    """Whether a quarter of the rows that are not all zeros have a step of their own, larger than that of all."""
+    common = np.gcd.reduce(q, axis=1)
+    return 4 * int(np.count_nonzero(common > 1)) >= max(1, int(np.count_nonzero(common)))
+
+
+def _encode_rows(values: NDArray[np.float32], shape: tuple[int, ...], forms: Forms) -> bytes | None:
     if len(shape) < 2 or len(values) < 8 * shape[0] or _grid(values[: len(values) // shape[0]]) is None:
-        return None, 1.0
+        return None
     rows = [_grid(row) for row in values.reshape(shape[0], -1)]
     kept = [row for row in rows if row is not None]
     if len(kept) < len(rows):
-        return None, 1.0
+        return None
     coded = floats.encode(np.array([step for step, _ in kept], "<f4").view("<u4"))
     q = np.concatenate([row for _, row in kept])
-    return struct.pack("<BI", 1, len(coded)) + coded + numbers.encode(q, shape, forms), 1.0
+    return struct.pack("<BI", 1, len(coded)) + coded + numbers.encode(q, shape, forms)
 
 
 def _share(q: NDArray[np.int32]) -> float:
@@ -73,19 +89,20 @@ def _grid(values: NDArray[np.float32]) -> tuple[np.float32, NDArray[np.int32]] |
     if not len(magnitudes):
         return (np.float32(1), np.zeros(len(values), np.int32)) if not values.view("<u4").any() else None
     gap = np.diff(magnitudes, prepend=0).min()
-    largest = np.rint(magnitudes[-1] / gap)
-    if largest > numbers.LIMIT:
-        return None
-    near = np.float32(magnitudes[-1] / largest)
-    below, above = np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf))
-    for step in (near, below, above, np.float32(magnitudes[0])):
-        if not step > 0 or not np.isfinite(step):
-            continue
-        multiples = np.rint(magnitudes / np.float64(step))
-        if multiples[-1] <= numbers.LIMIT and np.array_equal(multiples.astype(np.float32) * step, magnitudes):
-            q = np.rint(values.astype(np.float64) / np.float64(step)).astype(np.int32)
-            if np.array_equal((q.astype(np.float32) * step).view(np.uint32), values.view(np.uint32)):
-                return step, q
+    for parts in range(1, _PARTS + 1):  # of 3, 5 and 8 steps no two are one step apart
+        largest = np.rint(magnitudes[-1] / gap * parts)
+        if largest > numbers.LIMIT:
+            return None
+        near = np.float32(magnitudes[-1] / largest)
+        below, above = np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf))
+        for step in (near, below, above, np.float32(magnitudes[0])):
+            if not step > 0 or not np.isfinite(step):
+                continue
+            multiples = np.rint(magnitudes / np.float64(step))
+            if multiples[-1] <= numbers.LIMIT and np.array_equal(multiples.astype(np.float32) * step, magnitudes):
+                q = np.rint(values.astype(np.float64) / np.float64(step)).astype(np.int32)
+                if np.array_equal((q.astype(np.float32) * step).view(np.uint32), values.view(np.uint32)):
+                    return step, q
     return None
 
 

@@ -101,7 +101,8 @@ def open_data(
 
     plain = batches("train")
     return Sources(
-        train=batches("train", shuffle=True, augment="crop" if spec == "digits" else "crop_flip"),
+        # Pictures of one channel are mostly writing, which is something else in a mirror.
+        train=batches("train", shuffle=True, augment="crop" if preparation.channels == 1 else "crop_flip"),
         calibrate=None if plain is None else plain.subset(CALIBRATION_SAMPLES, seed),
         validate=batches("validate"),
         test=batches("test"),

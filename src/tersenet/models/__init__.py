@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from tersenet.errors import ModelError
-from tersenet.models import binary_resnet, cifar_resnet, digits, mobilenet_v2, resnet, vgg
+from tersenet.models import binary_resnet, cifar_resnet, digits, lenet, mobilenet_v2, resnet, vgg
 from tersenet.task import Preparation
 
 _CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -24,6 +24,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The published weights of the CIFAR ResNets were trained with ImageNet's normalisation, so it is theirs too.
 CIFAR10 = Preparation((32, 32), IMAGENET_MEAN, IMAGENET_STD, _CIFAR10_LABELS)
 IMAGENET = Preparation((224, 224), IMAGENET_MEAN, IMAGENET_STD)
+# Mean and deviation of all training pixels.
+MNIST = Preparation((28, 28), (0.1307,), (0.3081,), tuple("0123456789"))
 # Mean and deviation of all pixels of scikit-learn's digits, divided by their largest value, 16.
 DIGITS = Preparation((8, 8), (0.3053,), (0.3760,), tuple("0123456789"))
 
@@ -39,6 +41,8 @@ class Reference:
 
 REFERENCES: dict[str, Reference] = {
     "digits": Reference(digits.digits, DIGITS, "small residual net for scikit-learn's 8x8 digits"),
+    "lenet_300_100": Reference(lenet.lenet_300_100, MNIST, "LeNet-300-100 for MNIST, two hidden layers"),
+    "lenet5": Reference(lenet.lenet5, MNIST, "LeNet-5 for MNIST, Caffe's version with 431,080 parameters"),
     "resnet20": Reference(cifar_resnet.resnet20, CIFAR10, "CIFAR ResNet-20, parameter-free shortcuts"),
     "resnet32": Reference(cifar_resnet.resnet32, CIFAR10, "CIFAR ResNet-32, parameter-free shortcuts"),
     "resnet44": Reference(cifar_resnet.resnet44, CIFAR10, "CIFAR ResNet-44, parameter-free shortcuts"),

@@ -177,12 +177,12 @@ def nearest_codes(values: Tensor, codebook: Tensor) -> Tensor:
 def summed_gradients(gradient: Tensor, codes: Tensor, count: int) -> Tensor:
     """(k,) gradient of the shared values: the sum over the weights that share each, arXiv:1510.00149, equation 3.
 
-    It is what autograd gives for `codebook[codes]`; here it is summed in float64 and in a fixed order.
+    It is what autograd gives for `codebook[codes]`; here it is summed in float64, on the CPU in a fixed order.
 
     Args:
         gradient: of the weight, any shape.
         codes: integers 0..k-1 in the same shape.
         count: k.
     """
-    flat, places = gradient.detach().flatten().double().cpu(), codes.flatten().long().cpu()
-    return torch.bincount(places, weights=flat, minlength=count).to(gradient.device, gradient.dtype)
+    flat = gradient.detach().flatten().double()
+    return torch.bincount(codes.flatten().long(), weights=flat, minlength=count).to(gradient.dtype)
