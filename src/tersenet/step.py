@@ -116,7 +116,7 @@ class Step:
         """
         return {}
 
-    def bits(self, setting: Any) -> int | None:
+    def bits_of(self, setting: Any) -> int | None:
         """Bits of a stored weight at a setting of `choices` that changes nothing else; None for other settings."""
         return None
 

@@ -162,7 +162,7 @@ class Quantize(Step):
 
         return find_sensitivities(self, model, task, images)
 
-    def bits(self, setting: Any) -> int | None:
+    def bits_of(self, setting: Any) -> int | None:
         return None if setting == "float" else Format.named(setting).bits
 
     def chosen(self, picked: Mapping[str, Any]) -> Quantize:

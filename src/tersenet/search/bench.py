@@ -142,7 +142,7 @@ class Bench:
         found = {}
         for index, places in picks.items():
             for place, setting in places.items():
-                if (bits := self.steps[index].bits(setting)) is not None:
+                if (bits := self.steps[index].bits_of(setting)) is not None:
                     found[place] = bits
         return found
 
@@ -150,7 +150,7 @@ class Bench:
         """(place, plan) of what was picked that changes more than the bits of a weight."""
         for index, places in picks.items():
             for place, setting in places.items():
-                if self.steps[index].bits(setting) is None:
+                if self.steps[index].bits_of(setting) is None:
                     site = self.sites[index, place]
                     yield place, self.plan(site, site.settings.index(setting))
 

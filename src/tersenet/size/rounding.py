@@ -61,7 +61,7 @@ class Pricer:
             shares = {path: _equal_shares(graph.get_submodule(path)) for path in paths}
             return cls(model, paths, None, {}, shares)
         largest = max((rows.size(node) for node in graph.graph.nodes), default=1) // len(example)
-        images = images[: max(8, rows.FLOATS // max(1, largest))]
+        images = few = images[: max(8, rows.FLOATS // max(1, largest))]
         targets: dict[str, Tensor] = {}
 
         class Record(fx.Interpreter):
@@ -69,7 +69,7 @@ class Pricer:
                 value = super().run_node(node)
                 if node in calls:
                     layer = graph.get_submodule(calls[node])
-                    targets[calls[node]] = rows.given(value, layer, _places(node, layer, len(images))).clone()
+                    targets[calls[node]] = rows.given(value, layer, _places(node, layer, len(few))).clone()
                 return value
 
         with evaluating(model):

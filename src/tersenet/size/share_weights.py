@@ -53,7 +53,7 @@ class ShareWeights(Step):
         found = {}
         for path, layer in model.named_modules():
             if _shareable(layer) and self.matches(path, layer):
-                zero = self.keep_zeros and bool((layer.weight == 0).any())  # type: ignore[operator]
+                zero = self.keep_zeros and bool((layer.weight == 0).any())
                 found[path] = {"values": 2**self.bits - zero, "zero": zero}
         return {"shared": found} if found else {}
 
