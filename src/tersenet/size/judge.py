@@ -2,7 +2,8 @@
 
 Where there is a held-out set it is the score on that. Else it is POINTS for each nat of divergence from the original's
 outputs (numerics/divergence.py) on augmented training images that no training has seen. That is experience and no law:
-rounded ResNets lost 0.3 to 2.7 points a nat (docs/size.md). What was tried and told less: how many most likely classes
+rounded ResNet-20 and 56 lost 0.3 to 2.7 points a nat on test images (docs/size.md), and POINTS was picked after that
+was seen. What was tried and told less: how many most likely classes
 change, and what the original's probabilities say that this costs; a network is too sure of images it was trained on,
 ResNet-56 by far more than ResNet-20.
 """
