@@ -386,7 +386,7 @@ def unpack(
     output: Annotated[Path, typer.Option("--output", "-o", help="MODEL.pt2, MODEL.onnx or MODEL.safetensors")],
     json_: Json = False,
 ) -> None:
-    """Turns a .terse file into one that plain PyTorch or ONNX Runtime reads."""
+    """Turns a .terse file into a .pt2, .onnx or .safetensors file."""
     from tersenet.deploy.artifact import unpack as unpack_file
 
     found = {"file": str(output), "bytes": unpack_file(source, output).stat().st_size}
