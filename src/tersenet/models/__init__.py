@@ -41,8 +41,6 @@ class Reference:
 
 REFERENCES: dict[str, Reference] = {
     "digits": Reference(digits.digits, DIGITS, "small residual net for scikit-learn's 8x8 digits"),
-    "lenet_300_100": Reference(lenet.lenet_300_100, MNIST, "LeNet-300-100 for MNIST, two hidden layers"),
-    "lenet5": Reference(lenet.lenet5, MNIST, "LeNet-5 for MNIST, Caffe's version with 431,080 parameters"),
     "resnet20": Reference(cifar_resnet.resnet20, CIFAR10, "CIFAR ResNet-20, parameter-free shortcuts"),
     "resnet32": Reference(cifar_resnet.resnet32, CIFAR10, "CIFAR ResNet-32, parameter-free shortcuts"),
     "resnet44": Reference(cifar_resnet.resnet44, CIFAR10, "CIFAR ResNet-44, parameter-free shortcuts"),
@@ -65,6 +63,8 @@ REFERENCES: dict[str, Reference] = {
     "mobilenet_v2_cifar_half": Reference(
         mobilenet_v2.mobilenet_v2_cifar_half, CIFAR10, "MobileNetV2 for 32x32 images at half the width"
     ),
+    "lenet_300_100": Reference(lenet.lenet_300_100, MNIST, "LeNet-300-100 for MNIST, two hidden layers"),
+    "lenet5": Reference(lenet.lenet5, MNIST, "LeNet-5 for MNIST, Caffe's version with 431,080 parameters"),
 }
 
 
