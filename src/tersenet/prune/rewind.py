@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tersenet.atomic import writing
+from tersenet.bricks.brick import Brick
 from tersenet.bricks.quantized import QuantizedLayer
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.errors import FileError, ModelError, SettingsError
@@ -62,7 +63,11 @@ class Rewind(Step):
             ModelError: when the earlier weights are of other layers or shapes.
         """
         early = _plain(self._early(task))
-        wanted = {name: value for name, value in _places(model).items() if self._touches(model, name)}
+        wanted = {
+            name: (plain, value)
+            for name, (plain, value) in _places(model).items()
+            if self._touches(model, name) and not (plain not in early and _is_of_a_brick(model, name))
+        }
         for name, (plain, value) in wanted.items():
             found = early.get(plain)
             if found is None or found.shape != value.shape or found.is_floating_point() != value.is_floating_point():
@@ -146,6 +151,12 @@ def _places(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
         for name, value in model.state_dict(keep_vars=True).items()
         if not _is_attached(name) and name not in scales
     }
+
+
+def _is_of_a_brick(model: nn.Module, name: str) -> bool:
+    """Whether a number is one that only a method's own layer has, such as a learned step: it stays as masks do."""
+    layer, _, own = name.rpartition(".")
+    return isinstance(model.get_submodule(layer), Brick) and own not in ("weight", "bias")
 
 
 def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
