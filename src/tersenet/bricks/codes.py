@@ -218,7 +218,7 @@ class PowerCode(TableCode):
     def encode(self, weight: Tensor) -> Tensor:
         # In the middle between two values the paper takes the larger magnitude, where a table takes the lower value.
         sizes = self.table()[0, 2 ** (self.bits - 2) :].double()  # 0 and the powers, rising
-        place = torch.bucketize(weight.detach().abs().double(), (sizes[1:] + sizes[:-1]) / 2, right=True)
+        place = torch.bucketize(weight.detach().abs().double().contiguous(), (sizes[1:] + sizes[:-1]) / 2, right=True)
         return (place * torch.sign(weight.detach()) + 2 ** (self.bits - 2)).to(torch.uint8)
 
 

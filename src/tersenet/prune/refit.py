@@ -8,13 +8,13 @@ were, so that statistics of other data than the calibration images stay. The res
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.mask import mask_of, stored_weight
 from tersenet.graph import rows
 from tersenet.graph.trace import trace
@@ -44,12 +44,12 @@ class Refit:
         self.calls = _calls(self.graph, paths)
         self.targets: dict[str, Tensor] = {}  # path -> (R, O), without the bias
         self.norms: dict[fx.Node, tuple[Tensor, Tensor]] = {}  # mean and variance of what they read
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             _Remember(self).run(self.images)
 
     def run(self) -> None:
         """Changes the weights, biases and norm statistics of the model."""
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             _Fit(self).run(self.images)
 
 
@@ -144,7 +144,7 @@ def surgeon_scores(model: nn.Module, paths: Collection[str], task: Task, samples
                 scores[path] = _surgeon(layer, inputs.double())
             return super().run_node(node)
 
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         Look(graph).run(images)
     for path in paths:
         if path not in scores:
@@ -214,15 +214,3 @@ def _images(model: nn.Module, task: Task, count: int) -> Tensor:
     """(N, ...) unlabelled images, N at most `count`."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     return torch.cat([batch_input(batch) for batch in task.calibration(count)])[:count].to(device)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

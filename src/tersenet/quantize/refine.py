@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from tersenet.bricks.coded import RoundedLayer
+from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.mask import stored_weight
 from tersenet.bricks.quantized import QuantizedLayer
 from tersenet.graph import rows
 from tersenet.graph.trace import trace
 from tersenet.quantize.learn import learned
 from tersenet.quantize.repair import Inputs, repaired
-from tersenet.quantize.side_by_side import SideBySide, evaluating, images_for
+from tersenet.quantize.side_by_side import SideBySide, images_for
 from tersenet.task import Task
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -77,16 +75,3 @@ def images_for(model: nn.Module, task: Task, count: int) -> Tensor:
         check_inputs(batch_input(batch), number, task)
         found.append(batch_input(batch))
     return torch.cat(found)[:count].to(device)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, and back; also models that refuse eval()."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

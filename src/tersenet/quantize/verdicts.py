@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from tersenet.bricks.coded import RoundedLayer
+from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.quantized import QuantizedLayer
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.graph.trace import trace
-from tersenet.quantize.side_by_side import SideBySide, evaluating, float_output, images_for
+from tersenet.quantize.side_by_side import SideBySide, float_output, images_for
 from tersenet.task import Task
 
 # Shares of the variance (20 dB is 0.01) and of the squared values from which on a place is named.

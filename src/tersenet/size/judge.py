@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersenet.bricks.evaluating import evaluating
 from tersenet.errors import DataError, SettingsError
 from tersenet.numerics.divergence import divergence
-from tersenet.size.rounding import evaluating
 from tersenet.task import Task, batch_input, batches_at, score_model, to_device
 
 # An epoch that no training reaches, so that its augmentation is new to the model.

@@ -8,9 +8,8 @@ Without images all inputs are taken as equally strong and independent.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.mask import mask_of, only_masked, stored_weight
 from tersenet.codec.estimate import code_lengths
 from tersenet.graph import rows
@@ -239,16 +239,3 @@ def _norm_behind(graph: fx.GraphModule, node: fx.Node) -> Any:
         return None
     norm = graph.get_submodule(str(user.target))
     return norm if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None else None
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """All modules in evaluation mode, as they were afterwards; a traced graph refuses `eval()`."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
