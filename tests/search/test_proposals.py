@@ -13,8 +13,7 @@ from tersenet.numerics.divergence import divergence
 from tersenet.prune.drop_blocks import DropBlocks
 from tersenet.prune.prune_channels import PruneChannels
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
-from tersenet.search.costs import index_of
-from tersenet.search.proposals import Proposal, approach, cheapest, compare, propose, structure
+from tersenet.search.proposals import Proposal, cheapest, compare, propose, structure
 from tersenet.search.sites import Picks, find_sites
 from tersenet.search.solver import solve
 
@@ -104,34 +103,3 @@ def test_comparing_without_images() -> None:
     model = residual_net()
     compare(found, (), model, residual_task(model), None, sites, losses)
     assert [each.loss for each in found] == [0.5, 1.25]
-
-
-def test_from_below_by_small_steps() -> None:
-    """What is given back costs three times what is predicted: the steps come near the budget all the same."""
-    sites, costs, losses = instance(2)
-    thin: Picks = {0: {site.place: site.settings[-1] for site in sites if site.step == 0}}
-
-    def truth(picks: Picks) -> float:
-
-        least = costs.predict(thin, sites)
-        return least + 3 * (costs.predict(picks, sites) - least)
-
-    asked: list[Picks] = []
-
-    def measured(candidates: list[Picks]) -> list[float]:
-        asked.extend(candidates)
-        return [truth(picks) for picks in candidates]
-
-    start = Proposal("cheapest", thin, truth(thin), truth(thin))
-    budget = 0.5 * (truth(thin) + truth({}))
-    found = approach(sites, costs, losses, budget, start, measured)
-    assert [each.picks for each in found] == asked
-    before = start
-    for each in found:
-        for site in sites:
-            if isinstance(site.settings[0], int) and "drop" not in each.picks.get(1, {}).values():
-                assert abs(index_of(each.picks, site) - index_of(before.picks, site)) <= 1
-        before = each if each.cost <= budget else before
-    fitting = [each for each in found if each.cost <= budget]
-    assert fitting
-    assert summed(losses, fitting[-1].picks, sites) < 0.8 * summed(losses, thin, sites)

@@ -17,7 +17,7 @@ from torch import nn
 
 from tersenet.numerics.divergence import divergence
 from tersenet.search.correction import corrected
-from tersenet.search.costs import Costs, gone, index_of
+from tersenet.search.costs import Costs, gone
 from tersenet.search.sensitivity import Losses, digest_of, kept_row, outputs_of
 from tersenet.search.sites import Picks, Site, configured, picks_key
 from tersenet.search.solver import solve, uniform
@@ -27,9 +27,8 @@ from tersenet.task import Task
 _ROUNDS = 5
 # Times that an aim is lowered where the same answer comes up again.
 _AGAIN = 4
-_STEPS = 8
 # A proposal this far under the budget leaves something unspent.
-_SLACK = 0.03
+SLACK = 0.03
 
 
 @dataclass
@@ -85,53 +84,11 @@ def propose(
         seen += [(picks, cost) for (_, picks), cost in costed]
         learned = corrected(costs, sites, seen)
         for (name, picks), cost in costed:
-            if budget * (1 - _SLACK) <= cost <= budget:
+            if budget * (1 - SLACK) <= cost <= budget:
                 aims.pop(name)
             else:  # the next answer lies near this one, and so does what is left of its error
-                aims[name] = budget * (1 - _SLACK / 3) * learned.predict(picks, sites) / cost
+                aims[name] = budget * (1 - SLACK / 3) * learned.predict(picks, sites) / cost
     return found
-
-
-def approach(
-    sites: Sequence[Site],
-    costs: Costs,
-    losses: Losses,
-    budget: float,
-    start: Proposal,
-    measured: Callable[[list[Picks]], list[float]],
-) -> list[Proposal]:
-    """Answers that come near the budget from one below it by small steps, each measured before the next is taken.
-
-    Every width may change by one setting at a time, and blocks stay or are gone, so that what is predicted is a small
-    change of what was measured.
-    """
-    found, seen, centre, aim = [start], [*costs.seen, (start.picks, start.cost)], start, budget * (1 - _SLACK / 3)
-    for _ in range(_STEPS):
-        learned = corrected(costs, sites, seen)
-        picks = _new(sites, learned, _around(sites, losses, centre.picks), aim, found)
-        if picks is None:
-            break
-        step = Proposal("from below", picks, learned.predict(picks, sites), measured([picks])[0])
-        found.append(step)
-        seen.append((picks, step.cost))
-        if step.cost <= budget:
-            centre = step
-        else:  # the next step is to be half as long
-            aim = (aim + centre.cost) / 2
-    return found[1:]
-
-
-def _around(sites: Sequence[Site], losses: Losses, centre: Picks) -> Losses:
-    """The losses with everything out of reach that is more than one setting away."""
-    near: dict[tuple[int, str], list[float]] = {}
-    for site in sites:
-        last, index = len(site.settings) - 1, index_of(centre, site)
-        inside = any(other.holds(site) and index_of(centre, other) for other in sites)
-        allowed = {0} if inside else {index - 1, index, index + 1}
-        if gone(site, last) == 0:  # a block is no small step
-            allowed = {index}
-        near[site.key] = [value if i in allowed else math.inf for i, value in enumerate(losses[site.key])]
-    return near
 
 
 def _new(
@@ -140,7 +97,7 @@ def _new(
     """The best picks within the aim that were not measured yet; None where none come up. What comes up again missed the
     budget when it was measured, or is the answer already, so the aim is lowered a little."""
     for lower in range(_AGAIN):
-        within = aim * (1 - _SLACK / 2) ** lower
+        within = aim * (1 - SLACK / 2) ** lower
         picks = uniform(sites, costs, within) if losses is None else solve(sites, costs, losses, within)
         if picks is None or all(picks != each.picks for each in found):
             return picks

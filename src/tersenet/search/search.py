@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from tersenet.cache import cache_folder
 from tersenet.errors import NoEffect, SettingsError
 from tersenet.search.bench import check_runtime, images_of, working_folder
+from tersenet.search.between import between
 from tersenet.search.costs import Costs
 from tersenet.search.ground import Budget, Ground, NoChoice
-from tersenet.search.proposals import Proposal, approach, compare, propose
+from tersenet.search.proposals import Proposal, compare, propose
 from tersenet.search.sensitivity import Losses, find_losses
 from tersenet.search.sites import Picks, configured, context
 from tersenet.search.situations import Situation, situations
@@ -89,11 +90,19 @@ def _answers(ground: Ground, losses: Losses, aim: float, known: list[Proposal]) 
         if all(each.picks != other.picks for other in found):
             found.append(each)
     if not any(each.cost <= aim for each in found):
-        least = ground.least(found)
-        found.append(least)
-        if least.cost <= aim:
-            found += approach(ground.sites, ground.costs, losses, aim, least, ground.measured)
+        found.append(ground.least(found))
+    low = max((each for each in found if each.cost <= aim), key=lambda each: each.cost, default=None)
+    if low is not None:
+        for high in _missed(found, aim):
+            found += between(ground.sites, ground.costs, losses, aim, (low, high), ground.measured)
     return found, min(found, key=lambda each: each.cost)
+
+
+def _missed(found: list[Proposal], aim: float) -> list[Proposal]:
+    """The nearest answer of each kind that weighs losses and has none within the aim."""
+    kinds = {each.name for each in found if each.name.startswith("searched")}
+    kinds -= {each.name for each in found if each.cost <= aim}
+    return [min((each for each in found if each.name == name), key=lambda each: each.cost) for name in sorted(kinds)]
 
 
 @dataclass(frozen=True, kw_only=True)
