@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cases import task_for, tiny
 from residual_net import residual_net, residual_task
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.threshold import Threshold
@@ -17,6 +18,7 @@ from tersenet.graph.trace import trace
 from tersenet.prune.prune_activations import PruneActivations
 from tersenet.prune.prune_channels import PruneChannels
 from tersenet.quantize.quantize import Quantize
+from tersenet.quantize.quantize_aware import QuantizeAware
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.task import Task
 
@@ -172,6 +174,17 @@ def test_before_and_after_quantization() -> None:
 
 def _at(graph: nn.Module, node: object) -> nn.Module:
     return graph.get_submodule(str(node.target))  # type: ignore[attr-defined]
+
+
+def test_behind_quantizers_that_train_the_model_can_be_copied() -> None:
+    model = tiny(0)
+    task = task_for(model)
+    model, _ = QuantizeAware(weights="int4", activations="int4").run(model, task)
+    model, plan = PruneActivations(sparsity=0.5).run(model, task)
+    assert plan
+    assert not any(value.requires_grad for value in model.buffers())
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.eval()(task.example), model.eval()(task.example))
 
 
 def test_again_replaces_the_thresholds() -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from cases import batches, task_for, tiny
 from tersenet.bricks.binary import BinaryConv2d, ShiftedPReLU, Sign
 from tersenet.bricks.few_bits import FewBitLayer
+from tersenet.bricks.mask import masks
 from tersenet.bricks.quantized import Int8Conv2d
 from tersenet.deploy.artifact import load_terse, save_terse
 from tersenet.deploy.onnx import export_onnx
@@ -20,6 +21,7 @@ from tersenet.deploy.runtimes import open_file
 from tersenet.errors import ModelError, NoEffect, SettingsError
 from tersenet.models.binary_resnet import BinaryResNet
 from tersenet.numerics.binary import input_scales
+from tersenet.prune.prune_weights import PruneWeights
 from tersenet.quantize.binarise import Binarise
 from tersenet.rewrite.settle import Settle
 from tersenet.task import Task
@@ -73,6 +75,18 @@ def test_two_stages_end_where_one_does() -> None:
     assert torch.equal(layer.rounded_weight(), same.rounded_weight())
     with pytest.warns(NoEffect):
         Binarise(stage="weights").run(second, task)
+
+
+def test_masked_weights_keep_their_mask_in_the_second_stage() -> None:
+    model = tiny(0)
+    task = task_for(model)
+    model, _ = PruneWeights(sparsity=0.5).run(model, task)
+    zeros = sorted(int((~mask.mask).sum()) for mask in masks(model).values())
+    for stage in ("activations", "weights"):
+        model, plan = Binarise(method="xnor", stage=stage).run(model, task)
+        assert plan
+    assert sorted(int((~mask.mask).sum()) for mask in masks(model).values()) == zeros
+    assert torch.isfinite(model.eval()(task.example)).all()
 
 
 def test_xnor_scales_by_the_size_of_the_input() -> None:

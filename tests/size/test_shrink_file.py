@@ -14,7 +14,9 @@ from tersenet.codec import container
 from tersenet.errors import DataError, SettingsError
 from tersenet.numerics.divergence import divergence
 from tersenet.prune.prune_weights import PruneWeights
+from tersenet.quantize.quantize_aware import QuantizeAware
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
+from tersenet.rewrite.settle import Settle
 from tersenet.size import rounding
 from tersenet.size.judge import Judge
 from tersenet.size.sensitivity import output_sensitivities
@@ -106,6 +108,20 @@ def test_masks_stay() -> None:
     ShrinkFile(price=1e-8).run(model, task)
     for name, where in gone.items():
         assert bool((model.get_submodule(name).weight[where] == 0).all())  # type: ignore[index]
+
+
+def test_layers_of_few_values_are_left_alone() -> None:
+    """Their float weights are in no file; settled, the network has nothing to round at all."""
+    model = tiny(0)
+    task = task_for(model)
+    model, _ = QuantizeAware(weights="int4", activations="int4").run(model, task)
+    before = copy.deepcopy(model.state_dict())
+    ShrinkFile(price=1e-4).run(model, task)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    settled, _ = Chain(steps=(FoldBatchNorm(), Settle())).run(model, task)
+    before = copy.deepcopy(settled.state_dict())
+    ShrinkFile(price=1e-4).run(settled, task)
+    assert all(torch.equal(value, before[key]) for key, value in settled.state_dict().items())
 
 
 def test_without_data_a_budget_of_bytes_is_met() -> None:

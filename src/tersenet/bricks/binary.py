@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.bricks.brick import Brick
-from tersenet.bricks.few_bits import FewBitConv2d, FewBitLayer
+from tersenet.bricks.few_bits import FewBitConv2d, FewBitLayer, FewBitLinear
 from tersenet.numerics.binary import input_scales, signs
 from tersenet.numerics.sign_gradients import clipped_sign, polynomial_sign, shifted_prelu
 
@@ -91,4 +91,5 @@ class BinaryConv2d(nn.Module):
 
 def binary_weights(layer: FewBitLayer, rule: str) -> FewBitLayer:
     """A layer with the same float weights under another rule, such as the second stage's after the first's `real`."""
-    return type(layer).of(layer, rule, layer.bits, layer.granularity)
+    kind = FewBitConv2d if isinstance(layer, FewBitConv2d) else FewBitLinear  # a masked layer's type is one of its own
+    return kind.of(layer, rule, layer.bits, layer.granularity)

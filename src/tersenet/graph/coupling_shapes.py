@@ -140,10 +140,13 @@ def regroup(call: Call) -> State:
         if not labelled:
             continue
         wide = [d for d in outs if new[d] > 1]
-        if len(labelled) > 1 or not wide:
+        if not wide:
             call.freeze("merges several dimensions of them", *[state[d] for d in ins])
             continue
-        own = labelled[0]
+        # Of several, the longest can still be cut: the inputs of a kernel that is laid flat to be standardised, but
+        # not its rows and columns.
+        own = max(labelled, key=lambda d: old[d])
+        call.freeze("merges several dimensions of them", *[state[d] for d in labelled if d != own])
         column = np.asarray(state[own]).reshape([-1 if d == own else 1 for d in ins])
         cells = np.broadcast_to(column, [old[d] for d in ins]).reshape([new[d] for d in wide])
         open_ = [sizes is not None and isinstance(sizes[d], int) and sizes[d] == -1 for d in wide]

@@ -276,5 +276,6 @@ def _between_steps(brick: Any, quantizer: nn.Module) -> None:
     """Moves thresholds of rounded values to the middle between two steps, where no rounding error can cross them."""
     assert isinstance(brick, Threshold)
     assert isinstance(quantizer, Quantizer)
-    steps = torch.floor(brick.threshold / quantizer.scale) + 0.5
-    brick.threshold.copy_(torch.where(brick.threshold > 0, steps * quantizer.scale, brick.threshold))
+    scale = quantizer.scale.detach().abs()
+    steps = torch.floor(brick.threshold / scale) + 0.5
+    brick.threshold.copy_(torch.where(brick.threshold > 0, steps * scale, brick.threshold))

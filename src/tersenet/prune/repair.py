@@ -133,7 +133,8 @@ def _jobs(graph: fx.GraphModule, before: nn.Module, images: Tensor, kept: Cut, s
             for path, name in wanted.get(node, ()):
                 module = whole.get_submodule(path)
                 found = rows.given(value, module, jobs[path].places)
-                outputs = kept.get(path, {}).get("out")
+                roles = kept.get(path, {})
+                outputs = roles.get("out", roles.get("channel"))  # of a depthwise layer both sides are one
                 found = found.clone() if outputs is None else found[:, torch.tensor(outputs, device=found.device)]
                 setattr(jobs[path], name, found)
             return value

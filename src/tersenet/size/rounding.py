@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from tersenet.bricks.brick import Brick
 from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.mask import mask_of, only_masked, stored_weight
 from tersenet.codec.estimate import code_lengths
@@ -57,7 +58,7 @@ class Pricer:
         graph = trace(model, example)
         calls = {node: path for node, path in _calls(graph).items() if matches(path, graph.get_submodule(path))}
         paths = tuple(calls.values())
-        if images is None:
+        if images is None or not paths:
             shares = {path: _equal_shares(graph.get_submodule(path)) for path in paths}
             return cls(model, paths, None, {}, shares)
         largest = max((rows.size(node) for node in graph.graph.nodes), default=1) // len(example)
@@ -214,6 +215,8 @@ def _calls(graph: fx.GraphModule) -> dict[fx.Node, str]:
 
 
 def _readable(layer: Any) -> bool:
+    if isinstance(layer, Brick):  # a layer of few values: its float weights are in no file
+        return False
     if not isinstance(stored_weight(layer) if hasattr(layer, "weight") else None, nn.Parameter):
         return False
     if parametrize.is_parametrized(layer) and not only_masked(layer):

@@ -314,7 +314,8 @@ def _chosen(settings: Train, model: nn.Module) -> Iterator[None]:
     try:
         if not any(p.requires_grad for p in model.parameters()):
             raise ModelError(
-                "the model has no parameter to train: all are frozen (requires_grad=False) or left out by only and skip"
+                "the model has no parameter to train: all are frozen (requires_grad=False), left out by only and skip,"
+                " or settled to whole numbers; train in front of settle"
             )
         # The graph of an exported program refuses to change its mode, and has nothing to switch.
         with contextlib.suppress(NotImplementedError):
