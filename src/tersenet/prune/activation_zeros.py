@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
+from tersenet.bricks.evaluating import evaluating
 from tersenet.graph.costs import costs
 from tersenet.prune.activation_sites import READERS
 from tersenet.task import Task, to_device
@@ -63,20 +64,15 @@ def activation_zeros(model: nn.Module, task: Task, samples: int = 256) -> list[L
     for row in costs(model, task.example):
         macs[row.path] = macs.get(row.path, 0) + row.macs
     tallies = {path: _Tally(layer) for path, layer in model.named_modules() if isinstance(layer, READERS)}
-    modes = [(module, module.training) for module in model.modules()]
     hooks = [model.get_submodule(path).register_forward_pre_hook(tally.see) for path, tally in tallies.items()]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in task.calibration(samples):
                 task.forward(model, to_device(batch, device))
     finally:
         for handle in hooks:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     return [tally.row(path, macs.get(path, 0)) for path, tally in tallies.items() if tally.values]
 
 

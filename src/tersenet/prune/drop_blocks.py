@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tersenet.bricks.evaluating import evaluating
 from tersenet.errors import SettingsError
 from tersenet.graph.blocks import Blocks, drop, paths_within
 from tersenet.graph.surgery import Cut
@@ -181,22 +182,17 @@ def importance(model: nn.Module, blocks: Mapping[str, Any], task: Task) -> dict[
         return hook
 
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    modes = [(module, module.training) for root in (model, twin) for module in root.modules()]
     hooks = []
     try:
-        for module, _ in modes:
-            module.training = False
         for path in blocks:
             hooks.append(model.get_submodule(path).register_forward_pre_hook(before(path)))
             hooks.append(model.get_submodule(path).register_forward_hook(after(path)))
-        with torch.no_grad():
+        with evaluating(model), evaluating(twin), torch.no_grad():
             for batch in task.calibration(_MEASURED_ON):
                 model(to_device(batch_input(batch), device))
     finally:
         for handle in hooks:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     return {path: float((added / value.clamp(min=1e-30)) ** 0.5) for path, (added, value) in sums.items()}
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tersenet.bricks.evaluating import evaluating
 from tersenet.errors import DataError
 from tersenet.graph.coupling import Coupling
 from tersenet.prune.known import numbers_of, remembered, structure_of
@@ -251,17 +252,13 @@ def _shape(outputs: Any) -> str:
 @contextmanager
 def _evaluating(model: nn.Module, wanted: Sequence[Tensor] = ()) -> Iterator[None]:
     """Evaluation mode, with gradients for these tensors; everything is put back."""
-    modes = [(module, module.training) for module in model.modules()]
     before = [tensor.requires_grad for tensor in wanted]
-    for module, _ in modes:
-        module.training = False
     for tensor in wanted:
         tensor.requires_grad_(True)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         for tensor, needed in zip(wanted, before, strict=True):
             tensor.requires_grad_(needed)
 

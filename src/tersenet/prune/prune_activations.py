@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
+from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.threshold import Threshold
 from tersenet.errors import DataError, ModelError, SettingsError
@@ -212,7 +213,8 @@ class _Choice:
         return divergence(self.wanted, self._outputs())
 
     def _outputs(self) -> Tensor:
-        found = _evaluating(self.model, lambda: [self.model(part) for part in self.images.split(64)])
+        with evaluating(self.model), torch.no_grad():
+            found = [self.model(part) for part in self.images.split(64)]
         if not all(isinstance(part, Tensor) for part in found):
             raise ModelError(
                 f"the model's output is {type(found[0]).__name__} and no tensor, so outputs cannot be compared; "
@@ -238,7 +240,8 @@ class _Choice:
 
         hooks = [brick.register_forward_pre_hook(look(path)) for path, brick in self.bricks.items()]
         try:
-            _evaluating(self.model, self._run_calibration)
+            with evaluating(self.model), torch.no_grad():
+                self._run_calibration()
         finally:
             for handle in hooks:
                 handle.remove()
@@ -257,19 +260,6 @@ def _repair(graph: fx.GraphModule, bricks: Mapping[str, Any], task: Task) -> Non
     device = next((p.device for p in graph.parameters()), torch.device("cpu"))
     images = torch.cat([batch_input(batch) for batch in task.calibration(_REPAIRED_ON)])[:_REPAIRED_ON]
     repair(graph, images.to(device), before, {})
-
-
-def _evaluating(model: nn.Module, job: Callable[[], Any]) -> Any:
-    """A job in evaluation mode and without gradients; modes are put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            return job()
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _between_steps(brick: Any, quantizer: nn.Module) -> None:

@@ -11,6 +11,7 @@ for every image.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.mask import mask_of, stored_weight
 from tersenet.graph import rows
 from tersenet.graph.surgery import Cut
@@ -43,18 +45,15 @@ def repair(
     graph = trace(model, images[:2])
     largest = max((rows.size(node) for node in graph.graph.nodes), default=1) // len(images[:2])
     images = images[: max(8, rows.FLOATS // max(1, largest))]
-    modes = [(module, module.training) for root in (model, before) if root is not None for module in root.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
+    with contextlib.ExitStack() as stack:
+        for root in (model, before):
+            if root is not None:
+                stack.enter_context(evaluating(root))
         with torch.no_grad():
             jobs = {} if before is None else _jobs(graph, before, images, kept, sequential)
             poorer = {path for path in kept if "in" in kept[path]}
             dropped = before is not None and _layers(before) != _layers(model)
             _Pass(graph, jobs, poorer, ridge, dropped or not poorer).run(images)
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _layers(model: nn.Module) -> set[str]:

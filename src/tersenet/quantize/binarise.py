@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tersenet.bricks.binary import BinaryConv2d, Sign, binary_weights
 from tersenet.bricks.brick import Brick
+from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.few_bits import FewBitConv2d, FewBitLayer, few_bit_kind
 from tersenet.errors import SettingsError
 from tersenet.quantize.learned_graph import edges_of
@@ -144,14 +145,9 @@ def _place_signs(model: nn.Module, task: Task) -> None:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batch = next(iter(task.calibration()))
     hooks = [sign.register_forward_pre_hook(place) for sign in new]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             task.forward(model, to_device(batch, device))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes:
-            module.training = training

@@ -7,18 +7,15 @@ will see, up to the rounding of activations.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-
 import torch
 from torch import Tensor, fx, nn
 
 from tersenet.bricks.learned_quantizer import LearnedQuantizer
 from tersenet.bricks.quantized import BIAS_STEPS, UNSET, QuantizedLayer
 from tersenet.bricks.quantizer import Quantizer
-from tersenet.errors import DataError, ModelError
 from tersenet.numerics.ranges import Histogram, affine, divergence_range, mse_range, percentile_range
-from tersenet.task import Task, batch_input, to_device
+from tersenet.quantize.observe import Extremes, observe
+from tersenet.task import Task
 
 # Values of one place that ranges are chosen from, and how many of each input there are at least.
 _KEPT, _LEAST = 2**18, 256
@@ -45,7 +42,7 @@ def calibrate(model: nn.Module, task: Task, ranges: str, percentile: float, samp
     }
     each = 0 if ranges == "minmax" else max(_LEAST, _KEPT // samples)
     seen = {path: _Seen(path, each) for path in quantizers}
-    _observe(model, task, samples, quantizers, seen)
+    observe(model, task, samples, quantizers, seen)
     found = {path: (values.low, values.high) for path, values in seen.items()}
     if ranges != "minmax":
         histograms = {path: Histogram(low, high) for path, (low, high) in found.items()}
@@ -63,11 +60,7 @@ def calibrate(model: nn.Module, task: Task, ranges: str, percentile: float, samp
     set_input_scales(model)
 
 
-# Beyond the values that prepared images can have, by so many times, data are of another kind: pixels of 0 to 255.
-_FAR = 20.0
-
-
-class _Seen:
+class _Seen(Extremes):
     """Lowest and highest value seen at one place, and some of the values.
 
     Args:
@@ -76,70 +69,16 @@ class _Seen:
     """
 
     def __init__(self, path: str, each: int) -> None:
-        self.path, self.each, self.low, self.high = path, each, math.inf, -math.inf
+        super().__init__(path)
+        self.each = each
         self.kept: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> None:
-        low, high = (float(v) for v in torch.aminmax(x.detach()))
-        if not (math.isfinite(low) and math.isfinite(high)):
-            place = self.path.rpartition(".")[2].removesuffix("_out")
-            raise ModelError(
-                f"the activations at {place} are not finite during calibration; check the weights for NaN or overflow"
-            )
-        self.low, self.high = min(self.low, low), max(self.high, high)
+        super().__call__(x)
         if self.each:
             # Every so many values; an odd number, or all would come from the same columns of the images.
             step = x.numel() // (self.each * len(x)) | 1
             self.kept.append(x.detach().flatten()[::step].clone())
-
-
-def _observe(
-    model: nn.Module,
-    task: Task,
-    samples: int,
-    quantizers: dict[str, Quantizer],
-    observers: Mapping[str, Callable[[Tensor], None]],
-) -> None:
-    """Runs the calibration data with each quantizer's observer looking on, in evaluation mode."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        for path, quantizer in quantizers.items():
-            quantizer.observer = observers[path]
-        with torch.inference_mode():
-            for number, batch in enumerate(task.calibration(samples)):
-                check_inputs(batch_input(batch), number, task)
-                task.forward(model, to_device(batch, device))
-    finally:
-        for quantizer in quantizers.values():
-            quantizer.observer = None
-        for module, training in modes:
-            module.training = training
-
-
-def check_inputs(x: Tensor, number: int, task: Task) -> None:
-    """Raises DataError on a batch of calibration data of another shape, type or range than the model's inputs."""
-    wanted = task.example
-    if x.shape[1:] != wanted.shape[1:] or x.dtype != wanted.dtype:
-        raise DataError(
-            f"calibration batch {number} is {list(x.shape)} of {x.dtype}, the model's input is [N, "
-            f"{', '.join(map(str, wanted.shape[1:]))}] of {wanted.dtype}; prepare both alike"
-        )
-    low, high = (float(value) for value in torch.aminmax(x)) if x.numel() else (0.0, 0.0)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise DataError(f"calibration batch {number} holds values that are not finite (NaN or infinity); remove them")
-    reach = float(wanted.abs().max())
-    if x.dim() == 4:
-        pairs = zip(task.preparation.mean, task.preparation.std, strict=True)
-        reach = max(reach, *(max(abs(mean), abs(1 - mean)) / std for mean, std in pairs))
-    if max(-low, high) > _FAR * reach:
-        raise DataError(
-            f"the values of calibration batch {number} run from {low:.4g} to {high:.4g}, and those of images that are "
-            f"prepared for this model reach {reach:.3g} at most; scale pixels to [0, 1], then subtract the mean and "
-            "divide by the deviation"
-        )
 
 
 def set_input_scales(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 from tersenet.bricks.coded import RoundedLayer
 from tersenet.bricks.quantized import QuantizedLayer
 from tersenet.bricks.quantizer import Quantizer
-from tersenet.quantize.calibrate import check_inputs
+from tersenet.quantize.observe import check_inputs
 from tersenet.task import Task, batch_input
 
 
