@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from made_up import block, instance, summed, width
 from tersenet.search.between import between
 from tersenet.search.costs import Costs
 from tersenet.search.proposals import Proposal
+from tersenet.search.search import _answers
 from tersenet.search.sites import Picks
+
+
+def test_a_search_halves_the_way_to_each_answer_that_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sites, costs, losses = instance(2)
+    thin: Picks = {0: {"stem": 16}, 1: {"a": "drop", "b": "drop"}}
+    least, most = costs.predict(thin, sites), costs.predict({}, sites)
+    missed = [Proposal("searched", {}, least, most), Proposal("uniform", {0: {"stem": 48}}, least, most)]
+    monkeypatch.setattr("tersenet.search.search.propose", lambda *_: list(missed))
+    ground: Any = SimpleNamespace(
+        sites=sites,
+        costs=costs,
+        measured=lambda candidates: [costs.predict(picks, sites) for picks in candidates],
+        least=lambda _: Proposal("cheapest", thin, least, least),
+    )
+    budget = least + 0.6 * (most - least)
+    found, cheapest = _answers(ground, losses, budget, known=[])
+    assert cheapest.picks == thin
+    halved = [each for each in found if each.name == "between cheapest and searched"]
+    assert [*missed, cheapest, *halved] == found
+    best = max((each for each in found if each.cost <= budget), key=lambda each: each.cost)
+    assert best in halved
+    assert summed(losses, best.picks, sites) < summed(losses, thin, sites)
 
 
 @pytest.mark.parametrize("curve", [1.0, 3.0])
