@@ -29,7 +29,7 @@ from tersenet.graph.coupling_rules import operator
 from tersenet.graph.labels import Call, Labels
 from tersenet.graph.literals import Rewrite, rewrites
 from tersenet.graph.surgery import axes
-from tersenet.graph.trace import Example, has_open_batch, inputs_of, trace
+from tersenet.graph.trace import Example, has_open_batch, inputs_of, said_input, trace
 
 Kept = dict[str, dict[str, list[int]]]
 _ATTEMPTS = 3  # ways to split a dimension; more dimensions than (3, heads, size) are rare
@@ -101,8 +101,7 @@ class Coupling:
         rigid = self.rigid and self._must_trace(model, kept, removed)
         if not rigid and not (kept and has_idle(model, self.graph)):
             return {"kept": kept}
-        inputs = [{"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")} for x in self.inputs]
-        return {"kept": kept, "traced": inputs}
+        return {"kept": kept, "traced": [said_input(x) for x in self.inputs]}
 
     def _must_trace(self, model: nn.Module, kept: Kept, removed: Sequence[int] | np.ndarray) -> bool:
         found = self.rewrites(removed)

@@ -14,7 +14,7 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,17 @@ def trace(model: nn.Module, example: Example) -> fx.GraphModule:
     """
     program = export(model, example)
     return _Folder(model, program).graph_module()
+
+
+def said_input(example: Tensor) -> dict[str, Any]:
+    """What a plan keeps of a model's input: {"shape", "dtype"}."""
+    return {"shape": list(example.shape), "dtype": str(example.dtype).removeprefix("torch.")}
+
+
+def trace_with(model: nn.Module, said: Mapping[str, Any]) -> fx.GraphModule:
+    """Captures a model with an input as a plan keeps it, on the model's own device."""
+    device = next((p.device for p in model.parameters()), None)
+    return trace(model, torch.zeros(said["shape"], dtype=getattr(torch, said["dtype"]), device=device))
 
 
 def has_open_batch(graph: fx.GraphModule) -> bool:

@@ -22,7 +22,7 @@ from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.threshold import Threshold
 from tersenet.errors import DataError, ModelError, SettingsError
-from tersenet.graph.trace import trace
+from tersenet.graph.trace import said_input, trace, trace_with
 from tersenet.numerics.divergence import divergence
 from tersenet.numerics.magnitudes import Magnitudes, equal_marginals
 from tersenet.prune.activation_sites import PLACES, activation_sites, insert_thresholds, thresholds_at
@@ -95,9 +95,7 @@ class PruneActivations(Step):
         sites = activation_sites(trace(model, task.example), self.places, self.per_channel, self)
         if not sites:
             return {}
-        example = task.example
-        shape = {"shape": list(example.shape), "dtype": str(example.dtype).removeprefix("torch.")}
-        return {"input": shape, "sites": sites}
+        return {"input": said_input(task.example), "sites": sites}
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Inserts the thresholds, all of them 0 until `fit` has run or a state dict is loaded.
@@ -108,8 +106,7 @@ class PruneActivations(Step):
         if not plan:
             return model
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        dtype = getattr(torch, plan["input"]["dtype"])
-        graph = trace(model, torch.zeros(plan["input"]["shape"], dtype=dtype, device=device))
+        graph = trace_with(model, plan["input"])
         try:
             insert_thresholds(graph, plan["sites"])
         except KeyError as error:

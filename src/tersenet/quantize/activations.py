@@ -6,7 +6,6 @@ import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -18,7 +17,7 @@ from tersenet.bricks.shortcut import PadShortcut
 from tersenet.errors import SettingsError
 from tersenet.graph.fold import fold_all
 from tersenet.graph.points import activation_points, insert_after
-from tersenet.graph.trace import trace
+from tersenet.graph.trace import said_input, trace, trace_with
 from tersenet.quantize.equalise import find_pairs, unclip
 from tersenet.quantize.formats import Format
 from tersenet.step import Plan, Step
@@ -66,7 +65,7 @@ def plan_activations(model: nn.Module, example: Tensor, step: Quantize) -> Plan:
         }
     )
     return {
-        "input": {"shape": list(example.shape), "dtype": str(example.dtype).removeprefix("torch.")},
+        "input": said_input(example),
         "layers": layers,
         "shortcuts": shortcuts,
         **({"unclipped": clips} if clips else {}),
@@ -82,8 +81,7 @@ def apply_activations(model: nn.Module, plan: Plan) -> fx.GraphModule:
         SettingsError: when the plan is another model's.
     """
     device = next((p.device for p in model.parameters()), None)
-    dtype = getattr(torch, plan["input"]["dtype"])
-    graph = trace(model, torch.zeros(plan["input"]["shape"], dtype=dtype, device=device))
+    graph = trace_with(model, plan["input"])
     _unquantize_weights(graph)
     _prepare(graph, plan["shortcuts"])
     try:

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -26,7 +25,7 @@ from tersenet.bricks.shortcut import PadShortcut
 from tersenet.errors import SettingsError
 from tersenet.graph.fold import fold_all, foldable
 from tersenet.graph.points import activation_points, insert_after
-from tersenet.graph.trace import trace
+from tersenet.graph.trace import said_input, trace, trace_with
 from tersenet.quantize.quantize_aware import METHODS, QuantizeAware, few_bit_twin
 from tersenet.step import Plan
 
@@ -65,7 +64,7 @@ def plan_graph(model: nn.Module, example: Tensor, step: QuantizeAware) -> Plan:
         floats.setdefault(name, f"{kind} has no int8 operator in every runtime")
     grids, inputs = _grids(graph, points.groups, layers)
     return {
-        "input": {"shape": list(example.shape), "dtype": str(example.dtype).removeprefix("torch.")},
+        "input": said_input(example),
         "method": step.method,
         "layers": layers,
         "shortcuts": shortcuts,
@@ -88,8 +87,7 @@ def apply_graph(model: nn.Module, plan: Plan) -> fx.GraphModule:
         SettingsError: when the plan is another model's.
     """
     device = next((p.device for p in model.parameters()), None)
-    dtype = getattr(torch, plan["input"]["dtype"])
-    graph = trace(model, torch.zeros(plan["input"]["shape"], dtype=dtype, device=device))
+    graph = trace_with(model, plan["input"])
     make = partial(LearnedQuantizer, method=METHODS[plan["method"]][1])
     try:
         for path, arguments in plan["shortcuts"].items():
