@@ -16,6 +16,7 @@ from tersenet.bricks.quantized import Int8Conv2d
 from tersenet.deploy.artifact import load_terse, save_terse
 from tersenet.errors import ModelError, SettingsError
 from tersenet.models.cifar_resnet import resnet20
+from tersenet.quantize.quantize import Quantize
 from tersenet.quantize.ternarise import Ternarise
 from tersenet.rewrite.settle import Settle
 from tersenet.train import Train
@@ -86,3 +87,17 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         model.conv2.weight[0] = float("nan")
     with pytest.raises(ModelError, match="conv2 hold NaN"):
         Ternarise().run(model, task_for(model))
+
+
+def test_int8_ranges_are_found_with_the_ternary_weights() -> None:
+    """What the runtime will compute with, and not the float weights that the values are made from."""
+    model = tiny(0)
+    task = task_for(model)
+    model, _ = Ternarise().run(model, task)
+    seen: list[bool] = []
+    for layer in model.modules():
+        if isinstance(layer, FewBitLayer):
+            layer.register_forward_hook(lambda layer, _, __: seen.append(layer.passing))
+    Quantize().run(model, task)
+    assert seen
+    assert not any(seen)

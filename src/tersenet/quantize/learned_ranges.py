@@ -6,6 +6,9 @@ for the extremes and one for the counts.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection, Iterator
+
 import torch
 from torch import nn
 
@@ -28,11 +31,24 @@ def start(model: nn.Module, task: Task, samples: int) -> None:
     if not quantizers:
         return
     extremes = {path: Extremes(path) for path in quantizers}
-    observe(model, task, samples, quantizers, extremes)
-    histograms = {path: Histogram(seen.low, seen.high) for path, seen in extremes.items()}
-    observe(model, task, samples, quantizers, {path: histogram.add for path, histogram in histograms.items()})
+    with _float_weights(layers.values()):
+        observe(model, task, samples, quantizers, extremes)
+        histograms = {path: Histogram(seen.low, seen.high) for path, seen in extremes.items()}
+        observe(model, task, samples, quantizers, {path: histogram.add for path, histogram in histograms.items()})
     with torch.no_grad():
         for path, quantizer in quantizers.items():
             scale, zero_point = affine(*mse_range(histograms[path], quantizer.bits), quantizer.bits)
             quantizer.scale.fill_(scale)
             quantizer.zero_point.fill_(zero_point)
+
+
+@contextlib.contextmanager
+def _float_weights(layers: Collection[FewBitLayer]) -> Iterator[None]:
+    """Layers compute with the weights that their values are made from."""
+    for layer in layers:
+        layer.passing = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.passing = False

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.bricks.evaluating import evaluating
-from tersenet.bricks.few_bits import FewBitLayer
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.errors import DataError, ModelError
 from tersenet.task import Task, batch_input, to_device
@@ -48,16 +47,13 @@ def observe(
 ) -> None:
     """Runs the calibration data in evaluation mode, with each quantizer's observer looking on.
 
-    These quantizers pass on what they see, and layers of few values compute with their float weights meanwhile.
+    These quantizers pass on what they see meanwhile.
 
     Raises:
         DataError: on data of another shape, type or range than the model's inputs.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    layers = [module for module in model.modules() if isinstance(module, FewBitLayer)]
     try:
-        for layer in layers:
-            layer.passing = True
         for path, quantizer in quantizers.items():
             quantizer.observer = observers[path]
         with evaluating(model), torch.inference_mode():
@@ -67,8 +63,6 @@ def observe(
     finally:
         for quantizer in quantizers.values():
             quantizer.observer = None
-        for layer in layers:
-            layer.passing = False
 
 
 def check_inputs(x: Tensor, number: int, task: Task) -> None:
