@@ -75,9 +75,11 @@ def _way(sites: Sequence[Site], costs: Costs, losses: Losses, low: Picks, high: 
         gain = sum(losses[key][start[key]] - losses[key][end[key]] for key in start)
         cost = sum(costs.changes[key][end[key]] - costs.changes[key][start[key]] for key in start)
         worth = gain / max(cost, 1e-3 * costs.base / len(sites))
-        (key, *others) = start
-        indices = [end[key]] if others else range(start[key], end[key], 1 if end[key] > start[key] else -1)
-        stops = [end] if others else [{key: index} for index in [*indices][1:]] + [end]
+        stops = [end]
+        if len(group) == 1:
+            ((key, first),), last = start.items(), end[group[0].key]
+            inner = range(first + 1, last) if last > first else range(first - 1, last, -1)
+            stops = [*({key: index} for index in inner), end]
         steps += [(-worth, len(steps) + number, stop) for number, stop in enumerate(stops)]
     chosen = {key: pair[0] for key, pair in ends.items()}
     way = [_picks(sites, chosen)]

@@ -86,15 +86,17 @@ def _answers(ground: Ground, losses: Losses, aim: float, known: list[Proposal]) 
     """(all answers so far, the cheapest of them); where none is within the aim, what costs least whatever it hurts is
     among them."""
     found = list(known)
-    for each in propose(ground.sites, ground.costs, losses, aim, ground.measured):
-        if all(each.picks != other.picks for other in found):
-            found.append(each)
+
+    def add(answers: list[Proposal]) -> None:
+        found.extend(each for each in answers if all(each.picks != other.picks for other in found))
+
+    add(propose(ground.sites, ground.costs, losses, aim, ground.measured))
     if not any(each.cost <= aim for each in found):
         found.append(ground.least(found))
     low = max((each for each in found if each.cost <= aim), key=lambda each: each.cost, default=None)
     if low is not None:
         for high in _missed(found, aim):
-            found += between(ground.sites, ground.costs, losses, aim, (low, high), ground.measured)
+            add(between(ground.sites, ground.costs, losses, aim, (low, high), ground.measured))
     return found, min(found, key=lambda each: each.cost)
 
 
