@@ -1,12 +1,13 @@
 """Zeros in the weights of ResNet-56 against its score on the whole CIFAR-10 test set: single weights and 16x1 blocks.
 
     python benchmarks/zeros.py --weights cifar10_resnet56.safetensors --data parquet:cifar10 \\
-        --out benchmarks/results/zeros.json [--epochs 10] [--shares 0.8 0.9] [--patterns weight 16x1]
+        --out benchmarks/results/zeros.json [--epochs 10] [--again 10] [--shares 0.8 0.9] [--patterns weight 16x1]
 
 Per pattern and share of zeros: the score right after masking by magnitude, the score after the repair without training
 (512 unlabelled images), and with --epochs the score of a training with the original as teacher in which the masks
-tighten and weights grow back (prune_weights: {sparsity: 0}, ramp). The first and the last layer, 0.3 % of the weights,
-stay whole. A row is written as soon as it is there, and what is there is not run again; training once cut goes on.
+tighten and weights grow back (prune_weights: {sparsity: 0}, ramp); with --again a row more, after a second training
+with the masks as they then are. The first and the last layer, 0.3 % of the weights, stay whole. A row is written as
+soon as it is there, and what is there is not run again; training once cut goes on.
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ def trained(pattern: str, share: float, epochs: int) -> tuple[Step, ...]:
     return PruneWeights(sparsity=0.0, pattern=pattern, skip=SKIP), train
 
 
+def trained_again(epochs: int) -> Step:
+    """The second training: its rate starts anew, the masks stay."""
+    return Train(epochs=epochs, learning_rate=0.05, warmup=0.02, precision="auto", companions=(SoftTargets(),))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True)
@@ -63,6 +69,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
     parser.add_argument("--patterns", nargs="+", default=["weight", "16x1"])
     parser.add_argument("--epochs", type=int, default=0)
+    parser.add_argument("--again", type=int, default=0, help="epochs of a second training, after --epochs")
     parser.add_argument("--folder", type=Path, default=Path("runs/zeros"), help="of unfinished trainings, and files")
     arguments = parser.parse_args()
     network, preparation = open_model("resnet56", arguments.weights, 0)
@@ -87,10 +94,16 @@ def main() -> None:
             }
             if arguments.epochs:
                 chains[f"trained {arguments.epochs} {pattern} {share}"] = trained(pattern, share, arguments.epochs)
+            if arguments.epochs and arguments.again:
+                first = trained(pattern, share, arguments.epochs)
+                chains[f"trained {arguments.epochs}+{arguments.again} {pattern} {share}"] = (
+                    *first, trained_again(arguments.again),
+                )  # fmt: skip
             for name, steps in chains.items():
                 if name in log["rows"]:
                     continue
-                folder = arguments.folder / name.replace(" ", "-")
+                # A second training starts from the first, whose folder it shares.
+                folder = arguments.folder / f"trained-{arguments.epochs}-{pattern}-{share}"
                 own = dataclasses.replace(task, original=copy.deepcopy(network), folder=folder)
                 model, started = copy.deepcopy(network), time.perf_counter()
                 for step in steps:
@@ -98,7 +111,8 @@ def main() -> None:
                 found = row(model, task, started)
                 if len(steps) > 1:
                     folder.mkdir(parents=True, exist_ok=True)
-                    save_terse(unmask(copy.deepcopy(model)), task.example, folder / "model.terse", preparation)
+                    path = folder / f"{name.replace(' ', '-')}.terse"
+                    save_terse(unmask(copy.deepcopy(model)), task.example, path, preparation)
                 put(name, found)
 
 
