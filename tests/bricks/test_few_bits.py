@@ -61,6 +61,18 @@ def test_ttq_has_three_values_for_the_layer() -> None:
     assert made.rounded_weight().unique().tolist() == pytest.approx([-0.1, 0.0, 0.3])
 
 
+def test_ttq_trains_small_weights_at_their_own_speed() -> None:
+    made = brick("ttq")
+    with torch.no_grad():
+        made.positive.fill_(0.003)
+        made.negative.fill_(0.001)
+    made.rounded_weight().sum().backward()
+    signs = made.rounded_weight().sign()
+    expected = torch.where(signs > 0, 1.5, torch.where(signs < 0, 0.5, 1.0))
+    torch.testing.assert_close(made.weight.grad, expected)
+    torch.testing.assert_close(made.positive.grad, (signs > 0).sum() / made.weight.numel() ** 0.5)
+
+
 def test_twn_is_the_paper_s_rule() -> None:
     made = brick("twn", granularity="tensor")
     weight = made.weight.detach()

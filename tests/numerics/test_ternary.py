@@ -80,6 +80,19 @@ def test_two_scales_and_their_gradients() -> None:
     assert negative.grad.item() == pytest.approx(-2.0)
 
 
+def test_slopes_in_units_of_the_weights_and_smaller_steps_of_the_scales() -> None:
+    weight = torch.tensor([[-0.09, -0.001], [0.002, 0.05]], requires_grad=True)
+    positive, negative = torch.tensor(0.06, requires_grad=True), torch.tensor(0.08, requires_grad=True)
+    ttq(weight, positive, negative, torch.tensor(0.01), torch.tensor(0.1), 0.5).backward(
+        torch.tensor([[2.0, 3.0], [5.0, 7.0]])
+    )
+    torch.testing.assert_close(weight.grad, torch.tensor([[1.6, 3.0], [5.0, 4.2]]))
+    assert positive.grad is not None
+    assert negative.grad is not None
+    assert positive.grad.item() == pytest.approx(3.5)
+    assert negative.grad.item() == pytest.approx(-1.0)
+
+
 def test_scales_per_output_sum_over_their_own() -> None:
     weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     positive, negative = torch.rand(3, 1, requires_grad=True), torch.rand(3, 1, requires_grad=True)

@@ -152,8 +152,9 @@ class TernaryExact(Ternary):
 class TrainedTernary(Rule):
     """TTQ (arXiv:1612.01064): y = p where w > t, -n where w < -t, else 0; p and n are trained, t = 0.05 max |w|.
 
-    One pair of scales per layer. Gradients as in `ternary.ttq`: the scales get the sum of what they stand in, the
-    weights dL/dy times p, 1 or n.
+    One pair of scales per layer. Gradients as in `ternary.ttq`. Departures, for weights that keep the size of a trained
+    network: they get dL/dy times p / m, 1 or n / m with m = (p + n) / 2, where the paper has p, 1 or n, and the scales
+    the sum of what they stand in times 1 / sqrt(weights of the layer), where the paper has 1.
     """
 
     def prepare(self, layer: Any) -> None:
@@ -171,7 +172,9 @@ class TrainedTernary(Rule):
 
     def values(self, layer: Any) -> Tensor:
         weight = layer.weight
-        return ttq(weight, layer.positive.abs(), layer.negative.abs(), 0.05 * weight.detach().abs().max())
+        positive, negative = layer.positive.abs(), layer.negative.abs()
+        unit = (positive + negative).detach() / 2
+        return ttq(weight, positive, negative, 0.05 * weight.detach().abs().max(), unit, weight.numel() ** -0.5)
 
 
 class Signs(Rule):

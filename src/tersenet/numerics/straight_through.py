@@ -35,13 +35,25 @@ class _LearnedStep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         x, scale, y = ctx.saved_tensors
         low, high, factor = ctx.grid
-        steps = (x / scale).round_()
-        through = grads[0] * (steps.clamp(low, high) == steps)
+        through = _inside(grads[0], x, scale, low, high)
         # The slope times s is y outside of the grid and y - x inside.
         pull = (grads[0] * y).addcmul_(through, x, value=-1)
-        # Summed in float64: millions of terms that nearly cancel.
-        total = pull.sum(dtype=torch.float64) if scale.dim() == 0 else pull.double().sum_to_size(scale.shape)
+        # Summed in float64, because terms nearly cancel; per sample first, where conversion would cost more than that.
+        if scale.dim() == 0:
+            total = (pull.sum(dim=tuple(range(1, pull.dim()))) if pull.dim() > 1 else pull).sum(dtype=torch.float64)
+        else:
+            total = pull.double().sum_to_size(scale.shape)
         return through, (total / scale * factor).to(scale.dtype), None, None, None, None
+
+
+def _inside(gradient: Tensor, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    """The gradient where x is rounded to a value of the grid and not clipped, else 0."""
+    if x.is_cpu and scale.dim() == 0:
+        # One pass instead of five, a third of the time of a training in few bits; on a GPU its ends would be waited for.
+        ends = (float((low - 0.5) * scale), float((high + 0.5) * scale))
+        return torch.ops.aten.hardtanh_backward(gradient, x, *ends)
+    steps = (x / scale).round_()
+    return gradient * (steps.clamp(low, high) == steps)
 
 
 def lsq(x: Tensor, scale: Tensor, zero_point: Tensor | int, low: float, high: float, factor: float) -> Tensor:

@@ -72,35 +72,49 @@ def twn_rule(weight: Tensor, factor: float = 0.7) -> tuple[Tensor, Tensor]:
 
 class _TwoScales(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, positive: Tensor, negative: Tensor, threshold: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, positive: Tensor, negative: Tensor, threshold: Tensor, unit: Tensor, factor: float
+    ) -> Tensor:
         signs = signs_beyond(weight, threshold)
-        ctx.save_for_backward(signs, positive, negative)
+        ctx.save_for_backward(signs, positive, negative, unit)
+        ctx.factor = factor
         return torch.where(signs > 0, positive, torch.where(signs < 0, -negative, 0.0))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        signs, positive, negative = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        signs, positive, negative, unit = ctx.saved_tensors
         gradient = grads[0]
-        slope = torch.where(signs > 0, positive, torch.where(signs < 0, negative, 1.0))
+        slope = torch.where(signs > 0, positive / unit, torch.where(signs < 0, negative / unit, 1.0))
         up = (gradient * (signs > 0)).sum_to_size(positive.shape)
         down = -(gradient * (signs < 0)).sum_to_size(negative.shape)
-        return gradient * slope, up, down, None
+        return gradient * slope, up * ctx.factor, down * ctx.factor, None, None, None
 
 
-def ttq(weight: Tensor, positive: Tensor, negative: Tensor, threshold: Tensor) -> Tensor:
+def ttq(
+    weight: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    threshold: Tensor,
+    unit: Tensor | None = None,
+    factor: float = 1.0,
+) -> Tensor:
     """TTQ: positive above the threshold, -negative below minus the threshold, 0 between; all trainable.
 
     Gradients (arXiv:1612.01064, equations 7 and 8):
-    dL/dpositive = sum of dL/dy where y is positive; dL/dnegative = minus the sum where y is negative;
-    dL/dw = dL/dy times positive, 1 or negative, where w is above, between or below.
-    Departure: the paper's equation 7 leaves out that y falls as its negative scale grows; its sign is here.
+    dL/dpositive = sum of dL/dy where y is positive; dL/dnegative = minus the sum where y is negative; both x factor;
+    dL/dw = dL/dy times positive / unit, 1 or negative / unit, where w is above, between or below.
+    Departures: the paper's equation 7 leaves out that y falls as its negative scale grows; its sign is here. The paper
+    has unit = factor = 1, for weights brought to a largest magnitude of 1 and scales of about 1 beside them; where
+    weights keep the size that they have in a trained network, its slopes would nearly stop all but those between.
 
     Args:
         weight: any shape.
         positive, negative: > 0, of a shape that broadcasts to weight, such as ().
         threshold: likewise; the paper's is 0.05 of the largest magnitude of a layer.
+        unit: > 0, (); None = 1.
+        factor: of the scales' gradients, which are sums over many weights.
     """
-    return _TwoScales.apply(weight, positive, negative, threshold)
+    return _TwoScales.apply(weight, positive, negative, threshold, torch.ones(()) if unit is None else unit, factor)
 
 
 def ttq_start(weight: Tensor, share: float = 0.05) -> tuple[Tensor, Tensor, Tensor]:
