@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from tersenet.deploy.artifact import load_terse, save_terse
 from tersenet.deploy.left_in_float import READERS, left_in_float
+from tersenet.deploy.merged_additions import as_openvino_adds
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.pt2 import export_pt2
 from tersenet.deploy.runtimes import open_file
@@ -70,6 +71,10 @@ ROWS: dict[str, tuple[Callable[..., Path], str, str, str]] = {
 }
 
 
+# Runtimes that are held to a simulation of their own: TensorRT rounds to other grids, OpenVINO less often.
+MEANT: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {"tensorrt": symmetric, "openvino": as_openvino_adds}
+
+
 def classes(call: Callable[[np.ndarray], np.ndarray], batches: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     return np.concatenate([call(x).argmax(axis=1) for x, _ in batches])
 
@@ -88,10 +93,9 @@ def row(name: str, model: nn.Module, example: Tensor, folder: Path, data: Any, t
     start = time.perf_counter()
     found = classes(open_file(path, runtime).run, data)
     seconds = time.perf_counter() - start
-    # TensorRT's file is held to its own simulation, which rounds to other grids.
-    meant = symmetric(model, example) if name == "tensorrt" else model
-    kept = folder / ("symmetric.npy" if name == "tensorrt" else "simulated.npy")
+    kept = folder / (f"{name}.npy" if name in MEANT else "simulated.npy")
     if not kept.is_file():
+        meant = MEANT[name](model, example) if name in MEANT else model
         np.save(kept, classes(simulated(meant.eval()), data))
     wanted = np.load(kept)
     entry: dict[str, Any] = {

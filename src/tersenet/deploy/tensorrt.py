@@ -29,10 +29,10 @@ from torch import Tensor, fx, nn
 from tersenet.bricks.quantized import Int8Layer
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.settle import settle
+from tersenet.deploy.merged_additions import rounded_for_addition
 from tersenet.deploy.onnx import QuantizeDequantize, to_onnx_operators, write_onnx
 from tersenet.errors import ExportError, require
 from tersenet.graph.fold import fold_all
-from tersenet.graph.points import is_addition
 from tersenet.graph.trace import trace
 from tersenet.numerics.rounding import fake_quantize
 from tersenet.task import Preparation
@@ -88,7 +88,9 @@ def symmetric(model: nn.Module, example: Tensor) -> fx.GraphModule:
             graph.add_submodule(path, SymmetricQuantizer.of(module))
         elif isinstance(module, Int8Layer) and module.input_quantized:
             graph.add_submodule(path, _with_float_bias(module))
-    _leave_additions_to_convolutions(graph)
+    for node, layer in rounded_for_addition(graph, SymmetricQuantizer):
+        node.replace_all_uses_with(layer)
+        graph.graph.erase_node(node)
     graph.recompile()
     return graph
 
@@ -130,26 +132,6 @@ def _with_float_bias(layer: Int8Layer) -> Int8Layer:
         new = type(layer)(**{**layer.config(), "input_quantized": False})
     new.weight, new.weight_scale, new.bias = layer.weight, layer.weight_scale, layer.rounded_bias()
     return new.train(layer.training)
-
-
-def _leave_additions_to_convolutions(graph: fx.GraphModule) -> None:
-    """Takes the rounding from one input of each addition, where that comes straight from a quantized layer."""
-    for node in list(graph.graph.nodes):
-        if not is_addition(node):
-            continue
-        for source in node.all_input_nodes:
-            if not _is(graph, source, SymmetricQuantizer) or len(source.users) != 1:
-                continue
-            layer = source.args[0]
-            assert isinstance(layer, fx.Node)
-            if _is(graph, layer, Int8Layer) and len(layer.users) == 1:
-                source.replace_all_uses_with(layer)
-                graph.graph.erase_node(source)
-                break
-
-
-def _is(graph: fx.GraphModule, node: fx.Node, kind: type[nn.Module]) -> bool:
-    return node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), kind)
 
 
 class _File:

@@ -49,7 +49,7 @@ class _LearnedStep(torch.autograd.Function):
 def _inside(gradient: Tensor, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
     """The gradient where x is rounded to a value of the grid and not clipped, else 0."""
     if x.is_cpu and scale.dim() == 0:
-        # One pass instead of five, a third of the time of a training in few bits; on a GPU its ends would be waited for.
+        # One pass instead of five: a third of the time of a training in few bits. A GPU would be waited for.
         ends = (float((low - 0.5) * scale), float((high + 0.5) * scale))
         return torch.ops.aten.hardtanh_backward(gradient, x, *ends)
     steps = (x / scale).round_()
