@@ -24,7 +24,7 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from tersenet.codec.entropy import PRECISION, categorical
+from tersenet.codec.entropy import PRECISION, categoricals
 
 Ints = NDArray[np.int64]
 Run = tuple[int, int, int]  # a context, and where its numbers start and end
@@ -36,6 +36,7 @@ HEAD = struct.Struct("<hhBB")  # low, high, start, strength
 LIMIT = 255  # largest magnitude
 LONGEST = 1 << 30  # numbers of one tensor: keeps every product within 63 bits
 LARGEST_BLOCK = 1 << 16
+_SMALL = 1 << 12  # numbers of a block whose places are remembered
 _ROOTS = (4096, 4871, 5793, 6889)  # 4096 * 2**(i / 4)
 _COUNT = 64  # what one count adds to a weight
 
@@ -63,7 +64,7 @@ class Known:
         """(stop - first, G) the context of each number of a block of rows."""
         count = (phase * self.rows + first) * self.groups
         mean = max(1, (UNIT * self.total + 16 * power4(self.start)) // (count + 16))
-        row = log16(UNIT * self.row_sums[first:stop] + 8 * mean) - log16((phase * self.groups + 8) * mean)
+        row = log16(UNIT * self.row_sums[first:stop] + 8 * mean) - log16_of_one((phase * self.groups + 8) * mean)
         before = self.rows * phase + first
         group = (UNIT * self.column_sums.sum(0) + 8 * mean) // (before + 8)
         if self.kernels:
@@ -77,9 +78,9 @@ class Known:
             column += 1
             foretold = log16(column) if few else log16(column)[inner]
         quarters = (row[:, None] + (foretold + 2)) >> 2
-        np.clip(quarters, 0, 2 * CONTEXTS - 1, out=quarters)
+        _clip(quarters, 2 * CONTEXTS - 1)
         if not phase or not self.kernels:
-            return ((quarters + 1) >> 1).clip(0, CONTEXTS - 1).astype(np.uint8)
+            return _clip((quarters + 1) >> 1, CONTEXTS - 1).astype(np.uint8)
         sums = np.minimum(self.kernel_sums[first:stop], LIMIT)
         return _table(phase)[quarters, sums]
 
@@ -101,18 +102,29 @@ def _table(phase: int) -> NDArray[np.uint8]:
     means = np.array([power4(j) for j in range(2 * CONTEXTS)], np.int64)
     sums = np.arange(LIMIT + 1, dtype=np.int64)
     logs = log16((UNIT * sums[None, :] + 6 * means[:, None]) // (phase + 6))
-    return ((logs + 4) >> 3).clip(0, CONTEXTS - 1).astype(np.uint8)
+    return _clip((logs + 4) >> 3, CONTEXTS - 1).astype(np.uint8)
 
 
-def log16(x: Ints | int) -> Ints:
+def log16(x: Ints) -> Ints:
     """16 log2(x), interpolated linearly between powers of two and rounded down; x from 1 to 2**52 (0 gives -32)."""
-    mantissa, exponent = np.frexp(np.asarray(x, np.float64))  # exact
-    mantissa = np.multiply(mantissa, 32, out=mantissa if isinstance(mantissa, np.ndarray) else None)
-    logs = np.asarray(mantissa).astype(np.int64)
+    mantissa, exponent = np.frexp(x.astype(np.float64))  # exact
+    mantissa *= 32
+    logs = mantissa.astype(np.int64)
     exponent *= 16
     logs += exponent
     logs -= 32
     return logs
+
+
+def log16_of_one(x: int) -> int:
+    """`log16` of one number, at least 1, for which NumPy would take ten times as long."""
+    exponent = x.bit_length() - 1
+    return 16 * exponent + ((x - (1 << exponent)) << 4 >> exponent)
+
+
+def _clip(x: Ints, high: int) -> Ints:
+    """x within 0..high, in place: NumPy's own clip takes longer than this for few numbers."""
+    return np.minimum(np.maximum(x, 0, out=x), high, out=x)
 
 
 def power4(x: int) -> int:
@@ -179,7 +191,7 @@ def encode(q: NDArray[np.int32], shape: tuple[int, ...], strength: int) -> bytes
     padded[:, :columns] = q.reshape(rows, columns)
     low, high = int(q.min()), int(q.max())
     total = int(np.abs(q).sum(dtype=np.int64))
-    start = int(log16(max(1, UNIT * total // len(q)))) >> 2
+    start = log16_of_one(max(1, UNIT * total // len(q))) >> 2
     known = Known(rows, groups, period, kernels, start)
     models = Models(low, high, strength)
     jobs = []
@@ -191,12 +203,12 @@ def encode(q: NDArray[np.int32], shape: tuple[int, ...], strength: int) -> bytes
         flat = values.reshape(-1)
         order, runs = _by_context(contexts, valid)
         symbols = flat[order] - low
-        tables = models.frequencies(runs)
-        jobs += [(symbols[start:end], f) for (_, start, end), f in zip(runs, tables, strict=True)]
+        tables = categoricals(models.frequencies(runs))
+        jobs += [(symbols[start:end], model) for (_, start, end), model in zip(runs, tables, strict=True)]
         models.learn(runs, symbols)
     coder = constriction.stream.stack.AnsCoder()
-    for symbols, f in reversed(jobs):  # ANS is a stack: what is pushed last comes out first
-        coder.encode_reverse(symbols, categorical(f))
+    for symbols, model in reversed(jobs):  # ANS is a stack: what is pushed last comes out first
+        coder.encode_reverse(symbols, model)
     return HEAD.pack(low, high, start, strength) + coder.get_compressed().astype("<u4").tobytes()
 
 
@@ -206,7 +218,7 @@ def contexts_of(q: NDArray[np.int32], shape: tuple[int, ...]) -> NDArray[np.uint
     groups = -(-columns // period)
     padded = np.zeros((rows, groups * period), np.int32)
     padded[:, :columns] = np.abs(q).reshape(rows, columns)
-    start = int(log16(max(1, UNIT * int(padded.sum(dtype=np.int64)) // len(q)))) >> 2
+    start = log16_of_one(max(1, UNIT * int(padded.sum(dtype=np.int64)) // len(q))) >> 2
     known = Known(rows, groups, period, kernels, start)
     found = np.zeros(padded.shape, np.uint8)
     for phase, first, stop in blocks(rows, groups, period):
@@ -238,8 +250,8 @@ def decode(stream: bytes, shape: tuple[int, ...]) -> NDArray[np.int32]:
         contexts = known.contexts(phase, first, stop)
         order, runs = _by_context(contexts, valid)
         symbols = np.empty(len(order), np.int32)
-        for (_, start, end), f in zip(runs, models.frequencies(runs), strict=True):
-            symbols[start:end] = coder.decode(categorical(f), end - start)
+        for (_, start, end), model in zip(runs, categoricals(models.frequencies(runs)), strict=True):
+            symbols[start:end] = coder.decode(model, end - start)
         models.learn(runs, symbols)
         values = np.zeros(contexts.size, np.int32)
         values[order] = symbols + low
@@ -265,9 +277,12 @@ class Models:
             if not self.weights[context, 0]:
                 self.weights[context] = starting_model(context, *self.settings)
         weights = self.weights[chosen]
-        f = 1 + weights * ((1 << PRECISION) - weights.shape[1]) // weights.sum(1, keepdims=True)
-        f[np.arange(len(f)), f.argmax(1)] += (1 << PRECISION) - f.sum(1)
-        return f
+        sums = np.add.reduce(weights, 1, keepdims=True)  # `sum` itself, without what goes on around it
+        weights *= (1 << PRECISION) - weights.shape[1]
+        weights //= sums
+        weights += 1
+        weights[np.arange(len(weights)), weights.argmax(1)] += (1 << PRECISION) - np.add.reduce(weights, 1)
+        return weights
 
     def learn(self, runs: list[Run], symbols: NDArray[np.int32]) -> None:
         """Takes in the symbols of each run."""
@@ -279,6 +294,14 @@ class Models:
 def _places(
     phase: int, first: int, stop: int, groups: int, period: int, columns: int
 ) -> tuple[Ints, NDArray[np.bool_] | None]:
+    """Where the numbers of a block lie, and which of them there are. Networks have many small layers of one shape."""
+    find = _found if (stop - first) * groups > _SMALL else _kept
+    return find(phase, first, stop, groups, period, columns)
+
+
+def _found(
+    phase: int, first: int, stop: int, groups: int, period: int, columns: int
+) -> tuple[Ints, NDArray[np.bool_] | None]:
     rows = np.arange(first, stop, dtype=np.int64)
     inner = (phase - rows) % period
     at = (rows * (groups * period) + inner)[:, None] + (period * np.arange(groups, dtype=np.int64))[None, :]
@@ -287,6 +310,9 @@ def _places(
     valid = np.ones((stop - first, groups), bool)
     valid[:, -1] = (groups - 1) * period + inner < columns
     return at, valid
+
+
+_kept = lru_cache(maxsize=512)(_found)
 
 
 def _by_context(contexts: NDArray[np.uint8], valid: NDArray[np.bool_] | None) -> tuple[Ints, list[Run]]:

@@ -25,6 +25,7 @@ RAW, CONSTANT, CODED = 0, 1, 2  # the first byte of a stream; CODED + i uses SMO
 SMOOTHING = ((2, 0), (32, 0), (16, 1), (8, 2), (4, 4), (2, 8), (1, 16))
 PRECISION = 24
 LONGEST = 1 << 30  # symbols of one coded stream: keeps every product in `frequencies` within 63 bits
+_LAZY = 20
 _FIRST_BLOCK = 32
 
 
@@ -103,7 +104,13 @@ def categorical(f: NDArray[np.int64]) -> constriction.stream.model.Categorical:
     constriction gives each symbol 1/2**24 and shares the rest in proportion to what it is handed, so f - 1, whose
     sum is exactly that rest, comes out as f.
     """
-    return constriction.stream.model.Categorical((f - 1).astype(np.float64), perfect=False)
+    return categoricals(f[None])[0]
+
+
+def categoricals(f: NDArray[np.int64]) -> list[constriction.stream.model.Categorical]:
+    """(rows, n) frequencies -> a model for each row. Of few symbols, looking one up takes less than preparing to."""
+    lazy = f.shape[1] <= _LAZY
+    return [constriction.stream.model.Categorical(row, perfect=False, lazy=lazy) for row in (f - 1).astype(np.float64)]
 
 
 def _encode(data: Bytes, low: int, high: int, smoothing: int) -> bytes:

@@ -27,7 +27,7 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from tersenet.codec.contexts import CONTEXTS, LIMIT, STRENGTHS, UNIT, log16, power4
+from tersenet.codec.contexts import CONTEXTS, LIMIT, STRENGTHS, UNIT, log16, log16_of_one, power4
 from tersenet.codec.entropy import PRECISION
 
 Ints = NDArray[np.int64]
@@ -141,7 +141,7 @@ class Field:
         sums[: self.groups] //= before * self.rows + first * size + 8
         sums[: self.groups] += 1
         logs = log16(sums)
-        logs[: self.groups] += 2 - _log16((before * self.groups + 8) * mean)
+        logs[: self.groups] += 2 - log16_of_one((before * self.groups + 8) * mean)
         quarters = (logs[self.groups :, None] + logs[: self.groups]) >> 2
         np.maximum(quarters, 0, out=quarters)
         np.minimum(quarters, 2 * CONTEXTS - 1, out=quarters)
@@ -215,12 +215,6 @@ def _levels(shift: int) -> Keys:
 def _unit(context: int, shift: int) -> int:
     """The scale of a context in sixteenths, shifted."""
     return max(5, power4(2 * context) >> (8 + shift))
-
-
-def _log16(x: int) -> int:
-    """`log16` of one number."""
-    exponent = x.bit_length() - 1
-    return 16 * exponent + ((x - (1 << exponent)) << 4 >> exponent)
 
 
 def starting_weights(context: int, reach: int, strength: int) -> Ints:
@@ -395,7 +389,7 @@ def _laid_out(
 ) -> tuple[Field, Floats, dict[int, Floats | None]]:
     """An empty field, the numbers in its layout, and the coefficients that fit them."""
     magnitudes = np.abs(q)
-    start = int(log16(max(1, UNIT * int(magnitudes.sum(dtype=np.int64)) // len(q)))) >> 2
+    start = log16_of_one(max(1, UNIT * int(magnitudes.sum(dtype=np.int64)) // len(q))) >> 2
     field = Field(shape, int(magnitudes.max()), start, distance)
     order = [position for phase in field.phases for position in phase.positions]
     planes = q.reshape(-1, len(order)).T[order].astype(np.float32, order="C")  # (K, O * G)
