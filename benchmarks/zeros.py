@@ -7,7 +7,7 @@ Per pattern and share of zeros: the score right after masking by magnitude, the 
 (512 unlabelled images), and with --epochs the score of a training with the original as teacher in which the masks
 tighten and weights grow back (prune_weights: {sparsity: 0}, ramp); with --again a row more, after a second training
 with the masks as they then are. The first and the last layer, 0.3 % of the weights, stay whole. A row is written as
-soon as it is there, and what is there is not run again; training once cut goes on.
+soon as it is there, and what is there is not run again; training once cut goes on, and `seconds` are then the rest's.
 """
 
 from __future__ import annotations
