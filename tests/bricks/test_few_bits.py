@@ -53,6 +53,20 @@ def test_values_are_whole_numbers_times_scales(rule: str, bits: int, granularity
     assert len(steps.unique()) <= counts.get(rule, 2**bits)
 
 
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "bnn"])
+def test_a_channel_of_zeros_stays_one_when_settled(rule: str) -> None:
+    made = brick(rule)
+    with torch.no_grad():
+        made.weight[1] = 0
+    made.eval()
+    x = x_of()
+    with torch.no_grad():
+        wanted = made(x)
+    if rule != "dorefa":  # none of its values is zero
+        torch.testing.assert_close(wanted[:, 1], made.bias[1].expand_as(wanted[:, 1]))
+    torch.testing.assert_close(made.settled(None)(x), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_ttq_has_three_values_for_the_layer() -> None:
     made = brick("ttq")
     with torch.no_grad():

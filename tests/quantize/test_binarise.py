@@ -89,6 +89,18 @@ def test_masked_weights_keep_their_mask_in_the_second_stage() -> None:
     assert torch.isfinite(model.eval()(task.example)).all()
 
 
+def test_signs_stand_clear_of_constant_channels() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(64, 3)).eval()
+    with torch.no_grad():
+        model[0].weight[:] = torch.tensor([[0.0, 0.0], [0.0, 1.0]]).view(2, 2, 1, 1)
+        model[0].bias[:] = torch.tensor([0.3, 0.0])
+    x = torch.randn(8, 2, 6, 6)
+    changed, _ = Binarise(edges="float").run(model, Task(example=x[:2], calibrate=[(x,)], quiet=True))
+    shift = changed[2].sign.shift.detach()
+    assert float(shift[0]) == pytest.approx(0.15)
+    assert float(shift[1]) == pytest.approx(float(x[:, 1].relu().mean()), rel=1e-4)
+
+
 def test_xnor_scales_by_the_size_of_the_input() -> None:
     model = tiny(0)
     changed, _ = Binarise(method="xnor").run(copy.deepcopy(model), task_for(model))

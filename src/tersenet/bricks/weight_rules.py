@@ -201,7 +201,8 @@ class ScaledSigns(Rule):
     def integers(self, layer: Any) -> tuple[Tensor, Tensor]:
         weight = layer.weight.detach()
         scale = binary_scale(weight)
-        return signs(weight), torch.where(scale > 0, scale, torch.ones_like(scale))
+        alive = (scale > 0).to(weight.dtype)  # a channel of zeros stays one: its scale is 0
+        return signs(weight) * _rows(alive, weight), torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 class MagnitudeAware(ScaledSigns):

@@ -135,12 +135,17 @@ def _with_signs(twin: FewBitLayer, method: str) -> nn.Module:
 
 
 def _place_signs(model: nn.Module, task: Task) -> None:
-    """Shift = mean of the channel, for signs whose shift is still 0, from front to back in one pass of one batch."""
+    """Shift = mean of the channel, or well below where it is constant, for signs whose shift is still 0, from front to
+    back in one pass of one batch."""
     new = [module for module in model.modules() if isinstance(module, Sign) and not bool(module.shift.any())]
 
     def place(sign: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        sign.shift.copy_(x.mean(dim=[d for d in range(x.dim()) if d != 1]))  # type: ignore[operator]
+        x = inputs[0].transpose(0, 1).flatten(1)  # (C, values)
+        mean, size = x.mean(1), x.abs().amax(1)
+        # Of a channel that says the same to everything, the sign would be that of a rounding error.
+        constant = x.amax(1) - x.amin(1) <= 1e-3 * size
+        beside = mean - torch.where(size > 0, size / 2, 1.0)
+        sign.shift.copy_(torch.where(constant, beside, mean))  # type: ignore[operator]
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batch = next(iter(task.calibration()))
