@@ -73,6 +73,14 @@ def test_few_values_are_a_codebook(dtype: torch.dtype) -> None:
     assert len(payload) < 3000 * 2.6 / 8 + 8 * 6 + 32
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.uint8])
+def test_weights_of_two_bits_kept_as_larger_whole_numbers_take_two_bits(dtype: torch.dtype) -> None:
+    levels = torch.tensor([64, 128, 160, 192] if dtype is torch.uint8 else [-64, -32, 0, 32]).to(dtype)
+    codec, payload = coded(levels[torch.randint(0, 4, (64, 32, 3, 3), generator=torch.Generator().manual_seed(0))])
+    assert codec == "codebook"
+    assert len(payload) < 1.02 * 64 * 32 * 9 * 2 / 8
+
+
 def test_zeros_of_masked_weights_are_not_stored() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(100, 100, generator=generator) * (torch.rand(100, 100, generator=generator) > 0.9) + 0.0

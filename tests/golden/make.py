@@ -1,7 +1,9 @@
-"""Writes the golden files anew. Run it when the version of the format is raised, and only then.
+"""Writes the golden files anew. Run it when the version of the format is raised or the writer chooses otherwise, and
+keep what sample.terse was under another name: it must be readable for ever.
 
 sample.terse is what the writer chooses by itself; the files form-*.terse hold a tensor that was coded in one form
-alone; version-2.terse is what version 2 wrote. The .json files hold the manifest and the SHA-256 of each tensor.
+alone; version-2.terse is what version 2 wrote, before-books.terse what version 3 wrote while whole numbers with gaps
+between them had no codebook. The .json files hold the manifest and the SHA-256 of each tensor.
 """
 
 from __future__ import annotations

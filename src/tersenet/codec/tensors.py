@@ -61,7 +61,7 @@ def _floats(dtype: str, shape: tuple[int, ...], bits: Bits, forms: values.Forms)
         gaps = share < _GAPS
         yield "grid", grid
     if grid is None or gaps or small:
-        book = values.encode_codebook(bits, shape, signed=True, forms=forms)
+        book = values.encode_codebook(bits, shape, "float", forms)
     yield "codebook", book
     if small or (grid is None and book is None):
         if 50 * (len(bits) - int(np.count_nonzero(bits))) > len(bits):
@@ -73,12 +73,16 @@ def _integers(
     dtype: str, shape: tuple[int, ...], bits: Bits, forms: values.Forms
 ) -> Iterator[tuple[str, bytes | None]]:
     whole = bits.view(f"<i{SIZES[dtype]}" if dtype in SIGNED else bits.dtype)
+    kind = "signed" if dtype in SIGNED else "unsigned"
     if int(whole.min()) >= -numbers.LIMIT and int(whole.max()) <= numbers.LIMIT and len(bits) <= numbers.LONGEST:
-        yield "numbers", numbers.encode(whole.astype(np.int32), shape, forms)
+        q = whole.astype(np.int32)
+        yield "numbers", numbers.encode(q, shape, forms)
+        if dtype != "bool" and values.share(q) < _GAPS:  # as of few-bit weights, kept as multiples of a power of two
+            yield "codebook", values.encode_codebook(bits, shape, kind, forms)
         if len(bits) >= _SMALL or forms is not None:
             return
     elif SIZES[dtype] > 1:
-        yield "codebook", values.encode_codebook(bits, shape, signed=False, forms=forms)
+        yield "codebook", values.encode_codebook(bits, shape, kind, forms)
     yield "integers", integers.encode(bits, dtype in SIGNED)
 
 

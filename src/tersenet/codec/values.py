@@ -33,10 +33,10 @@ def encode_grid(bits: Bits, shape: tuple[int, ...], forms: Forms = None) -> tupl
         return _encode_rows(values, shape, forms), 1.0
     whole = struct.pack("<Bf", 0, found[0]) + numbers.encode(found[1], shape, forms)
     if len(shape) < 2 or len(values) < 8 * shape[0] or not _coarser(found[1].reshape(shape[0], -1)):
-        return whole, _share(found[1])
+        return whole, share(found[1])
     # Steps of rows that have a common part are one grid together, but a fine one.
     apart = _encode_rows(values, shape, forms)
-    return (whole, _share(found[1])) if apart is None or len(apart) >= len(whole) else (apart, 1.0)
+    return (whole, share(found[1])) if apart is None or len(apart) >= len(whole) else (apart, 1.0)
 
 
 def _coarser(q: NDArray[np.int32]) -> bool:
@@ -57,7 +57,8 @@ def _encode_rows(values: NDArray[np.float32], shape: tuple[int, ...], forms: For
     return struct.pack("<BI", 1, len(coded)) + coded + numbers.encode(q, shape, forms)
 
 
-def _share(q: NDArray[np.int32]) -> float:
+def share(q: NDArray[np.int32]) -> float:
+    """Of the numbers between the smallest and the largest, how many come."""
     come = np.bincount(q - q.min())
     return np.count_nonzero(come) / len(come)
 
@@ -106,11 +107,12 @@ def _grid(values: NDArray[np.float32]) -> tuple[np.float32, NDArray[np.int32]] |
     return None
 
 
-def encode_codebook(bits: Bits, shape: tuple[int, ...], signed: bool, forms: Forms = None) -> bytes | None:
+def encode_codebook(bits: Bits, shape: tuple[int, ...], kind: str, forms: Forms = None) -> bytes | None:
     """(n,) bits, n at least 1: values less 1 (a byte), the one that is number 0 (a byte), the values, the numbers.
 
     Args:
-        signed: whether the highest bit is a sign, as of floats.
+        kind: of the bits: "float", "signed" or "unsigned". The book is in order of value, and number 0 is what is
+            nearest to 0, because the coder of numbers looks for sizes like those of neighbours.
     """
     if len(bits) > 65536 and len(np.unique(bits[:: len(bits) // 4096])) > LARGEST_BOOK:
         return None
@@ -118,11 +120,13 @@ def encode_codebook(bits: Bits, shape: tuple[int, ...], signed: bool, forms: For
     if len(book) > LARGEST_BOOK:
         return None
     top = book.dtype.type(1 << (8 * book.dtype.itemsize - 1))
-    negative = (book >= top) if signed else np.zeros(len(book), bool)
-    order = np.concatenate([np.flatnonzero(negative)[::-1], np.flatnonzero(~negative)])  # floats in order of value
+    negative = np.zeros(len(book), bool) if kind == "unsigned" else book >= top
+    below = np.flatnonzero(negative)  # the larger these bits, the lower a float and the higher an integer
+    order = np.concatenate([below[::-1] if kind == "float" else below, np.flatnonzero(~negative)])
     rank = np.empty(len(book), np.int32)
     rank[order] = np.arange(len(book))
-    zero = int(rank[np.argmin(book & ~top if signed else book)])
+    sizes = np.where(negative, book & ~top if kind == "float" else ~book + 1, book)
+    zero = int(rank[np.argmin(sizes)])
     head = struct.pack("<BB", len(book) - 1, zero)
     return head + book[order].tobytes() + numbers.encode(rank[index.reshape(-1)] - zero, shape, forms)
 
