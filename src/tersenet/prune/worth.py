@@ -122,7 +122,7 @@ def time_of(pattern: Pattern, sparsity: float) -> str:
     reached = [share for share in known if sparsity >= share - 0.005]
     none = "in ONNX Runtime and OpenVINO"
     if not reached:
-        return f"{NOTHING} {none}; a sparse kernel would not gain either at {sparsity:.0%} zeros"
+        return f"{NOTHING} {none}, nor would a sparse kernel gain below {min(known):.0%} zeros"
     floats, integers = known[max(reached)]
     kernel = "a kernel for 16x1 blocks" if blocks else "a kernel for single weights"
     measured = f"{floats:.1f}x of dense float, {integers:.1f}x of dense int8 at {max(reached):.0%}"
