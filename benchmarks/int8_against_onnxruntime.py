@@ -132,7 +132,15 @@ def contenders(folder: Path) -> dict[str, dict[str, Path]]:
 def timed(files: dict[str, Path], runtime: str, task: Task, turns: int, calls: int) -> dict[str, Any]:
     """Times the files of one runtime against each other."""
     x = calibration_images(task, 1)
-    runners = {name: open_file(path, runtime, threads=1) for name, path in files.items()}
+    runners, failed = {}, {}
+    for name, path in files.items():
+        try:
+            runner = open_file(path, runtime, threads=1)
+            runner.run(x)
+            runners[name] = runner
+        except Exception as error:  # noqa: BLE001  (a rival's file that its runtime does not run is a result too)
+            failed[name] = str(error)[:300]
+            print(f"{runtime:12} {name:18} does not run: {failed[name]}")
     found = measure(
         [Contender(name, runner, x) for name, runner in runners.items()], turns=turns, calls=calls,
         discard=max(2, calls // 5), progress=True,
@@ -152,14 +160,20 @@ def timed(files: dict[str, Path], runtime: str, task: Task, turns: int, calls: i
             f"({ratio.low:.3f} to {ratio.high:.3f})"
         )
     verdicts = {}
-    for rival in list(files)[2:]:
+    for rival in list(runners)[2:]:
         ratio = found.ratio("tersenet int8", rival)
         verdicts[rival] = {
             "ratio": ratio.ratio, "low": ratio.low, "high": ratio.high,
             "not_slower": found.not_slower("tersenet int8", rival),
         }  # fmt: skip
         print(f"{runtime:12} ours / {rival}: {ratio.ratio:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
-    return {"files": rows, "ours_over": verdicts, "verdict": found.verdict, "machine": dict(found.machine)}
+    return {
+        "files": rows,
+        "failed": failed,
+        "ours_over": verdicts,
+        "verdict": found.verdict,
+        "machine": dict(found.machine),
+    }
 
 
 def scored(files: dict[str, Path], runtime: str, model: nn.Module, task: Task) -> dict[str, dict[str, Any]]:
