@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.settle import settle
 from tersenet.codec import container
 from tersenet.deploy import graph_json
@@ -165,13 +166,8 @@ def _check_rebuilt(model: nn.Module, graph: dict[str, Any], tensors: dict[str, T
         rebuilt = graph_json.from_json(graph, {name: value.clone() for name, value in tensors.items()})
     except ValueError as error:
         raise ExportError(f"{type(model).__name__} cannot be written as a .terse file: {error}") from error
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False  # an exported program refuses eval()
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         pairs = zip(pytree.tree_leaves(model(example)), pytree.tree_leaves(rebuilt(example)), strict=True)
-    for module, training in modes:
-        module.training = training
     for expected, found in pairs:
         if not torch.allclose(
             expected, found, rtol=1e-4, atol=1e-5 * max(1.0, float(expected.abs().max())), equal_nan=True

@@ -19,7 +19,7 @@ from tersenet.bricks.coded import StoredLayer
 from tersenet.bricks.quantized import Int8Conv2d, Int8Layer, Int8Linear, layer_config
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.settle import settle
-from tersenet.graph.fold import fold_all
+from tersenet.deploy.folded import folded_graph
 from tersenet.graph.points import is_concatenation, is_global_pool
 from tersenet.graph.trace import trace
 from tersenet.numerics.rounding import grid
@@ -66,9 +66,7 @@ def decomposed(model: nn.Module, example: Tensor, dialect: Dialect) -> fx.GraphM
     Raises:
         TraceError: when the forward cannot be captured.
     """
-    graph = trace(copy.deepcopy(model).eval(), example)
-    fold_all(graph)
-    settle(graph)
+    graph = folded_graph(model, example)
     if dialect.alike_in_concat:
         _round_alike(graph)
     if dialect.keep_axes:

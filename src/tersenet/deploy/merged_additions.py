@@ -7,17 +7,14 @@ comparing its values with ONNX Runtime's behind each operator of int8 files, on 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
 
 from tersenet.bricks.quantized import Int8Layer
 from tersenet.bricks.quantizer import Quantizer
-from tersenet.bricks.settle import settle
-from tersenet.graph.fold import fold_all
+from tersenet.deploy.folded import folded_graph
 from tersenet.graph.points import is_addition
-from tersenet.graph.trace import trace
 
 
 def rounded_for_addition(graph: fx.GraphModule, kind: type[nn.Module]) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -50,9 +47,7 @@ def as_openvino_adds(model: nn.Module, example: Tensor) -> fx.GraphModule:
     Raises:
         TraceError: when the forward cannot be captured.
     """
-    graph = trace(copy.deepcopy(model).eval(), example)
-    fold_all(graph)
-    settle(graph)
+    graph = folded_graph(model, example)
     for node, _ in rounded_for_addition(graph, Quantizer):
         quantizer = graph.get_submodule(str(node.target))
         assert isinstance(quantizer, Quantizer)

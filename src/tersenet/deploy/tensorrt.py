@@ -17,7 +17,6 @@ There is no TensorRT here to build an engine: the file is held to the rules (`br
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,10 @@ from torch import Tensor, fx, nn
 
 from tersenet.bricks.quantized import Int8Layer
 from tersenet.bricks.quantizer import Quantizer
-from tersenet.bricks.settle import settle
+from tersenet.deploy.folded import folded_graph
 from tersenet.deploy.merged_additions import rounded_for_addition
 from tersenet.deploy.onnx import QuantizeDequantize, to_onnx_operators, write_onnx
 from tersenet.errors import ExportError, require
-from tersenet.graph.fold import fold_all
-from tersenet.graph.trace import trace
 from tersenet.numerics.rounding import fake_quantize
 from tersenet.task import Preparation
 
@@ -80,9 +77,7 @@ def symmetric(model: nn.Module, example: Tensor) -> fx.GraphModule:
     Raises:
         TraceError: when the forward cannot be captured.
     """
-    graph = trace(copy.deepcopy(model).eval(), example)
-    fold_all(graph)
-    settle(graph)
+    graph = folded_graph(model, example)
     for path, module in list(graph.named_modules()):
         if isinstance(module, Quantizer):
             graph.add_submodule(path, SymmetricQuantizer.of(module))

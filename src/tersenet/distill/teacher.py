@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersenet.bricks.evaluating import evaluating
 from tersenet.errors import DataError, SettingsError
 from tersenet.task import Task
 
@@ -78,16 +79,8 @@ def teacher_outputs(model: nn.Module, task: Task, batch: Any, teacher: nn.Module
 
 
 def _ask(teacher: nn.Module, task: Task, batch: Any) -> Any:
-    # The flag is set by hand because the module of an exported program refuses eval().
-    training = [module for module in teacher.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            return task.forward(teacher, batch)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(teacher), torch.no_grad():
+        return task.forward(teacher, batch)
 
 
 def _on_device(teacher: nn.Module, device: torch.device) -> nn.Module:

@@ -24,6 +24,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.utils import parametrize
 
 from tersenet.bricks.brick import Brick
+from tersenet.bricks.evaluating import evaluating
 from tersenet.errors import TraceError
 
 aten = torch.ops.aten
@@ -47,20 +48,14 @@ def export(model: nn.Module, example: Example, dynamic_batch: bool = True) -> Ex
     Raises:
         TraceError: when the forward cannot be captured; says where.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False  # an exported module refuses eval(), and has nothing to switch
     plain = example if isinstance(example, tuple) else (example,)
     inputs = inputs_of(example) if dynamic_batch else plain
     shapes = tuple({0: Dim.AUTO} for _ in inputs) if dynamic_batch else None
     try:
-        with torch.no_grad(), _silence(), _attributes_kept(model):
+        with evaluating(model), torch.no_grad(), _silence(), _attributes_kept(model):
             return torch.export.export(model, inputs, dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises many kinds; each becomes one sentence
         raise TraceError(_why(model, error)) from error
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def trace(model: nn.Module, example: Example) -> fx.GraphModule:
