@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
     "cache": set(),
+    "compiler": {"errors"},
     "numerics": {"errors"},
     "bricks": {"errors", "numerics"},
     "graph": {"errors", "numerics", "bricks"},
@@ -27,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "repeat": {"errors", "task", "step"},
     "resize": {"errors", "numerics", "task", "step"},
     "report": {"errors", "atomic", "numerics"},
-    "train": {"errors", "atomic", "task", "step"},
+    "train": {"errors", "atomic", "compiler", "task", "step"},
     "prune": METHOD,
     "quantize": METHOD,
     "distill": METHOD,
@@ -36,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"errors", "atomic", "bricks", "task"},
     "data": {"errors", "atomic", "cache", "task"},
     "codec": {"errors", "atomic", "numerics"},
-    "deploy": {"errors", "atomic", "cache", "numerics", "bricks", "graph", "task", "report", "codec"},
+    "deploy": {"errors", "atomic", "cache", "compiler", "numerics", "bricks", "graph", "task", "report", "codec"},
     "search": {"errors", "atomic", "cache", "numerics", "graph", "task", "step", "deploy"},
 }
 # These import anything, and nothing imports them but each other (and `tersenet` itself, by name).

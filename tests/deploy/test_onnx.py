@@ -111,7 +111,60 @@ def test_weights_only_and_settled(settled: bool, tmp_path: Path) -> None:
     path = export_onnx(model, X, tmp_path / "model.onnx")
     with torch.no_grad():
         np.testing.assert_allclose(in_onnxruntime(path, X), model(X).numpy(), rtol=1e-4, atol=1e-4)
-    assert sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1 for t in onnx.load(path).graph.initializer) == 3
+    whole = export_onnx(lively(Residual()), X, tmp_path / "float.onnx")
+    assert operators_run(path, tmp_path) == operators_run(whole, tmp_path)  # weights are made once, at loading
+    weights = sum(t.data_type == onnx.TensorProto.UINT8 for t in onnx.load(path).graph.initializer)
+    assert weights == 3
+    assert (
+        sum(t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1 for t in onnx.load(whole).graph.initializer) == 3
+    )
+
+
+def operators_run(path: Path, folder: Path) -> Counter[str]:
+    """What is left of a file's operators after ONNX Runtime has optimised it."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(str(path), options)
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_float_weights_of_few_values_are_packed_to_the_bit(rows: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 40, 5), nn.Flatten(), nn.Linear(40 * 16, 24))
+    for layer in (model[0], model[2]):
+        with torch.no_grad():
+            signs = torch.randint(-1, 2, layer.weight.shape).float() * -1.0  # zeros of both signs
+            scales = torch.rand(len(signs)) if rows else torch.full((len(signs),), 0.3)
+            layer.weight.copy_(signs * scales.reshape(-1, *(1,) * (signs.dim() - 1)))
+    packed = export_onnx(model, X, tmp_path / "packed.onnx")
+    plain = export_onnx(model, X, tmp_path / "plain.onnx", pack=False)
+    assert np.array_equal(in_onnxruntime(packed, X), in_onnxruntime(plain, X))
+    assert np.array_equal(in_openvino(packed, X), in_openvino(plain, X))
+    assert operators_run(packed, tmp_path) == operators_run(plain, tmp_path)
+    assert layers_in_openvino(packed) == layers_in_openvino(plain)
+    assert packed.stat().st_size < 0.25 * plain.stat().st_size
+
+
+@pytest.mark.parametrize("format", ["int4", "int2"])
+def test_integers_are_packed_and_fused_as_if_they_were_not(format: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(32 * 16, 5))
+    model, _ = Quantize(weights=format).run(net.eval(), TASK)
+    packed = export_onnx(model, X, tmp_path / "packed.onnx")
+    plain = export_onnx(model, X, tmp_path / "plain.onnx", pack=False)
+    assert np.array_equal(in_onnxruntime(packed, X), in_onnxruntime(plain, X))
+    assert np.array_equal(in_openvino(packed, X), in_openvino(plain, X))
+    assert operators_run(packed, tmp_path) == operators_run(plain, tmp_path)
+    assert layers_in_openvino(packed) == layers_in_openvino(plain)
+    assert packed.stat().st_size < 0.8 * plain.stat().st_size
+
+
+def layers_in_openvino(path: Path) -> Counter[str]:
+    openvino = pytest.importorskip("openvino")
+    graph = openvino.Core().compile_model(str(path), "CPU").get_runtime_model()
+    return Counter(str(node.get_rt_info()["layerType"].value) for node in graph.get_ops())
 
 
 def test_metadata(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch._inductor import config
 
+from tersenet.compiler import need_compiler
 from tersenet.deploy.decomposed import INDUCTOR, decomposed, rounds_activations
-from tersenet.errors import SettingsError
 
 
 def compiled(path: Path, model: Any) -> Any:
@@ -27,15 +27,7 @@ def compiled(path: Path, model: Any) -> Any:
     Raises:
         SettingsError: where there is no C++ compiler.
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    config.compile_threads = 1  # else a pool of processes that outlives the compiling, on cores that others measure on
-    try:
-        get_cpp_compiler()
-    except Exception as error:  # Inductor's own kind, which it may rename
-        raise SettingsError(
-            f"pytorch-compiled cannot run {path.name}: torch.compile found no C++ compiler; install one, such as g++"
-        ) from error
+    need_compiler(f"pytorch-compiled cannot run {path.name}")
     model.requires_grad_(False)
     shape = getattr(model, "input_shape", None)
     if shape is None or not rounds_activations(model):

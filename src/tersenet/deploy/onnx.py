@@ -1,7 +1,8 @@
 """ONNX files by torch's current exporter, float and quantized.
 
 A quantized model becomes QDQ: activations uint8 per tensor, weights int8 initialisers and biases int32 initialisers
-with one DequantizeLinear each, per output channel. ONNX Runtime and OpenVINO fuse that into integer operators.
+with one DequantizeLinear each, per output channel. ONNX Runtime and OpenVINO fuse that into integer operators. Weights
+of layers with float input are written by onnx_weights.
 
 The export works on a copy in which everything exact that a runtime would do anyway is done: batch norms are folded
 (float files too, so that comparisons are fair), a ReLU or clip that a quantizer repeats is dropped, and a mean over H
@@ -27,7 +28,7 @@ from tersenet.bricks.coded import StoredLayer
 from tersenet.bricks.quantized import Int8Conv2d, Int8Layer, Int8Linear
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.settle import settle
-from tersenet.deploy.onnx_weights import StoredAsOnnx, pack_integers, unpack_weights
+from tersenet.deploy.onnx_weights import Int8AsOnnx, StoredAsOnnx, pack_constants, unpack_weights
 from tersenet.errors import ExportError, require
 from tersenet.graph.fold import fold_all
 from tersenet.graph.points import clip_bounds, is_global_pool
@@ -128,8 +129,12 @@ def drop_repeated_clips(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def to_onnx_operators(graph: fx.GraphModule) -> None:
-    """Puts what becomes ONNX's own operators in place of our bricks and of global pools; only for the exporter."""
+def to_onnx_operators(graph: fx.GraphModule, explicit: bool = False) -> None:
+    """Puts what becomes ONNX's own operators in place of our bricks and of global pools; only for the exporter.
+
+    Args:
+        explicit: int8 weights pass through DequantizeLinear where their input is float, too.
+    """
     for node in list(graph.graph.nodes):
         if is_global_pool(graph, node):
             with graph.graph.inserting_after(node):
@@ -141,7 +146,8 @@ def to_onnx_operators(graph: fx.GraphModule) -> None:
             ends = (module.low, module.high) if module.high < 255 else None
             graph.add_submodule(name, QuantizeDequantize(module.scale, module.zero_point, ends))
         elif isinstance(module, Int8Layer):
-            graph.add_submodule(name, _Dequantized(module))
+            plain = module.input_scale is None and not explicit
+            graph.add_submodule(name, Int8AsOnnx(module) if plain else _Dequantized(module))
         elif isinstance(module, StoredLayer):
             graph.add_submodule(name, StoredAsOnnx(module))
     graph.recompile()
@@ -258,7 +264,7 @@ def _finish(onnx: Any, proto: Any, metadata: Mapping[str, str], pack: bool) -> N
     onnx.helper.set_model_props(proto, dict(metadata))
     unpack_weights(onnx, proto)
     if pack:
-        pack_integers(onnx, proto)
+        pack_constants(onnx, proto)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ The exporter sees one operator of our own for each weight; `unpack_weights` puts
 from __future__ import annotations
 
 import copy
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from tersenet.bricks.coded import StoredLayer
 from tersenet.bricks.codes import BasesCode, Code, FloatCode, GridCode, PieceCode, TableCode, TernaryCode
+from tersenet.bricks.quantized import Int8Layer
 from tersenet.errors import ExportError
 from tersenet.numerics.float_formats import FLOATS
 
@@ -42,21 +43,15 @@ class StoredAsOnnx(nn.Module):
         self.shape = list(code.shape)
         self.kind, self.bits, shared = _parts(code)
         lowest = code.grid.low if isinstance(code, GridCode) else 0
-        plain = self.kind in ("cast", "dequantize")
-        self.register_buffer("codes", layer.codes if plain else (layer.codes.to(torch.int16) - lowest).to(torch.uint8))
+        codes = layer.codes if self.kind == "cast" else (layer.codes.to(torch.int16) - lowest).to(torch.uint8)
+        self.register_buffer("codes", codes)
         self.names = [f"shared_{number}" for number in range(len(shared))]
         for name, value in zip(self.names, shared, strict=True):
             self.register_buffer(name, value.detach().contiguous())
 
     def weight(self) -> Tensor:
         inputs = (self.codes, *(getattr(self, name) for name in self.names))
-        if self.kind == "dequantize":
-            axis: dict[str, Any] = {"axis": 0} if inputs[1].dim() else {}
-            return torch.onnx.ops.symbolic("DequantizeLinear", inputs, axis, dtype=inputs[1].dtype, shape=self.shape)
-        attributes: dict[str, Any] = {"kind": self.kind, "bits": self.bits, "shape": self.shape}
-        return torch.onnx.ops.symbolic(
-            f"{_DOMAIN}::{_OPERATOR}", inputs, attributes, dtype=torch.float32, shape=self.shape, version=1
-        )
+        return _operator(inputs, self.kind, self.bits, self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         layer: Any = self.layer
@@ -65,16 +60,48 @@ class StoredAsOnnx(nn.Module):
         return F.linear(x, self.weight(), layer.bias)
 
 
+class Int8AsOnnx(nn.Module):
+    """A settled layer of float input, its weight (integer - zero point) * scale by the same operator.
+
+    Not by DequantizeLinear: ONNX Runtime keeps that for integer kernels, which need an integer input, and without one
+    works it out anew for every batch, at twice the time of a float network.
+    """
+
+    codes: Tensor
+    zeros: Tensor
+    scale: Tensor
+
+    def __init__(self, layer: Int8Layer) -> None:
+        super().__init__()
+        self.layer, self.shape = layer, list(layer.weight.shape)
+        low, high = (int(end) for end in torch.aminmax(layer.weight))
+        self.bits = _width(high - low + 1)
+        self.register_buffer("codes", (layer.weight.to(torch.int16) - low).to(torch.uint8))
+        self.register_buffer("zeros", torch.full((1,), float(-low)))
+        self.register_buffer("scale", layer.weight_scale.reshape(-1, *(1,) * (layer.weight.dim() - 1)).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer: Any = self.layer
+        weight = _operator((self.codes, self.zeros, self.scale), "grid", self.bits, self.shape)
+        if isinstance(layer, nn.Conv2d):
+            return layer._conv_forward(x, weight, layer.bias)
+        return F.linear(x, weight, layer.bias)
+
+
+def _operator(inputs: tuple[Tensor, ...], kind: str, bits: int, shape: list[int]) -> Tensor:
+    attributes: dict[str, Any] = {"kind": kind, "bits": bits, "shape": shape}
+    name = f"{_DOMAIN}::{_OPERATOR}"
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=torch.float32, shape=shape, version=1)
+
+
 def _parts(code: Any) -> tuple[str, int, list[Tensor]]:
     """What makes weights of a code's numbers: (how, bits of a number, what is shared).
 
-    dequantize: integers for DequantizeLinear. cast: the numbers are floats. grid: (number - zero point) * scale. book:
+    cast: the numbers are floats. grid: (number - zero point) * scale. book:
     the entry of a list, of single weights or of pieces. rows: the entry of a list that each output has. scaled: the
     entry of a list, times a scale.
     """
     if isinstance(code, GridCode):
-        if code.signed and not isinstance(code.granularity, int):
-            return "dequantize", code.bits, [code.scale[:, 0] if code.granularity == "channel" else code.scale[0, 0]]
         zeros = code.grid.spread(code.zeros - code.grid.low, code.shape)  # the number that stands for 0
         return "grid", code.bits, [zeros, code.grid.spread(code.scale, code.shape)]
     if isinstance(code, TernaryCode):
@@ -120,18 +147,58 @@ def unpack_weights(onnx: Any, proto: Any) -> None:
         proto.opset_import.remove(entry)
 
 
-def pack_integers(onnx: Any, proto: Any) -> None:
-    """Packs the int8 weights of a file that need fewer bits. What DequantizeLinear reads stays int8."""
+def pack_constants(onnx: Any, proto: Any) -> None:
+    """Packs weights that have few values, in all or in each row, as numbers of codebooks; the same to the bit.
+
+    Weights are constants of two or more dimensions: float32, and the int8 that DequantizeLinear reads.
+    """
     graph = proto.graph
+    integers = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     made, nodes = _Unpacker(onnx, graph), []
-    for node in graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in made.constants:
-            tensor = made.constants[node.input[0]]
-            if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1:
-                new, node.input[0] = made.packed(tensor)
-                nodes += new
-        nodes.append(node)
-    _replace(graph, nodes)
+    for tensor in list(graph.initializer):
+        quantized = tensor.data_type == onnx.TensorProto.INT8 and tensor.name in integers
+        if len(tensor.dims) < 2 or not (quantized or tensor.data_type == onnx.TensorProto.FLOAT):
+            continue
+        rows = onnx.numpy_helper.to_array(tensor).reshape(tensor.dims[0], -1)
+        found = [each for each in (_one_book(rows), _a_book_each(rows)) if each is not None]
+        if found:
+            book, places = min(found, key=lambda each: _packed_bytes(*each))
+            if _packed_bytes(book, places) + _OPERATORS_TAKE < rows.nbytes:
+                nodes += made.looked_up(tensor, book, places)
+    _replace(graph, nodes + list(graph.node))
+
+
+_Numbered = tuple[NDArray[Any], NDArray[np.uint8]]
+
+
+def _one_book(rows: NDArray[Any]) -> _Numbered | None:
+    """(values), (R, C) their numbers; None for more than 256 values."""
+    few = _bits(rows).reshape(-1)[:: max(1, rows.size // 1024)]
+    if len(np.unique(few)) > 256:  # as weights that nothing was done to: their millions need no sorting
+        return None
+    book, places = np.unique(_bits(rows), return_inverse=True)
+    return None if len(book) > 256 else (book.view(rows.dtype), places.reshape(rows.shape).astype(np.uint8))
+
+
+def _a_book_each(rows: NDArray[Any]) -> _Numbered | None:
+    """(R, most values of a row), (R, C) their numbers; None for more than 256 values, or than half of the row."""
+    each = []
+    for row in _bits(rows):
+        each.append(np.unique(row, return_inverse=True))
+        if len(each[-1][0]) > min(256, rows.shape[1] // 2):
+            return None
+    most = max(len(book) for book, _ in each)
+    books = np.stack([np.pad(book, (0, most - len(book))) for book, _ in each])
+    return books.view(rows.dtype), np.stack([places for _, places in each]).astype(np.uint8)
+
+
+def _bits(rows: NDArray[Any]) -> NDArray[Any]:
+    """Floats as integers of the same bits, so that 0 and -0 are two values."""
+    return rows.view(np.int32) if rows.dtype == np.float32 else rows
+
+
+def _packed_bytes(book: NDArray[Any], places: NDArray[np.uint8]) -> int:
+    return book.nbytes + places.size * _width(book.shape[-1]) // 8
 
 
 def _replace(graph: Any, nodes: list[Any]) -> None:
@@ -152,7 +219,6 @@ class _Unpacker:
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
         self.made: list[Any] = []
         self.name = ""
-        self.packed_names: set[str] = set()
 
     def nodes_for(self, node: Any) -> list[Any]:
         self.made, self.name = [], node.output[0]
@@ -171,28 +237,31 @@ class _Unpacker:
         elif kind == "scaled":
             places = self._reshaped(self._numbers(numbers, bits), shape)
             self._node("Mul", [self._node("Gather", [shared[0], places], axis=0), shared[1]], out)
-        elif kind == "rows":
-            places = self._reshaped(self._numbers(numbers, bits), [shape[0], math.prod(shape[1:])])
-            self._reshaped(self._node("GatherElements", [shared[0], places], axis=1), shape, out)
         else:
-            self._reshaped(self._node("Gather", [shared[0], self._numbers(numbers, bits)], axis=0), shape, out)
+            book = self.constants[shared[0]].dims
+            self._found(shared[0], book if kind == "rows" else book[:1], self._numbers(numbers, bits), shape, out)
         return self.made
 
-    def packed(self, tensor: Any) -> tuple[list[Any], str]:
-        """The operators that make an int8 constant of packed ones, and its new name; none where that saves nothing."""
-        whole = self.onnx.numpy_helper.to_array(tensor).astype(np.int32)
-        lowest, shape = int(whole.min()), list(whole.shape)
-        bits = _width(int(whole.max()) - lowest + 1)
-        self.made, self.name = [], f"{tensor.name}_unpacked"
-        if self.name in self.packed_names:  # another operator reads the same constant
-            return [], self.name
-        if whole.size * (8 - bits) // 8 <= _OPERATORS_TAKE:
-            return [], tensor.name
-        self.packed_names.add(self.name)
-        places = self._reshaped(self._numbers((whole - lowest).astype(np.uint8), bits), shape)
-        shift = self._shared(f"lowest_{lowest}", np.array(lowest, np.int32))
-        self._node("Cast", [self._node("Add", [places, shift])], self.name, to=self.onnx.TensorProto.INT8)
-        return self.made, self.name
+    def looked_up(self, tensor: Any, book: NDArray[Any], places: NDArray[np.uint8]) -> list[Any]:
+        """The operators that make a constant of the numbers of its values; they take over its name."""
+        self.made, self.name = [], tensor.name
+        self.graph.initializer.remove(tensor)
+        values, numbers = self._own("book", book), self._numbers(places, _width(book.shape[-1]))
+        self._found(values, book.shape, numbers, list(tensor.dims), tensor.name)
+        return self.made
+
+    def _found(self, book: str, size: Sequence[int], numbers: str, shape: list[int], out: str) -> None:
+        """The entries of a codebook by their numbers; one of two dimensions holds a row for each output.
+
+        Not by GatherElements, which OpenVINO does not work out at loading.
+        """
+        if len(size) == 2:
+            begins = self._shared(
+                f"rows_{size[0]}_{size[1]}", np.arange(size[0], dtype=np.int32)[:, None] * np.int32(size[1])
+            )
+            numbers = self._node("Add", [self._reshaped(numbers, [size[0], -1]), begins])
+            book = self._reshaped(book, [-1])
+        self._reshaped(self._node("Gather", [book, numbers], axis=0), shape, out)
 
     def _numbers(self, numbers: NDArray[np.uint8], bits: int) -> str:
         """(n,) int32: packed numbers, taken apart again."""

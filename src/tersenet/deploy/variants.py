@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tersenet.deploy.onnx_weights import pack_integers
+from tersenet.deploy.onnx_weights import pack_constants
 from tersenet.errors import ExportError, require
 
 Cut = Mapping[str, Mapping[str, Sequence[int]]]
@@ -109,7 +109,7 @@ class Variants:
             if name in used
         )
         if pack:
-            pack_integers(self._onnx, changed)
+            pack_constants(self._onnx, changed)
         return changed.SerializeToString()
 
     def _fit_biases(self, graph: Any, fresh: dict[str, np.ndarray]) -> None:

@@ -22,6 +22,8 @@ from tersenet.task import Task, batch_target, default_loss, to_device
 from tersenet.train.batches import channels_last, check_labels, count_batches, samples_of, split, training_data
 from tersenet.train.chance import chance_kept, reseed, seeded_batches
 from tersenet.train.checkpoint import Checkpoint, fingerprint, numbers_of, put_numbers
+from tersenet.train.compiled import while_compiled
+from tersenet.train.depthwise import faster_depthwise
 from tersenet.train.estimate import Estimate
 from tersenet.train.loggers import make_loggers
 from tersenet.train.precision import FLOAT, Chosen, faster, for_device, unsaid
@@ -68,7 +70,8 @@ def train(settings: Train, model: nn.Module, task: Task) -> None:
             training.load(state)
         status = "failed"
         try:
-            training.run(data)
+            with while_compiled(model, settings.compile):
+                training.run(data)
             status = "success"
         finally:
             for logger in fabric.loggers:
@@ -336,12 +339,13 @@ def _chosen(settings: Train, model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _placed(settings: Train, model: nn.Module) -> Iterator[None]:
-    """Puts the weights into the memory layout for training, and back, and onto the device that they were on."""
+    """The memory layout for training, and the faster gradients; afterwards all is as it was, on its own device."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
-        yield
+        with faster_depthwise(model):
+            yield
     finally:
         model.to(device)
         if settings.channels_last:

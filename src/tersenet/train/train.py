@@ -55,6 +55,8 @@ class Train(Step):
             launcher such as torchrun did so.
         channels_last: keep images and weights as (N, H, W, C) in memory while training. Measured on a ResNet-20,
             batch 128, two CPU cores: 150 ms a batch against 216.
+        compile: train through `torch.compile`, which needs a C++ compiler and about a minute at first. Pays where much
+            is done to single values: signs, learned steps, activation functions.
         save_every_s: seconds between two saves in the middle of an epoch; each epoch ends with one.
         max_hours: stop with an error, after some batches, when the training would take longer; None allows all.
         logger: csv (files in the task's folder), tensorboard, mlflow, wandb or none.
@@ -83,6 +85,7 @@ class Train(Step):
     devices: int = 1
     strategy: Strategy = "auto"
     channels_last: bool = True
+    compile: bool = False
     save_every_s: float = 60.0
     logger: Logger = "csv"
     max_hours: float | None = None
