@@ -1,8 +1,8 @@
 """ONNX files by torch's current exporter, float and quantized.
 
-A quantized model becomes QDQ: activations uint8 per tensor, weights int8 initialisers and biases int32 initialisers
-with one DequantizeLinear each, per output channel. ONNX Runtime and OpenVINO fuse that into integer operators. Weights
-of layers with float input are written by onnx_weights.
+A quantized model becomes QDQ: activations uint8 per tensor (the input int8, where its range lies around 0), weights
+int8 initialisers and biases int32 initialisers with one DequantizeLinear each, per output channel. ONNX Runtime and
+OpenVINO fuse that into integer operators. Weights of layers with float input are written by onnx_weights.
 
 The export works on a copy in which everything exact that a runtime would do anyway is done: batch norms are folded
 (float files too, so that comparisons are fair), a ReLU or clip that a quantizer repeats is dropped, and a mean over H
@@ -28,7 +28,7 @@ from tersenet.bricks.coded import StoredLayer
 from tersenet.bricks.quantized import Int8Conv2d, Int8Layer, Int8Linear
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.settle import settle
-from tersenet.deploy.onnx_weights import Int8AsOnnx, StoredAsOnnx, pack_constants, unpack_weights
+from tersenet.deploy.onnx_weights import StoredAsOnnx, make_floats_once, pack_constants, unpack_weights
 from tersenet.errors import ExportError, require
 from tersenet.graph.fold import fold_all
 from tersenet.graph.points import clip_bounds, is_global_pool
@@ -57,7 +57,8 @@ def export_onnx(
         path: where to; written whole or not at all.
         preparation: stored as metadata tersenet.mean, .std, .size and .labels, each as JSON.
         metadata: more metadata, stored under its own names.
-        pack: whether int8 weights that need fewer bits take no more (onnx_weights).
+        pack: whether weights that have few values take few bytes, and those of layers with float input are made at
+            loading (onnx_weights). Without, integers stay int8 behind DequantizeLinear.
     Raises:
         TraceError: when the forward cannot be captured.
         ExportError: when the exporter fails, or the file would be larger than 2 GiB.
@@ -129,25 +130,21 @@ def drop_repeated_clips(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def to_onnx_operators(graph: fx.GraphModule, explicit: bool = False) -> None:
-    """Puts what becomes ONNX's own operators in place of our bricks and of global pools; only for the exporter.
-
-    Args:
-        explicit: int8 weights pass through DequantizeLinear where their input is float, too.
-    """
+def to_onnx_operators(graph: fx.GraphModule) -> None:
+    """Puts what becomes ONNX's own operators in place of our bricks and of global pools; only for the exporter."""
     for node in list(graph.graph.nodes):
         if is_global_pool(graph, node):
             with graph.graph.inserting_after(node):
                 new = graph.graph.call_function(_global_average_pool, (node.args[0], len(node.meta["shape"])))
             node.replace_all_uses_with(new)
             graph.graph.erase_node(node)
+    inputs = {node.name for node in graph.graph.nodes if node.op == "placeholder"}
+    first = {node.target for node in graph.graph.nodes if node.args and getattr(node.args[0], "name", "") in inputs}
     for name, module in list(graph.named_modules()):
         if isinstance(module, Quantizer):
-            ends = (module.low, module.high) if module.high < 255 else None
-            graph.add_submodule(name, QuantizeDequantize(module.scale, module.zero_point, ends))
+            graph.add_submodule(name, QuantizeDequantize.of(module, name in first))
         elif isinstance(module, Int8Layer):
-            plain = module.input_scale is None and not explicit
-            graph.add_submodule(name, Int8AsOnnx(module) if plain else _Dequantized(module))
+            graph.add_submodule(name, _Dequantized(module))
         elif isinstance(module, StoredLayer):
             graph.add_submodule(name, StoredAsOnnx(module))
     graph.recompile()
@@ -195,6 +192,20 @@ class QuantizeDequantize(nn.Module):
         low_high = None if ends is None else torch.tensor(ends, dtype=zero_point.dtype, device=scale.device)
         self.register_buffer("low", None if low_high is None else low_high[0].clone())
         self.register_buffer("high", None if low_high is None else low_high[1].clone())
+
+    @classmethod
+    def of(cls, quantizer: Quantizer, first: bool) -> QuantizeDequantize:
+        """The pair for one quantizer.
+
+        Args:
+            first: it reads the input. Around 0 it is then written as int8, which spares the padding of the first
+                convolution its correction; further on ONNX Runtime has kernels that want uint8.
+        """
+        if first and quantizer.bits == 8 and int(quantizer.zero_point) == 128:
+            return cls(quantizer.scale, torch.zeros_like(quantizer.zero_point, dtype=torch.int8))
+        return cls(
+            quantizer.scale, quantizer.zero_point, (quantizer.low, quantizer.high) if quantizer.high < 255 else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q = torch.onnx.ops.symbolic(
@@ -264,6 +275,7 @@ def _finish(onnx: Any, proto: Any, metadata: Mapping[str, str], pack: bool) -> N
     onnx.helper.set_model_props(proto, dict(metadata))
     unpack_weights(onnx, proto)
     if pack:
+        make_floats_once(onnx, proto)
         pack_constants(onnx, proto)
 
 

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 from tersenet.bricks.coded import StoredLayer
 from tersenet.bricks.codes import BasesCode, Code, FloatCode, GridCode, PieceCode, TableCode, TernaryCode
-from tersenet.bricks.quantized import Int8Layer
 from tersenet.errors import ExportError
 from tersenet.numerics.float_formats import FLOATS
 
@@ -43,7 +42,8 @@ class StoredAsOnnx(nn.Module):
         self.shape = list(code.shape)
         self.kind, self.bits, shared = _parts(code)
         lowest = code.grid.low if isinstance(code, GridCode) else 0
-        codes = layer.codes if self.kind == "cast" else (layer.codes.to(torch.int16) - lowest).to(torch.uint8)
+        plain = self.kind in ("cast", "dequantize")
+        codes = layer.codes if plain else (layer.codes.to(torch.int16) - lowest).to(torch.uint8)
         self.register_buffer("codes", codes)
         self.names = [f"shared_{number}" for number in range(len(shared))]
         for name, value in zip(self.names, shared, strict=True):
@@ -51,7 +51,13 @@ class StoredAsOnnx(nn.Module):
 
     def weight(self) -> Tensor:
         inputs = (self.codes, *(getattr(self, name) for name in self.names))
-        return _operator(inputs, self.kind, self.bits, self.shape)
+        if self.kind == "dequantize":
+            axis: dict[str, Any] = {"axis": 0} if inputs[1].dim() else {}
+            return torch.onnx.ops.symbolic("DequantizeLinear", inputs, axis, dtype=inputs[1].dtype, shape=self.shape)
+        attributes: dict[str, Any] = {"kind": self.kind, "bits": self.bits, "shape": self.shape}
+        return torch.onnx.ops.symbolic(
+            f"{_DOMAIN}::{_OPERATOR}", inputs, attributes, dtype=torch.float32, shape=self.shape, version=1
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         layer: Any = self.layer
@@ -60,48 +66,16 @@ class StoredAsOnnx(nn.Module):
         return F.linear(x, self.weight(), layer.bias)
 
 
-class Int8AsOnnx(nn.Module):
-    """A settled layer of float input, its weight (integer - zero point) * scale by the same operator.
-
-    Not by DequantizeLinear: ONNX Runtime keeps that for integer kernels, which need an integer input, and without one
-    works it out anew for every batch, at twice the time of a float network.
-    """
-
-    codes: Tensor
-    zeros: Tensor
-    scale: Tensor
-
-    def __init__(self, layer: Int8Layer) -> None:
-        super().__init__()
-        self.layer, self.shape = layer, list(layer.weight.shape)
-        low, high = (int(end) for end in torch.aminmax(layer.weight))
-        self.bits = _width(high - low + 1)
-        self.register_buffer("codes", (layer.weight.to(torch.int16) - low).to(torch.uint8))
-        self.register_buffer("zeros", torch.full((1,), float(-low)))
-        self.register_buffer("scale", layer.weight_scale.reshape(-1, *(1,) * (layer.weight.dim() - 1)).contiguous())
-
-    def forward(self, x: Tensor) -> Tensor:
-        layer: Any = self.layer
-        weight = _operator((self.codes, self.zeros, self.scale), "grid", self.bits, self.shape)
-        if isinstance(layer, nn.Conv2d):
-            return layer._conv_forward(x, weight, layer.bias)
-        return F.linear(x, weight, layer.bias)
-
-
-def _operator(inputs: tuple[Tensor, ...], kind: str, bits: int, shape: list[int]) -> Tensor:
-    attributes: dict[str, Any] = {"kind": kind, "bits": bits, "shape": shape}
-    name = f"{_DOMAIN}::{_OPERATOR}"
-    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=torch.float32, shape=shape, version=1)
-
-
 def _parts(code: Any) -> tuple[str, int, list[Tensor]]:
     """What makes weights of a code's numbers: (how, bits of a number, what is shared).
 
-    cast: the numbers are floats. grid: (number - zero point) * scale. book:
+    dequantize: integers for DequantizeLinear. cast: the numbers are floats. grid: (number - zero point) * scale. book:
     the entry of a list, of single weights or of pieces. rows: the entry of a list that each output has. scaled: the
     entry of a list, times a scale.
     """
     if isinstance(code, GridCode):
+        if code.signed and not isinstance(code.granularity, int):
+            return "dequantize", code.bits, [code.scale[:, 0] if code.granularity == "channel" else code.scale[0, 0]]
         zeros = code.grid.spread(code.zeros - code.grid.low, code.shape)  # the number that stands for 0
         return "grid", code.bits, [zeros, code.grid.spread(code.scale, code.shape)]
     if isinstance(code, TernaryCode):
@@ -147,17 +121,55 @@ def unpack_weights(onnx: Any, proto: Any) -> None:
         proto.opset_import.remove(entry)
 
 
+def make_floats_once(onnx: Any, proto: Any) -> None:
+    """Int8 weights of operators with float input become float by Cast and Mul instead of DequantizeLinear.
+
+    ONNX Runtime keeps DequantizeLinear of constants for its integer kernels, which need an integer input; without one
+    it made the weights anew for every batch, at twice the time of the float network. Cast and Mul it does at loading.
+    """
+    graph = proto.graph
+    made, nodes = _Unpacker(onnx, graph), []
+    makers = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    for node in graph.node:
+        weight = made.constants.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if weight is None or len(weight.dims) < 2 or _reads_integers(node.output[0], makers, readers):
+            nodes.append(node)
+        else:
+            nodes += made.multiplied(node, weight)
+    _replace(graph, nodes)
+
+
+_MOVES = ("Transpose", "Reshape", "Flatten", "MaxPool", "Squeeze", "Unsqueeze", "Slice", "Pad")
+
+
+def _reads_integers(weight: str, makers: dict[str, Any], readers: dict[str, list[Any]]) -> bool:
+    """Whether an operator that reads a weight, or that weight moved about, has another input that was dequantized."""
+    for reader in readers.get(weight, []):
+        if reader.op_type in _MOVES:
+            if _reads_integers(reader.output[0], makers, readers):
+                return True
+            continue
+        for name in reader.input[:2]:
+            while name != weight and name in makers and makers[name].op_type in _MOVES:
+                name = makers[name].input[0]
+            if name != weight and name in makers and makers[name].op_type == "DequantizeLinear":
+                return True
+    return False
+
+
 def pack_constants(onnx: Any, proto: Any) -> None:
     """Packs weights that have few values, in all or in each row, as numbers of codebooks; the same to the bit.
 
-    Weights are constants of two or more dimensions: float32, and the int8 that DequantizeLinear reads.
+    Weights are constants of two or more dimensions, float32 or int8.
     """
     graph = proto.graph
-    integers = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     made, nodes = _Unpacker(onnx, graph), []
     for tensor in list(graph.initializer):
-        quantized = tensor.data_type == onnx.TensorProto.INT8 and tensor.name in integers
-        if len(tensor.dims) < 2 or not (quantized or tensor.data_type == onnx.TensorProto.FLOAT):
+        if len(tensor.dims) < 2 or tensor.data_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.INT8):
             continue
         rows = onnx.numpy_helper.to_array(tensor).reshape(tensor.dims[0], -1)
         found = [each for each in (_one_book(rows), _a_book_each(rows)) if each is not None]
@@ -240,6 +252,22 @@ class _Unpacker:
         else:
             book = self.constants[shared[0]].dims
             self._found(shared[0], book if kind == "rows" else book[:1], self._numbers(numbers, bits), shape, out)
+        return self.made
+
+    def multiplied(self, node: Any, weight: Any) -> list[Any]:
+        """The operators that stand for a DequantizeLinear of a constant."""
+        self.made, self.name = [], node.output[0]
+        axis = next((each.i for each in node.attribute if each.name == "axis"), 1)
+        beside = [-1 if each == axis else 1 for each in range(len(weight.dims))]
+
+        def put(name: str) -> str:
+            value = self.onnx.numpy_helper.to_array(self.constants[name]).astype(np.float32)
+            return self._own(name, value.reshape(beside) if value.ndim else value)
+
+        found = self._node("Cast", [node.input[0]], to=self.onnx.TensorProto.FLOAT)
+        if len(node.input) > 2 and self.onnx.numpy_helper.to_array(self.constants[node.input[2]]).any():
+            found = self._node("Sub", [found, put(node.input[2])])
+        self._node("Mul", [found, put(node.input[1])], node.output[0])
         return self.made
 
     def looked_up(self, tensor: Any, book: NDArray[Any], places: NDArray[np.uint8]) -> list[Any]:

@@ -114,7 +114,7 @@ def export_tensorrt(
             if module.ends is not None:
                 rounded = nn.Sequential(nn.Hardtanh(*module.ends), rounded)
             graph.add_submodule(name, rounded)
-    to_onnx_operators(graph, explicit=True)
+    to_onnx_operators(graph)
     path = write_onnx(graph, example, path, preparation, metadata, type(model).__name__)
     if broken := broken_rules(path):
         path.unlink()

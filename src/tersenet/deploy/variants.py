@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tersenet.deploy.onnx_weights import pack_constants
+from tersenet.deploy.onnx_weights import make_floats_once, pack_constants
 from tersenet.errors import ExportError, require
 
 Cut = Mapping[str, Mapping[str, Sequence[int]]]
@@ -108,6 +108,7 @@ class Variants:
             for name, value in fresh.items()
             if name in used
         )
+        make_floats_once(self._onnx, changed)
         if pack:
             pack_constants(self._onnx, changed)
         return changed.SerializeToString()

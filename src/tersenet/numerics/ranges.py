@@ -9,6 +9,7 @@ histograms is that of Migacz, "8-bit inference with TensorRT", GTC 2017.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,12 @@ SHARES = [1 - step / 50 for step in range(40)]
 
 # Of activations at few bits a good range may be a small part of all: 1, 0.95, ..., 0.048 as well.
 FEW_BITS_SHARES = sorted({*SHARES, *(0.95**step for step in range(60))}, reverse=True)
+
+# Weights that a search looks at together: few enough to stay in the cache.
+_BLOCK = 2**15
+
+# Images minus their mean need steps of 1.05 to 1.15 times those of the tightest range; 1.2 is a quarter bit lost.
+_CENTRED = 1.2
 
 # The scale of a channel of zeros. An integer bias has the scale of its channel's weights, so it must not be coarse.
 ZEROS = 2.0**-20
@@ -42,12 +49,34 @@ def weight_scales(weight: Tensor, bits: int = 8, method: str = "mse") -> Tensor:
     full = torch.where(full > torch.finfo(full.dtype).tiny, full, torch.full_like(full, ZEROS))
     if method != "mse":
         return full
+    shares = SHARES if bits > 4 else FEW_BITS_SHARES
+    block = max(1, _BLOCK // max(1, rows.shape[1]))
+    return torch.cat(
+        [
+            _best_scales(part, scale, shares, high)
+            for part, scale in zip(rows.split(block), full.split(block), strict=True)
+        ]
+    )
+
+
+def _best_scales(rows: Tensor, full: Tensor, shares: Sequence[float], high: int) -> Tensor:
+    """(R,): of the scales `full` times each share, falling from 1, those of least squared error for (R, C) values."""
     best, least = full, torch.full_like(full, torch.inf)
-    for share in SHARES if bits > 4 else FEW_BITS_SHARES:
+    steps, error = torch.empty_like(rows), torch.empty_like(rows)
+    for number, share in enumerate(shares):
         scale = full * share
-        error = (fake_quantize(rows, scale[:, None], 0, -high, high) - rows).square().sum(dim=1)
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+        torch.div(rows, scale[:, None], out=steps)
+        torch.round(steps, out=error)
+        error.clamp_(-high, high).sub_(steps)
+        squares = torch.linalg.vecdot(error, error) * scale.square()
+        better = squares < least
+        best, least = torch.where(better, scale, best), torch.where(better, squares, least)
+        # What is cut off only grows from here on; where that alone is worse than the best, nothing can follow. Of few
+        # bits the best ranges are small, and looking costs more than it spares.
+        if high > 7 and number % 4 == 3:
+            cut = steps.abs_().sub_(high).clamp_min_(0)
+            if bool((torch.linalg.vecdot(cut, cut) * scale.square() > least).all()):
+                break
     return best
 
 
@@ -97,6 +126,23 @@ def affine(low: float, high: float, bits: int = 8) -> tuple[float, int]:
     if scale < torch.finfo(torch.float32).tiny:
         return 1.0, bottom
     return scale, min(max(round(-low / scale), bottom), top)
+
+
+def centred(low: float, high: float) -> tuple[float, int] | None:
+    """Scale and zero point 128 of the 8-bit grid around 0 that covers [low, high].
+
+    As int8 its zero point is 0, so a convolution with padding needs no correction: with another one, the first layer of
+    a ResNet-18 took 1.4 times as long in OpenVINO. None where its steps were more than `_CENTRED` times `affine`'s.
+
+    >>> centred(-2.0, 2.54)
+    (0.02, 128)
+    >>> centred(0.0, 1.0) is None
+    True
+    """
+    reach = max(-low / 128, high / 127)
+    if not reach > torch.finfo(torch.float32).tiny or reach > _CENTRED * affine(low, high)[0]:
+        return None
+    return reach, 128
 
 
 def percentile_range(histogram: Histogram, percentile: float) -> tuple[float, float]:
