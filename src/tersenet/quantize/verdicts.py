@@ -61,11 +61,15 @@ class Findings:
         return said
 
 
-def look(model: nn.Module, task: Task, samples: int = 128) -> Findings:
+def look(model: nn.Module, task: Task, samples: int = 32) -> Findings:
     """Runs some calibration images through a quantized model, before it is settled; touches nothing."""
     images = images_for(model, task, samples)
     with evaluating(model), torch.no_grad():
-        job = _Look(trace(model, images[:2]))
+        if isinstance(model, fx.GraphModule) and any(isinstance(each, Quantizer) for each in model.modules()):
+            graph = model  # our own; to trace it again takes longer than to run it
+        else:
+            graph = trace(model, images[:2])
+        job = _Look(graph)
         job.run(images)
     return Findings(job.errors, job.cuts, job.bits)
 
