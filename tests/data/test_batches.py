@@ -108,6 +108,14 @@ def test_padding_is_an_eighth() -> None:
     (x,) = next(iter(data))
     black = (x == 0).all(dim=-1).sum(dim=(1, 2))  # rows that came from the border
     assert int(black.max()) == 4
+    (x,) = next(iter(data.like(augment="crop:2")))
+    assert int((x == 0).all(dim=-1).sum(dim=(1, 2)).max()) == 2
+
+
+@pytest.mark.parametrize("augment", ["none", "crop:", "crop:-1", "flip", "crop_flip:x"])
+def test_other_augmentations_are_refused(augment: str) -> None:
+    with pytest.raises(SettingsError, match="augment must be None, crop or crop_flip"):
+        batches(augment=augment)
 
 
 def test_lengths_and_the_last_batch() -> None:

@@ -247,6 +247,30 @@ def test_nothing_to_train_is_said() -> None:
         Train(label_weight=0, companions=(Watch(),), accelerator="cpu").fit(net(), task_of(images()))
 
 
+class Changed(list[Batch]):
+    """Batches that can be had otherwise, as tersenet's own can."""
+
+    asked: tuple[str | None, ...] = ()
+
+    def like(self, augment: str | None) -> Changed:
+        other = Changed([(x * 0, y) for x, y in self])
+        self.asked = other.asked = (*self.asked, augment)
+        return other
+
+
+@pytest.mark.parametrize(("augment", "asked"), [("auto", ()), ("none", (None,)), ("crop:1", ("crop:1",))])
+def test_images_are_changed_as_the_settings_say(augment: str, asked: tuple[str | None, ...]) -> None:
+    data = Changed(images())
+    model = net()
+    before = model[0].weight.detach().clone()
+    step = Train(epochs=1, augment=augment, optimizer="sgd", momentum=0.0, weight_decay=0.0, accelerator="cpu")
+    step.fit(model, task_of(data))
+    assert data.asked == asked
+    assert torch.equal(model[0].weight, before) is bool(asked)  # black images have no gradient in the first layer
+    with pytest.raises(DataError, match=r"augment is 'none', but the training data \(list\) is not tersenet's"):
+        Train(epochs=1, augment="none", accelerator="cpu").fit(net(), task_of(images()))
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -260,6 +284,7 @@ def test_nothing_to_train_is_said() -> None:
         ({"precision": "bf16-true"}, "allowed: 32-true, bf16-mixed"),
         ({"devices": 0}, "devices must be at least 1"),
         ({"label_weight": 0}, "there is no loss"),
+        ({"augment": "mirror"}, "augment is 'mirror'; allowed: auto, none, crop"),
         ({"companions": ("soft_targets",)}, "must be Companion objects"),
     ],
 )

@@ -7,6 +7,7 @@ images (He et al., arXiv:1512.03385, section 4.2: pad, crop, flip) by the librar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from tersenet.errors import DataError, SettingsError, require
 from tersenet.task import Preparation
 
-AUGMENTATIONS = (None, "crop", "crop_flip")
+_AUGMENTATION = re.compile(r"(crop|crop_flip)(?::(\d+))?")
 
 
 class TensorBatches:
@@ -33,7 +34,8 @@ class TensorBatches:
         preparation: mean and deviation per channel.
         shuffle: another order in each epoch.
         augment: "crop_flip" pads by an eighth of the height (4 pixels for 32x32), crops at random and flips half of the
-            images left to right; "crop" does not flip, for digits and letters; None leaves the images alone.
+            images left to right; "crop" does not flip, for digits and letters; "crop:1" pads by 1 pixel; None leaves
+            the images alone.
         seed: of order and augmentation, 0 or more.
         drop_last: leave out a last batch that is smaller than the others.
     Raises:
@@ -56,8 +58,10 @@ class TensorBatches:
             raise SettingsError(f"batch_size must be at least 1, got {batch_size}")
         if seed < 0:
             raise SettingsError(f"seed must be 0 or more, got {seed}")
-        if augment not in AUGMENTATIONS:
-            raise SettingsError(f"augment must be one of {', '.join(map(str, AUGMENTATIONS))}, got {augment!r}")
+        if augment is not None and not _AUGMENTATION.fullmatch(augment):
+            raise SettingsError(
+                f"augment must be None, crop or crop_flip, with pixels where wanted (crop:2), got {augment!r}"
+            )
         if images.dtype != torch.uint8 or images.dim() != 4:
             raise DataError(
                 f"images must be uint8 of shape (N, C, H, W), got {images.dtype} of shape {tuple(images.shape)}"
@@ -158,8 +162,11 @@ def _augmented(x: Tensor, augment: str, seed: int) -> Tensor:
     """Crop and flip (n, C, H, W), drawn from `seed`; torch's own random numbers are left as they were."""
     kornia = require("kornia.augmentation", "data", "augment images")
     height, width = x.shape[-2:]
-    steps = [kornia.RandomCrop((height, width), padding=max(1, height // 8), cropping_mode="slice")]
-    if augment == "crop_flip":
+    found = _AUGMENTATION.fullmatch(augment)
+    assert found is not None, augment
+    pixels = max(1, height // 8) if found[2] is None else int(found[2])
+    steps = [kornia.RandomCrop((height, width), padding=pixels, cropping_mode="slice")]
+    if found[1] == "crop_flip":
         steps.append(kornia.RandomHorizontalFlip())
     # kornia draws from torch's default generator. `torch.manual_seed` would also seed the GPU's, which is not forked.
     with torch.random.fork_rng(devices=[]):

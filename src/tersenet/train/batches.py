@@ -18,13 +18,25 @@ if TYPE_CHECKING:
 def training_data(settings: Train, task: Task) -> Iterable[Any]:
     """The batches to train on. Raises DataError, saying what can be done without labels."""
     if task.train is not None:
-        return task.train
+        return task.train if settings.augment == "auto" else _augmented(task.train, settings.augment)
     if settings.label_weight == 0 and task.calibrate is not None:
         return task.calibrate
     raise DataError(
         "there is no training data (task.train is None); without labels, distillation still works (train with "
         "label_weight: 0 and soft_targets, on unlabelled calibrate data), and so do the steps that do not train"
     )
+
+
+def _augmented(data: Any, augment: str) -> Iterable[Any]:
+    """The same images, changed otherwise. Raises DataError on data of the caller's own making."""
+    like = getattr(data, "like", None)
+    if like is None:
+        raise DataError(
+            f"augment is {augment!r}, but the training data ({type(data).__name__}) is not tersenet's; leave augment "
+            "out, and change the images where the data is made"
+        )
+    found: Iterable[Any] = like(augment=None if augment == "none" else augment)
+    return found
 
 
 def count_batches(data: Iterable[Any]) -> int:

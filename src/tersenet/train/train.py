@@ -6,6 +6,7 @@ when training starts and not before, because importing it costs more than a seco
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -44,6 +45,8 @@ class Train(Step):
         schedule: cosine to zero (arXiv:1608.03983, without restarts), or constant.
         warmup: the share of all batches over which the rate rises linearly, 0 to below 1.
         companions: extra losses and schedules; `with` in a recipe.
+        augment: how training images are changed: auto (as the data says: crop_flip, of one channel crop), none, crop or
+            crop_flip, with the pixels that images are moved by at most where wanted (crop:1).
         label_weight: share of the task's own loss; 0 = labels are not used, and batches need none.
         clip: largest L2 norm of the whole gradient; None = no limit.
         precision: 32-true, or mixed with bf16 or fp16; the weights stay as they are. auto takes bf16-mixed on a GPU
@@ -78,6 +81,7 @@ class Train(Step):
     schedule: Schedule = "cosine"
     warmup: float = 0.0
     companions: tuple[Companion, ...] = ()
+    augment: str = "auto"
     label_weight: float = 1.0
     clip: float | None = None
     precision: Precision = "32-true"
@@ -108,6 +112,10 @@ class Train(Step):
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in get_args(allowed):
                 raise SettingsError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(get_args(allowed))}")
+        if not re.fullmatch(r"auto|none|(crop|crop_flip)(:\d+)?", self.augment):
+            raise SettingsError(
+                f"augment is {self.augment!r}; allowed: auto, none, crop, crop_flip, and crop:2 for 2 pixels"
+            )
         if self.max_hours is not None and not self.max_hours > 0:
             raise SettingsError(f"max_hours must be above 0, got {self.max_hours}; leave it out for no limit")
         for companion in self.companions:
