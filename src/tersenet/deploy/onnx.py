@@ -2,7 +2,7 @@
 
 A quantized model becomes QDQ: activations uint8 per tensor (the input int8, where its range lies around 0), weights
 int8 initialisers and biases int32 initialisers with one DequantizeLinear each, per output channel. ONNX Runtime and
-OpenVINO fuse that into integer operators. Weights of layers with float input are written by onnx_weights.
+OpenVINO fuse that into integer operators. Other weights are written by onnx_weights and onnx_packing.
 
 The export works on a copy in which everything exact that a runtime would do anyway is done: batch norms are folded
 (float files too, so that comparisons are fair), a ReLU or clip that a quantizer repeats is dropped, and a mean over H
@@ -28,7 +28,8 @@ from tersenet.bricks.coded import StoredLayer
 from tersenet.bricks.quantized import Int8Conv2d, Int8Layer, Int8Linear
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.settle import settle
-from tersenet.deploy.onnx_weights import StoredAsOnnx, make_floats_once, pack_constants, unpack_weights
+from tersenet.deploy.onnx_packing import make_floats_once, pack_constants
+from tersenet.deploy.onnx_weights import StoredAsOnnx, unpack_weights
 from tersenet.errors import ExportError, require
 from tersenet.graph.fold import fold_all
 from tersenet.graph.points import clip_bounds, is_global_pool
@@ -58,7 +59,7 @@ def export_onnx(
         preparation: stored as metadata tersenet.mean, .std, .size and .labels, each as JSON.
         metadata: more metadata, stored under its own names.
         pack: whether weights that have few values take few bytes, and those of layers with float input are made at
-            loading (onnx_weights). Without, integers stay int8 behind DequantizeLinear.
+            loading (onnx_packing). Without, integers stay int8 behind DequantizeLinear.
     Raises:
         TraceError: when the forward cannot be captured.
         ExportError: when the exporter fails, or the file would be larger than 2 GiB.

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tersenet.deploy.onnx_weights import make_floats_once, pack_constants
+from tersenet.deploy.onnx_packing import make_floats_once, pack_constants
 from tersenet.errors import ExportError, require
 
 Cut = Mapping[str, Mapping[str, Sequence[int]]]
