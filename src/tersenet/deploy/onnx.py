@@ -1,8 +1,8 @@
 """ONNX files by torch's current exporter, float and quantized.
 
-A quantized model becomes QDQ: activations uint8 per tensor (the input int8, where its range lies around 0), weights
-int8 initialisers and biases int32 initialisers with one DequantizeLinear each, per output channel. ONNX Runtime and
-OpenVINO fuse that into integer operators. Other weights are written by onnx_weights and onnx_packing.
+A quantized model becomes QDQ: activations uint8 per tensor (int8 around 0 for the input and for what is added up),
+weights int8 initialisers and biases int32 initialisers with one DequantizeLinear each, per output channel. ONNX Runtime
+and OpenVINO fuse that into integer operators. Other weights are written by onnx_weights and onnx_packing.
 
 The export works on a copy in which everything exact that a runtime would do anyway is done: batch norms are folded
 (float files too, so that comparisons are fair), a ReLU or clip that a quantizer repeats is dropped, and a mean over H
@@ -32,7 +32,7 @@ from tersenet.deploy.onnx_packing import make_floats_once, pack_constants
 from tersenet.deploy.onnx_weights import StoredAsOnnx, unpack_weights
 from tersenet.errors import ExportError, require
 from tersenet.graph.fold import fold_all
-from tersenet.graph.points import clip_bounds, is_global_pool
+from tersenet.graph.points import clip_bounds, is_global_pool, signed_quantizers
 from tersenet.graph.trace import export, trace
 from tersenet.task import Preparation
 
@@ -139,11 +139,10 @@ def to_onnx_operators(graph: fx.GraphModule) -> None:
                 new = graph.graph.call_function(_global_average_pool, (node.args[0], len(node.meta["shape"])))
             node.replace_all_uses_with(new)
             graph.graph.erase_node(node)
-    inputs = {node.name for node in graph.graph.nodes if node.op == "placeholder"}
-    first = {node.target for node in graph.graph.nodes if node.args and getattr(node.args[0], "name", "") in inputs}
+    signed = signed_quantizers(graph)
     for name, module in list(graph.named_modules()):
         if isinstance(module, Quantizer):
-            graph.add_submodule(name, QuantizeDequantize.of(module, name in first))
+            graph.add_submodule(name, QuantizeDequantize.of(module, name in signed))
         elif isinstance(module, Int8Layer):
             graph.add_submodule(name, _Dequantized(module))
         elif isinstance(module, StoredLayer):
@@ -195,14 +194,13 @@ class QuantizeDequantize(nn.Module):
         self.register_buffer("high", None if low_high is None else low_high[1].clone())
 
     @classmethod
-    def of(cls, quantizer: Quantizer, first: bool) -> QuantizeDequantize:
+    def of(cls, quantizer: Quantizer, signed: bool) -> QuantizeDequantize:
         """The pair for one quantizer.
 
         Args:
-            first: it reads the input. Around 0 it is then written as int8, which spares the padding of the first
-                convolution its correction; further on ONNX Runtime has kernels that want uint8.
+            signed: whether it is written as int8 where its range lies around 0 (`signed_quantizers`).
         """
-        if first and quantizer.bits == 8 and int(quantizer.zero_point) == 128:
+        if signed and quantizer.bits == 8 and int(quantizer.zero_point) == 128:
             return cls(quantizer.scale, torch.zeros_like(quantizer.zero_point, dtype=torch.int8))
         return cls(
             quantizer.scale, quantizer.zero_point, (quantizer.low, quantizer.high) if quantizer.high < 255 else None

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
+from tersenet.bricks.quantizer import Quantizer
+
 aten = torch.ops.aten
 
 _CLIPS = {aten.relu.default, aten.relu_.default, aten.relu6.default}
@@ -244,6 +246,22 @@ def clip_bounds(graph: fx.GraphModule, node: fx.Node) -> tuple[float, float] | N
 def is_addition(node: fx.Node) -> bool:
     """Whether a node adds two values of the graph, and does nothing else."""
     return node.op == "call_function" and node.target in _ADDS and len(node.all_input_nodes) == 2 and not node.kwargs
+
+
+def signed_quantizers(graph: fx.GraphModule) -> set[str]:
+    """Paths of the quantizers that are better as int8 around 0: those that read an input, and those only added up.
+
+    A convolution that pads its input needs no correction then, and one that takes over an addition (OpenVINO) none for
+    what it adds. Elsewhere uint8 serves better: ONNX Runtime has faster kernels for it.
+    """
+    good: dict[str, bool] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), Quantizer):
+            source = node.args[0]
+            first = isinstance(source, fx.Node) and source.op == "placeholder"
+            added = bool(node.users) and all(is_addition(user) for user in node.users)
+            good[str(node.target)] = good.get(str(node.target), True) and (first or added)
+    return {path for path, signed in good.items() if signed}
 
 
 def is_concatenation(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from tersenet.bricks.learned_quantizer import LearnedQuantizer
 from tersenet.bricks.quantized import BIAS_STEPS, UNSET, QuantizedLayer
 from tersenet.bricks.quantizer import Quantizer
+from tersenet.graph.points import signed_quantizers
 from tersenet.numerics.ranges import Histogram, affine, centred, divergence_range, mse_range, percentile_range
 from tersenet.quantize.observe import Extremes, observe
 from tersenet.task import Task
@@ -53,21 +54,15 @@ def calibrate(model: nn.Module, task: Task, ranges: str, percentile: float, samp
                 found[path] = percentile_range(histogram, percentile)
             else:
                 found[path] = (mse_range if ranges == "mse" else divergence_range)(histogram, bits)
-    first = first_quantizers(model)
+    assert isinstance(model, fx.GraphModule)
+    signed = signed_quantizers(model)
     for path, quantizer in quantizers.items():
         scale, zero_point = affine(*found[path], quantizer.bits)
-        if path in first and quantizer.bits == 8:
+        if path in signed and quantizer.bits == 8:
             scale, zero_point = centred(*found[path]) or (scale, zero_point)
         quantizer.scale.fill_(scale)
         quantizer.zero_point.fill_(zero_point)
     set_input_scales(model)
-
-
-def first_quantizers(model: nn.Module) -> set[str]:
-    """Paths of the quantizers that read an input of the graph."""
-    assert isinstance(model, fx.GraphModule)
-    inputs = [node for node in model.graph.nodes if node.op == "placeholder"]
-    return {str(user.target) for node in inputs for user in node.users if user.op == "call_module"}
 
 
 class _Seen(Extremes):

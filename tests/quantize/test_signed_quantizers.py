@@ -1,4 +1,4 @@
-"""The quantizer of the input: around 0 where that costs little, and int8 in the file."""
+"""Quantizers of the input and of what is added up: around 0 where that costs little, and int8 in the file."""
 
 from __future__ import annotations
 
@@ -63,6 +63,37 @@ def test_other_ranges_stay_tight(low: float, high: float, tmp_path: Path) -> Non
     scale, zero_point = affine(low, high)
     assert (float(first.scale), int(first.zero_point)) == (pytest.approx(scale), zero_point)
     assert first_type(export_onnx(model, x[:1], tmp_path / "model.onnx")) == onnx.TensorProto.UINT8
+
+
+class Adds(nn.Module):
+    """The second convolution's result is added to the first's, and read by nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.last = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x).relu()
+        return self.last(self.two(y) + y)
+
+
+def test_what_is_only_added_up_lies_around_0(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8)
+    model, _ = Quantize().run(Adds().eval(), Task(example=x[:1], calibrate=[(x,)], quiet=True))
+    zeros = {name: int(module.zero_point) for name, module in model.named_modules() if isinstance(module, Quantizer)}
+    around = [name for name, zero in zeros.items() if zero == 128]
+    assert len(around) == 2, zeros  # the input, and what is added to the rectified values
+    assert any("two" in name for name in around), zeros
+    path = export_onnx(model, x[:1], tmp_path / "model.onnx")
+    graph = onnx.load(path).graph
+    types = [t.data_type for t in graph.initializer for node in graph.node
+             if node.op_type == "QuantizeLinear" and node.input[2] == t.name]  # fmt: skip
+    assert types.count(onnx.TensorProto.INT8) == 2
+    with torch.no_grad():
+        simulated = model(x).numpy()
+    given = onnxruntime.InferenceSession(str(path)).run(None, {"input": x.numpy()})[0]
+    assert np.abs(given - simulated).max() <= 0.02 * np.abs(simulated).max()
 
 
 def test_only_eight_bits_are_bent() -> None:
