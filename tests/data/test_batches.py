@@ -112,9 +112,9 @@ def test_padding_is_an_eighth() -> None:
     assert int((x == 0).all(dim=-1).sum(dim=(1, 2)).max()) == 2
 
 
-@pytest.mark.parametrize("augment", ["none", "crop:", "crop:-1", "flip", "crop_flip:x"])
+@pytest.mark.parametrize("augment", ["auto", "crop:", "crop:-1", "flip", "crop_flip:x"])
 def test_other_augmentations_are_refused(augment: str) -> None:
-    with pytest.raises(SettingsError, match="augment must be None, crop or crop_flip"):
+    with pytest.raises(SettingsError, match="allowed: none, crop, crop_flip"):
         batches(augment=augment)
 
 

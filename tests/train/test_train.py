@@ -16,6 +16,7 @@ from tersenet.errors import DataError, ModelError, SettingsError, TersenetError
 from tersenet.step import Companion
 from tersenet.task import Task
 from tersenet.train import Recover, Train
+from tersenet.train.batches import training_data
 
 Batch = tuple[Tensor, Tensor]
 
@@ -267,6 +268,9 @@ def test_images_are_changed_as_the_settings_say(augment: str, asked: tuple[str |
     step.fit(model, task_of(data))
     assert data.asked == asked
     assert torch.equal(model[0].weight, before) is bool(asked)  # black images have no gradient in the first layer
+    unlabelled = Task(example=torch.zeros(2, 3, 6, 6), calibrate=data, quiet=True)
+    assert training_data(Train(label_weight=0, augment=augment, companions=(Watch(),)), unlabelled) is not None
+    assert data.asked == 2 * asked
     with pytest.raises(DataError, match=r"augment is 'none', but the training data \(list\) is not tersenet's"):
         Train(epochs=1, augment="none", accelerator="cpu").fit(net(), task_of(images()))
 
@@ -284,7 +288,7 @@ def test_images_are_changed_as_the_settings_say(augment: str, asked: tuple[str |
         ({"precision": "bf16-true"}, "allowed: 32-true, bf16-mixed"),
         ({"devices": 0}, "devices must be at least 1"),
         ({"label_weight": 0}, "there is no loss"),
-        ({"augment": "mirror"}, "augment is 'mirror'; allowed: auto, none, crop"),
+        ({"augment": "mirror"}, "augment is 'mirror'; allowed: none, crop"),
         ({"companions": ("soft_targets",)}, "must be Companion objects"),
     ],
 )

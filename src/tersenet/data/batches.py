@@ -7,7 +7,6 @@ images (He et al., arXiv:1512.03385, section 4.2: pad, crop, flip) by the librar
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tersenet import augmentation
 from tersenet.errors import DataError, SettingsError, require
 from tersenet.task import Preparation
-
-_AUGMENTATION = re.compile(r"(crop|crop_flip)(?::(\d+))?")
 
 
 class TensorBatches:
@@ -58,10 +56,8 @@ class TensorBatches:
             raise SettingsError(f"batch_size must be at least 1, got {batch_size}")
         if seed < 0:
             raise SettingsError(f"seed must be 0 or more, got {seed}")
-        if augment is not None and not _AUGMENTATION.fullmatch(augment):
-            raise SettingsError(
-                f"augment must be None, crop or crop_flip, with pixels where wanted (crop:2), got {augment!r}"
-            )
+        if augment is not None:
+            augmentation.parse(augment)
         if images.dtype != torch.uint8 or images.dim() != 4:
             raise DataError(
                 f"images must be uint8 of shape (N, C, H, W), got {images.dtype} of shape {tuple(images.shape)}"
@@ -162,11 +158,10 @@ def _augmented(x: Tensor, augment: str, seed: int) -> Tensor:
     """Crop and flip (n, C, H, W), drawn from `seed`; torch's own random numbers are left as they were."""
     kornia = require("kornia.augmentation", "data", "augment images")
     height, width = x.shape[-2:]
-    found = _AUGMENTATION.fullmatch(augment)
-    assert found is not None, augment
-    pixels = max(1, height // 8) if found[2] is None else int(found[2])
+    flip, pixels = augmentation.parse(augment)
+    pixels = max(1, height // 8) if pixels is None else pixels
     steps = [kornia.RandomCrop((height, width), padding=pixels, cropping_mode="slice")]
-    if found[1] == "crop_flip":
+    if flip:
         steps.append(kornia.RandomHorizontalFlip())
     # kornia draws from torch's default generator. `torch.manual_seed` would also seed the GPU's, which is not forked.
     with torch.random.fork_rng(devices=[]):

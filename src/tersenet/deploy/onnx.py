@@ -12,7 +12,6 @@ and W becomes GlobalAveragePool, for which ONNX Runtime has an integer kernel an
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,13 +26,12 @@ from tersenet.atomic import writing
 from tersenet.bricks.coded import StoredLayer
 from tersenet.bricks.quantized import Int8Conv2d, Int8Layer, Int8Linear
 from tersenet.bricks.quantizer import Quantizer
-from tersenet.bricks.settle import settle
+from tersenet.deploy.folded import folded_graph
 from tersenet.deploy.onnx_packing import make_floats_once, pack_constants
 from tersenet.deploy.onnx_weights import StoredAsOnnx, unpack_weights
 from tersenet.errors import ExportError, require
-from tersenet.graph.fold import fold_all
 from tersenet.graph.points import clip_bounds, is_global_pool, signed_quantizers
-from tersenet.graph.trace import export, trace
+from tersenet.graph.trace import export
 from tersenet.task import Preparation
 
 OPSET = 20  # what torch 2.13 writes by itself; both runtimes read it
@@ -65,8 +63,9 @@ def export_onnx(
         ExportError: when the exporter fails, or the file would be larger than 2 GiB.
         MissingExtra: when onnx or onnxscript is not installed.
     """
-    graph = trace(copy.deepcopy(model).eval(), example)
-    _simplify(graph)
+    graph = folded_graph(model, example)
+    drop_repeated_clips(graph)
+    to_onnx_operators(graph)
     return write_onnx(graph, example, path, preparation, metadata, type(model).__name__, pack)
 
 
@@ -112,14 +111,6 @@ def _prepared(preparation: Preparation | None) -> dict[str, str]:
     if preparation is None:
         return {}
     return preparation.metadata()
-
-
-def _simplify(graph: fx.GraphModule) -> None:
-    """Folds norms, drops clips that rounding repeats, and puts export twins in place of our bricks."""
-    fold_all(graph)
-    settle(graph)
-    drop_repeated_clips(graph)
-    to_onnx_operators(graph)
 
 
 def drop_repeated_clips(graph: fx.GraphModule) -> None:

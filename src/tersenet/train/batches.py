@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def training_data(settings: Train, task: Task) -> Iterable[Any]:
     """The batches to train on. Raises DataError, saying what can be done without labels."""
-    if task.train is not None:
-        return task.train if settings.augment == "auto" else _augmented(task.train, settings.augment)
-    if settings.label_weight == 0 and task.calibrate is not None:
-        return task.calibrate
+    unlabelled = task.calibrate if settings.label_weight == 0 else None
+    data = task.train if task.train is not None else unlabelled
+    if data is not None:
+        return data if settings.augment == "auto" else _augmented(data, settings.augment)
     raise DataError(
         "there is no training data (task.train is None); without labels, distillation still works (train with "
         "label_weight: 0 and soft_targets, on unlabelled calibrate data), and so do the steps that do not train"

@@ -6,13 +6,13 @@ when training starts and not before, because importing it costs more than a seco
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 
+from tersenet import augmentation
 from tersenet.errors import SettingsError
 from tersenet.step import Companion, Step
 from tersenet.task import Task
@@ -112,10 +112,8 @@ class Train(Step):
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in get_args(allowed):
                 raise SettingsError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(get_args(allowed))}")
-        if not re.fullmatch(r"auto|none|(crop|crop_flip)(:\d+)?", self.augment):
-            raise SettingsError(
-                f"augment is {self.augment!r}; allowed: auto, none, crop, crop_flip, and crop:2 for 2 pixels"
-            )
+        if self.augment not in ("auto", "none"):
+            augmentation.parse(self.augment)
         if self.max_hours is not None and not self.max_hours > 0:
             raise SettingsError(f"max_hours must be above 0, got {self.max_hours}; leave it out for no limit")
         for companion in self.companions:
