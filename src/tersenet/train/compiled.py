@@ -15,7 +15,7 @@ def while_compiled(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Inside, calls of the model run compiled where `wanted`; its parameters and their names stay what they are.
 
     Chains of operations on single values become one pass over memory, in both directions. Convolutions stay those of
-    the library, so a network that is mostly convolutions gains nothing.
+    the library, so a network that is mostly convolutions gains little.
 
     Raises:
         SettingsError: where there is no C++ compiler.
