@@ -1,8 +1,9 @@
 """Our int8 file against ONNX Runtime's own static quantizer and, where it is installed, NNCF: speed and score, one run.
 
-All contenders start from the same float model and the same training images. The files of one runtime take turns in one
-process; each is scored on the whole test set in the runtime that it is for. NNCF quantizes twice: our float ONNX file
-for ONNX Runtime, and OpenVINO's model of it for OpenVINO. Run it on a machine that does nothing else:
+All contenders start from the same float model and the same training images. The files of one runtime take turns, each
+in a process of its own and opened anew several times; each is scored on the whole test set in the runtime that it is
+for. NNCF quantizes twice: our float ONNX file for ONNX Runtime, and OpenVINO's model of it for OpenVINO. Run it on a
+machine that does nothing else:
 
     python benchmarks/int8_against_onnxruntime.py resnet20 \\
         --weights cifar10_resnet20.safetensors --data parquet:cifar10
@@ -35,8 +36,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from tersenet.deploy.apart import Entry, measure_apart
 from tersenet.deploy.left_in_float import left_in_float
-from tersenet.deploy.measure import Contender, measure
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.runtimes import open_file
 from tersenet.deploy.verify import score_file, verify
@@ -137,24 +138,24 @@ def contenders(folder: Path) -> dict[str, dict[str, Path]]:
     return found
 
 
-def timed(files: dict[str, Path], runtime: str, task: Task, turns: int, calls: int) -> dict[str, Any]:
+def timed(files: dict[str, Path], runtime: str, task: Task, turns: int, calls: int, openings: int) -> dict[str, Any]:
     """Times the files of one runtime against each other."""
     x = calibration_images(task, 1)
-    runners, failed = {}, {}
+    entries, failed = [], {}
     for name, path in files.items():
         try:
-            runner = open_file(path, runtime, threads=1)
-            runner.run(x)
-            runners[name] = runner
+            open_file(path, runtime, threads=1).run(x)
+            entries.append(Entry(name, path, runtime))
         except Exception as error:  # noqa: BLE001  (a rival's file that its runtime does not run is a result too)
             failed[name] = str(error)[:300]
             print(f"{runtime:12} {name:18} does not run: {failed[name]}")
-    found = measure(
-        [Contender(name, runner, x) for name, runner in runners.items()], turns=turns, calls=calls,
-        discard=max(2, calls // 5), progress=True,
+    found = measure_apart(
+        entries, x=x, turns=turns, calls=calls, discard=max(2, calls // 5), openings=openings, energy=False,
+        progress=True,
     )  # fmt: skip
     rows: dict[str, Any] = {}
-    for name in runners:
+    names = [entry.name for entry in entries]
+    for name in names:
         ratio = found.ratio(name, "float")
         rows[name] = {
             "latency_ms": found.latency(name),
@@ -168,7 +169,7 @@ def timed(files: dict[str, Path], runtime: str, task: Task, turns: int, calls: i
             f"({ratio.low:.3f} to {ratio.high:.3f})"
         )
     verdicts = {}
-    for rival in list(runners)[2:]:
+    for rival in names[2:]:
         ratio = found.ratio("tersenet int8", rival)
         verdicts[rival] = {
             "ratio": ratio.ratio, "low": ratio.low, "high": ratio.high,
@@ -209,8 +210,9 @@ def work(arguments: argparse.Namespace, folder: Path, log: dict[str, Any]) -> No
     for runtime, files in contenders(folder).items():
         entry = log.setdefault(runtime, {"files": {}})
         if "time" in arguments.stage:
-            found = timed(files, runtime, task, arguments.turns, arguments.calls)
-            log["machine"], log["turns"], log["calls"] = found.pop("machine"), arguments.turns, arguments.calls
+            found = timed(files, runtime, task, arguments.turns, arguments.calls, arguments.openings)
+            log["machine"] = found.pop("machine")
+            log |= {name: getattr(arguments, name) for name in ("turns", "calls", "openings")}
             for name, row in found.pop("files").items():
                 entry["files"].setdefault(name, {}).update(row)
             entry.update(found)
@@ -225,7 +227,8 @@ def main() -> None:
     parser.add_argument("--weights", help="a .safetensors file, or .pt")
     parser.add_argument("--data", required=True, help="as for `tersenet compress`, such as parquet:DIR")
     parser.add_argument("--samples", type=int, default=512, help="calibration images")
-    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--turns", type=int, default=60)
+    parser.add_argument("--openings", type=int, default=6, help="of all files, in new processes; turns are shared out")
     parser.add_argument("--calls", type=int, default=50)
     parser.add_argument("--keep", type=Path, help="a folder for the files, which are removed otherwise")
     parser.add_argument("--stage", default="make,time,score", type=lambda text: text.split(","))

@@ -299,6 +299,9 @@ def measure(
     batch: Batch = 1,
     turns: Annotated[int, typer.Option(min=20, help="turns that the files take, in shuffled order")] = 20,
     cold: Annotated[bool, typer.Option("--cold", help="alternate single calls, caches cold")] = False,
+    openings: Annotated[
+        int, typer.Option(min=1, help="share the turns out over so many openings of the files, in new processes")
+    ] = 1,
     columns: Columns = None,
     on_bad_image: OnBadImage = "stop",
     json_: Json = False,
@@ -310,7 +313,7 @@ def measure(
 
     found = measure_files(
         files, None if runtime is None else names_in(runtime), data, threads=threads, batch=batch, turns=turns,
-        cold=cold, columns=pair_of(columns), on_bad_image=on_bad_image, quiet=quiet,
+        cold=cold, openings=openings, columns=pair_of(columns), on_bad_image=on_bad_image, quiet=quiet,
     )  # fmt: skip
     show(found, json_, lambda: measure_table(found))
 

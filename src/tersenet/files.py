@@ -67,6 +67,7 @@ def measure_files(
     batch: int = 1,
     turns: int = 20,
     cold: bool = False,
+    openings: int = 1,
     columns: tuple[str, str] | None = None,
     on_bad_image: str = "stop",
     quiet: bool = False,
@@ -92,7 +93,7 @@ def measure_files(
         else []
     )
     found = measure_in_runtimes(
-        files, runtimes, batch=batch, threads=threads, turns=turns, cold=cold, progress=not quiet
+        files, runtimes, batch=batch, threads=threads, turns=turns, cold=cold, openings=openings, progress=not quiet
     ).to_json()
     for path, runtime, runner in opened:
         preparation = preparation_of(runner)

@@ -54,6 +54,18 @@ def test_files_take_turns_in_processes_that_are_gone_afterwards(entry: Entry, st
     assert all(gone(each.process.pid) for each in started)
 
 
+def test_turns_are_shared_out_over_openings_in_new_processes(entry: Entry, started: list[Worker]) -> None:
+    other = entry._replace(name="again")
+    found = measure_apart([entry, other], turns=20, openings=3, **FEW)
+    assert {key: len(values) for key, values in found.turns.items()} == {entry.key: 21, other.key: 21}
+    assert len({each.process.pid for each in started}) == 6
+    assert list(found.turns) == [entry.key, other.key]
+    assert found.openings == found.to_json()["openings"] == 3
+    for wrong in (0, 11):
+        with pytest.raises(SettingsError, match=r"openings must lie in 1\.\.10"):
+            measure_apart([entry], turns=20, openings=wrong)
+
+
 def test_only_one_works_at_a_time_and_the_order_is_shuffled(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     ask = Worker.ask

@@ -42,6 +42,16 @@ class Lab:
         return measure(contenders, clock=self.clock, **settings)
 
 
+def test_the_interval_is_over_openings_where_they_differ() -> None:
+    """One opening of three came to lie badly: another one may, too, however many turns it had."""
+    turns = {("a", ""): np.repeat([1.0, 1.0, 1.1], 20), ("b", ""): np.ones(60)}
+    assert Measurement(turns).ratio("a", "b").high == 1.0
+    assert Measurement(turns, openings=3).ratio("a", "b").high == pytest.approx(1.1)
+    assert Measurement(turns, openings=3).latency("a")["high"] == pytest.approx(1.1)
+    with pytest.raises(ValueError, match="60 values cannot be cut into 7 equal groups"):
+        Measurement(turns, openings=7).ratio("a", "b")
+
+
 def test_contenders_take_turns_with_calls_after_discarded_ones():
     lab = Lab()
     names = ("a", "b", "c")

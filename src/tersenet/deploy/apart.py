@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from tersenet.deploy.energy import Energy
 from tersenet.deploy.estimate import estimate_file
 from tersenet.deploy.footprint import Footprint
 from tersenet.deploy.machine import machine, usable_cores
-from tersenet.deploy.timings import Measurement
+from tersenet.deploy.timings import Measurement, joined
 from tersenet.deploy.turns import LEAST_TURNS, Key, check_schedule, play
 from tersenet.deploy.warm import Warmed
 from tersenet.errors import FileError, SettingsError
@@ -138,10 +140,14 @@ def measure_apart(
     budget_s: float | None = None,
     progress: bool = False,
     energy: bool = True,
+    openings: int = 1,
 ) -> Measurement:
     """Times files in turns, each in its own process on the last `threads` cores.
 
     Args:
+        openings: the turns are shared out over so many openings of all the files, in new processes and another order
+            each time, so that where memory comes to lie is in the intervals too; 1 to half the turns. What opening
+            and warming up cost, and the energy, are those of the first.
         x: real inputs (N, ...), of which the first `batch` are used; None draws normal noise of the files' own shape.
         energy: where the counters cannot be read, estimate the energy of each file's call.
         turns, calls, discard, seed, cold, budget_s, progress: as in `tersenet.deploy.measure.measure`.
@@ -151,7 +157,28 @@ def measure_apart(
     """
     check_schedule(turns, calls, discard, threads)
     _check_names(entries)
-    cores = cores_for(threads)
+    if not 1 <= openings <= turns // 2:
+        raise SettingsError(f"openings must lie in 1..{turns // 2} (half the turns), got {openings}")
+    cores, found = cores_for(threads), []
+    for opening in range(openings):
+        schedule = {"turns": math.ceil(turns / openings), "calls": calls, "discard": discard, "seed": seed + opening,
+                    "cold": cold, "budget_s": None if budget_s is None else budget_s / openings,
+                    "progress": progress}  # fmt: skip
+        order = random.Random(seed + opening).sample(entries, len(entries)) if opening else entries
+        found.append(_one_opening(order, cores, x, batch, threads, energy, schedule))
+    return joined(found)
+
+
+def _one_opening(
+    entries: Sequence[Entry],
+    cores: tuple[int, ...],
+    x: np.ndarray | None,
+    batch: int,
+    threads: int,
+    energy: bool,
+    schedule: dict[str, Any],
+) -> Measurement:
+    """Opens all files in processes of their own and lets them take turns as `tersenet.deploy.turns.play` has it."""
     samples: dict[Key, list[float]] = {entry.key: [] for entry in entries}
     joules: dict[Key, list[float]] = {entry.key: [] for entry in entries}
     footprints, energies, warmed = {}, {}, {}
@@ -178,8 +205,7 @@ def measure_apart(
             if answer["joules"] is not None:
                 joules[key].append(answer["joules"])
 
-        play(speeds, turn, turns=turns, calls=calls, discard=discard, seed=seed, cold=cold, budget_s=budget_s,
-             progress=progress)  # fmt: skip
+        play(speeds, turn, **schedule)
     energies.update({key: _counted(values) for key, values in joules.items() if values})
     values = {key: np.asarray(each) for key, each in samples.items()}
     return Measurement(values, threads, batch, machine(), footprints, energies, warmed)

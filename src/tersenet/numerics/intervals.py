@@ -28,13 +28,24 @@ def wilson(hits: int, samples: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def bootstrap_median(
-    values: np.ndarray, resamples: int = 2000, seed: int = 0, level: float = 0.95
+    values: np.ndarray, resamples: int = 2000, seed: int = 0, level: float = 0.95, groups: int = 1
 ) -> tuple[float, float, float]:
-    """Median of a sample with its percentile-bootstrap interval: (median, low, high)."""
+    """Median of a sample with its percentile-bootstrap interval: (median, low, high).
+
+    Args:
+        values: (n,).
+        groups: what lies together in so many equal, consecutive parts shares something, such as the process that it was
+            measured in; then parts are drawn first and values within them second, and the interval holds for parts that
+            were not seen. (Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8.)
+    """
     values = np.asarray(values, dtype=np.float64)
     if values.size == 0:
         raise ValueError("the median of no values is not defined")
-    draws = np.random.default_rng(seed).integers(0, values.size, (resamples, values.size))
-    medians = np.median(values[draws], axis=1)
+    if groups < 1 or values.size % groups:
+        raise ValueError(f"{values.size} values cannot be cut into {groups} equal groups")
+    size, random = values.size // groups, np.random.default_rng(seed)
+    drawn = random.integers(0, groups, (resamples, groups, 1)) if groups > 1 else np.zeros((resamples, 1, 1), dtype=int)
+    draws = drawn * size + random.integers(0, size, (resamples, groups, size))
+    medians = np.median(values[draws.reshape(resamples, -1)], axis=1)
     low, high = np.quantile(medians, [(1 - level) / 2, (1 + level) / 2])
     return float(np.median(values)), float(low), float(high)
