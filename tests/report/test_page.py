@@ -12,6 +12,7 @@ import pytest
 
 from tersenet.errors import FileError, MissingExtra
 from tersenet.report.page import write_html
+from tersenet.report.plots import waterfall
 
 pytestmark = pytest.mark.minutes
 
@@ -112,6 +113,15 @@ def test_the_plots_have_their_points(visit, page_file):
     assert latency[1]["x"] == pytest.approx([row["latency_ms"]["openvino"]["median"] for row in rows])
     assert latency[1]["y"] == pytest.approx([100 * row["scores"]["openvino"] for row in rows])
     assert all(trace["error_x"] and trace["error_y"] for trace in latency)
+
+
+def test_a_label_below_a_bar_has_room_above_the_names_of_the_steps():
+    def low(*values):
+        names = [str(place) for place in range(len(values))]
+        return waterfall(names, list(values), names, names, "KiB")["layout"]["yaxis"]["range"][0]
+
+    assert low(10.0, 0.2) == low(10.0, 0.9, 5.0) == -1.0
+    assert low(10.0, 4.0) == low(0.5, 10.0) == low(0.5, 0.5, 10.0) == 0  # what does not fall has its label above
 
 
 def test_what_is_on_the_page(visit, page_file):

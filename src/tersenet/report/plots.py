@@ -79,9 +79,11 @@ def waterfall(steps: list[str], values: list[float], labels: list[str], hovers: 
         "totals": {"marker": {"color": "var(--total)"}},
     }
     high = max(values)
+    # What falls has its label below its bar: near zero it would stand on the names of the steps.
+    falls_low = any(change < 0 and after < 0.1 * high for change, after in zip(changes, values[1:], strict=True))
     axes: dict[str, Any] = {
         "xaxis": {"showgrid": False, "tickangle": -35},
-        "yaxis": {"title": {"text": title}, "range": [0, 1.14 * high or 1], "nticks": 5},
+        "yaxis": {"title": {"text": title}, "range": [-0.1 * high if falls_low else 0, 1.14 * high or 1], "nticks": 5},
     }
     return {"data": [trace], "layout": layout(**axes)}
 
