@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tersenet.codec import contexts, predicted
+from tersenet.codec.phases import phases
 
 
 def smooth(rows: int = 48, groups: int = 32, scale: float = 2.0) -> np.ndarray:
@@ -19,12 +20,12 @@ def smooth(rows: int = 48, groups: int = 32, scale: float = 2.0) -> np.ndarray:
 
 
 def test_an_order_of_halves() -> None:
-    plan = predicted.phases(3, 3, 1)
+    plan = phases(3, 3, 1)
     assert [phase.positions for phase in plan] == [(4,), (1, 3, 5, 7), (0, 2, 6, 8)]
     assert plan[1].sources == ((0,),) * 4
     assert plan[2].sources[0] == (0, 1, 2)  # the centre, the upper and the left neighbour, by order of coding
-    assert [len(phase.positions) for phase in predicted.phases(5, 5, 1)] == [1, 4, 4, 12, 4]
-    assert not any(any(phase.sources) for phase in predicted.phases(5, 5, 0))
+    assert [len(phase.positions) for phase in phases(5, 5, 1)] == [1, 4, 4, 12, 4]
+    assert not any(any(phase.sources) for phase in phases(5, 5, 0))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2), (7, 3, 4), (6, 4, 3, 3), (5, 6, 1, 7), (3, 2, 8, 8), (2, 3, 2, 2, 2)])

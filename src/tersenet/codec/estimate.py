@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tersenet.codec import contexts, numbers, predicted, tensors
+from tersenet.codec import contexts, numbers, phases, predicted, tensors
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def code_lengths(q: NDArray[np.int32], spread: int = 1) -> CodeLengths:
     low, high = min(0, int(q.min())) - spread, max(0, int(q.max())) + spread
     if low < -numbers.LIMIT or high > numbers.LIMIT:
         raise ValueError(f"numbers reach from {low} to {high} with their spread; at most {numbers.LIMIT} is allowed")
-    if predicted.kernel(q.shape) is not None and q.min() < 0 < q.max():
+    if phases.kernel(q.shape) is not None and q.min() < 0 < q.max():
         return _predicted_lengths(q.astype(np.int32), max(high, -low))
     found = contexts.contexts_of(q.astype(np.int32).reshape(-1), q.shape)
     start = [contexts.starting_model(context, low, high, 1) for context in range(contexts.CONTEXTS)]

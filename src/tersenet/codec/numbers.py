@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from tersenet.codec import contexts, entropy, huffman, predicted
+from tersenet.codec import contexts, entropy, huffman, phases, predicted
 
 Numbers = NDArray[np.int32]
 
@@ -47,7 +47,7 @@ def _promising(q: Numbers, shape: tuple[int, ...], low: int, high: int) -> tuple
     """Forms with a chance: ANS beats Huffman wherever its state of 8 bytes does not weigh, and forecasts beat contexts
     wherever a few coefficients do not."""
     zeros = len(q) - int(np.count_nonzero(q))
-    kernels = predicted.kernel(shape) is not None and low < 0 < high
+    kernels = phases.kernel(shape) is not None and low < 0 < high
     few = len(q) < (_VERY_FEW if kernels else _FEW)
     forms = ["predicted"] if kernels else ["contexts"]
     if few:
@@ -77,7 +77,7 @@ def _bodies(form: str, q: Numbers, shape: tuple[int, ...], low: int, high: int) 
     elif form == "contexts":
         for strength in strengths:
             yield contexts.encode(q, shape, strength)
-    elif form == "predicted" and predicted.kernel(shape) is not None and (low or high):
+    elif form == "predicted" and phases.kernel(shape) is not None and (low or high):
         for strength in (1, 2) if len(q) < _FEW else (1,):
             yield predicted.encode(q, shape, strength)
     elif form == "significant" and not q.all():

@@ -16,10 +16,8 @@ nothing; ANS by `constriction` (Bamler, arXiv:2201.01741).
 
 from __future__ import annotations
 
-import math
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +27,9 @@ from numpy.typing import NDArray
 
 from tersenet.codec.contexts import CONTEXTS, LIMIT, STRENGTHS, UNIT, log16, log16_of_one, power4
 from tersenet.codec.entropy import PRECISION
+from tersenet.codec.forecasts import LARGEST as LARGEST_COEFFICIENT
+from tersenet.codec.forecasts import fitted, flat, unflat, worth
+from tersenet.codec.phases import Phase, blocks, kernel, phases
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -38,80 +39,13 @@ Categorical = constriction.stream.model.Categorical
 
 HEAD = struct.Struct("<BBBB")  # reach, start, strength, distance
 DISTANCES = (0, 1, 2)
-LARGEST_KERNEL = 64
 LEVELS = (0, 3, 6, 10, 16, 28)  # forecasts, in eighths of the scale of the context
 _EDGES = (2, 4, 8, 13, 22)  # between them
-LARGEST_COEFFICIENT = 127  # in sixteenths
 _CAP = 511
-_COEFFICIENT_BITS = 5
-_FIRST_BLOCK = 256
-_LARGEST_BLOCK = 1 << 16
 _COUNT = 64
 KEYS = CONTEXTS * len(LEVELS)
 _COEFFICIENT_CONTEXT = 28  # the model of coefficients: a mean magnitude of a quarter
 _FAMILY = Categorical(perfect=False)
-
-
-def kernel(shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """Height and width of the kernels of a tensor; None where it has none of 2 to 64 numbers."""
-    if len(shape) < 3 or not 2 <= math.prod(shape[2:]) <= LARGEST_KERNEL:
-        return None
-    return math.prod(shape[2:-1]), shape[-1]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Positions of a kernel that are coded together, and for each the known ones that it is foretold from."""
-
-    positions: tuple[int, ...]
-    before: int  # positions known before these
-    sources: tuple[tuple[int, ...], ...]  # as places in the order of coding
-
-    @property
-    def stop(self) -> int:
-        return self.before + len(self.positions)
-
-
-@lru_cache(maxsize=64)
-def phases(height: int, width: int, distance: int) -> tuple[Phase, ...]:
-    """The centre, then positions by how often 2 divides their distance from it, edges before corners; row by row
-    within a phase.
-
-    Sources lie at most `distance` steps away, a step being what the phase halves.
-    """
-    centre_y, centre_x = height // 2, width // 2
-
-    def rank(y: int, x: int) -> tuple[int, int]:
-        dy, dx = abs(y - centre_y), abs(x - centre_x)
-        if not dy | dx:
-            return (-LARGEST_KERNEL, 0)
-        halvings = ((dy | dx) & -(dy | dx)).bit_length() - 1
-        return (-halvings, (dy >> halvings & 1) & (dx >> halvings & 1))
-
-    ranks = {(y, x): rank(y, x) for y in range(height) for x in range(width)}
-    found, known = [], list[tuple[int, int]]()
-    for current in sorted(set(ranks.values())):
-        places = [place for place, its in ranks.items() if its == current]
-        reach = distance << -current[0] if known else 0
-        near = tuple(
-            tuple(i for i, (v, u) in enumerate(known) if distance and max(abs(v - y), abs(u - x)) <= reach)
-            for y, x in places
-        )
-        found.append(Phase(tuple(y * width + x for y, x in places), len(known), near))
-        known += places
-    return tuple(found)
-
-
-def blocks(rows: int, groups: int, plan: Sequence[Phase]) -> Iterator[tuple[Phase, int, int]]:
-    """(phase, first row, row after the last)."""
-    for phase in plan:
-        size, first = len(phase.positions), 0
-        while first < rows:
-            known = (phase.before * rows + first * size) * groups
-            most = _LARGEST_BLOCK if phase.before else min(max(_FIRST_BLOCK, 3 * known), _LARGEST_BLOCK)
-            stop = min(rows, first + max(1, most // (groups * size)))
-            yield phase, first, stop
-            first = stop
 
 
 class Field:
@@ -296,7 +230,7 @@ def encode(q: NDArray[np.int32], shape: tuple[int, ...], strength: int, distance
     """
     field, planes, coefficients = _laid_out(q, shape, 1 if distance is None else distance)
     if distance is None:
-        distance = 1 if _worth(planes, field.phases, coefficients) else 0
+        distance = 1 if worth(planes, field.phases, coefficients) else 0
         if not distance:
             field, planes, coefficients = _laid_out(q, shape, 0)
     reach = field.reach
@@ -322,7 +256,7 @@ def encode(q: NDArray[np.int32], shape: tuple[int, ...], strength: int, distance
         for row, count in zip(table.astype(np.float64)[::-1], sizes[::-1].tolist(), strict=True):
             coder.encode_reverse(symbols[end - count : end], Categorical(row, perfect=False))
             end -= count
-    stored = _flat(coefficients, field.phases)
+    stored = flat(coefficients, field.phases)
     if len(stored):
         coder.encode_reverse(stored + LARGEST_COEFFICIENT, _coefficient_model())
     return HEAD.pack(reach, field.start, strength, distance) + coder.get_compressed().astype("<u4").tobytes()
@@ -402,82 +336,6 @@ def _coefficient_model() -> Any:
     return Categorical(shares(weights[None])[0].astype(np.float64), perfect=False)
 
 
-def _flat(coefficients: dict[int, Floats | None], plan: Sequence[Phase]) -> NDArray[np.int32]:
-    """Those that are not 0 by construction, in the order of phases, positions and sources."""
-    parts = [np.empty(0, np.float32)]
-    for phase in plan:
-        weights = coefficients[phase.before]
-        if weights is not None:
-            parts += [row[list(sources)] for row, sources in zip(weights, phase.sources, strict=True)]
-    return np.concatenate(parts).astype(np.int32)
-
-
 def _decode_coefficients(coder: constriction.stream.stack.AnsCoder, plan: Sequence[Phase]) -> dict[int, Floats | None]:
-    sizes = [sum(map(len, phase.sources)) for phase in plan]
-    found = coder.decode(_coefficient_model(), sum(sizes)) - LARGEST_COEFFICIENT if any(sizes) else np.empty(0)
-    at, out = 0, dict[int, Floats | None]()
-    for phase, size in zip(plan, sizes, strict=True):
-        out[phase.before] = weights = _no_weights(phase)
-        if weights is not None:
-            weights[_rows(phase.sources)] = found[at : at + size]
-            at += size
-    return out
-
-
-@lru_cache(maxsize=256)
-def _rows(sources: tuple[tuple[int, ...], ...]) -> tuple[Ints, Ints]:
-    """Where the coefficients of a phase go in its matrix."""
-    pairs = [(i, source) for i, each in enumerate(sources) for source in each]
-    rows, columns = np.array(pairs, np.int64).reshape(-1, 2).T
-    return rows, columns
-
-
-def _no_weights(phase: Phase) -> Floats | None:
-    """(P, known positions) zeros; None where nothing is foretold."""
-    return np.zeros((len(phase.positions), phase.before), np.float32) if any(phase.sources) else None
-
-
-def fitted(planes: Floats, plan: Sequence[Phase]) -> dict[int, Floats | None]:
-    """For each phase, by the positions known before it: (P, known) coefficients in sixteenths that foretell it from
-    the planes (K, N) with the least squares.
-
-    Sums are of whole numbers and exact, and the elimination goes element by element in a fixed order, so that the
-    same numbers give the same file everywhere.
-    """
-    exact = planes.astype(np.float64)
-    products = exact @ exact.T
-    out = dict[int, Floats | None]()
-    for phase in plan:
-        out[phase.before] = weights = _no_weights(phase)
-        for i, sources in enumerate(phase.sources):
-            if weights is not None and sources:
-                weights[i, list(sources)] = _solved(products, list(sources), phase.before + i)
-    return out
-
-
-def _worth(planes: Floats, plan: Sequence[Phase], coefficients: dict[int, Floats | None]) -> bool:
-    """Whether forecasts save more bits than their coefficients take, were all numbers Gaussian."""
-    saved = 0.0
-    for phase in plan:
-        weights = coefficients[phase.before]
-        if weights is None:
-            continue
-        here = planes[phase.before : phase.stop].reshape(len(weights), -1)
-        left = here - weights @ planes[: phase.before].reshape(phase.before, -1) / 16
-        energy = np.square(here, dtype=np.float64).sum(1) + 1, np.square(left, dtype=np.float64).sum(1) + 1
-        saved += here.shape[1] / 2 * float(np.log2(energy[0] / energy[1]).sum())
-    return saved > _COEFFICIENT_BITS * sum(len(sources) for phase in plan for sources in phase.sources)
-
-
-def _solved(products: NDArray[np.float64], sources: list[int], at: int) -> Floats:
-    size = len(sources)
-    system = np.concatenate([products[np.ix_(sources, sources)], products[sources, at][:, None]], 1)
-    diagonal = np.arange(size)
-    system[diagonal, diagonal] = system[diagonal, diagonal] * (1 + 1 / 512) + 1
-    for i in range(size):
-        system[i] /= system[i, i]
-        others = system[:, i].copy()
-        others[i] = 0
-        system -= others[:, None] * system[i]
-    weights = np.rint(16 * system[:, -1])
-    return np.clip(weights, -LARGEST_COEFFICIENT, LARGEST_COEFFICIENT).astype(np.float32)
+    count = sum(len(sources) for phase in plan for sources in phase.sources)
+    return unflat(coder.decode(_coefficient_model(), count) - LARGEST_COEFFICIENT if count else np.empty(0), plan)
