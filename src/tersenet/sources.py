@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -133,6 +134,9 @@ def open_task(
     )  # fmt: skip
     labels = preparation.labels or found.labels
 
+    def open_named(spec: str) -> nn.Module:
+        return _of_same_inputs(spec, preparation)
+
     def reopen(other: Preparation) -> Task:
         return open_task(
             model, other, data, validate=validate, batch_size=batch_size, seed=seed, columns=columns,
@@ -152,4 +156,26 @@ def open_task(
         seed=seed,
         quiet=quiet,
         reopen=reopen,
+        open_model=open_named,
     )
+
+
+def _of_same_inputs(spec: str, preparation: Preparation) -> nn.Module:
+    """A model with its weights, by name or file, whose inputs are prepared in this way.
+
+    Raises:
+        ModelError: when there is no such model, it has no weights, or its inputs are prepared in another way.
+    """
+    if is_untrained(spec):
+        raise ModelError(f"{spec} is a network without weights, which cannot teach; give a .terse or .pt2 file")
+    model, its = open_model(spec)
+    for name in ("size", "mean", "std"):
+        wanted, found = getattr(preparation, name), getattr(its, name)
+        if len(wanted) != len(found) or not all(
+            math.isclose(*pair, abs_tol=1e-3) for pair in zip(wanted, found, strict=True)
+        ):
+            raise ModelError(
+                f"{spec} takes inputs of {name} {found}, the model that is trained takes {wanted}; "
+                "give a teacher of the same inputs"
+            )
+    return model

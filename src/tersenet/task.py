@@ -126,6 +126,8 @@ class Task:
         folder: where a step that trains keeps its own state, so that it can go on after a cut; None means nowhere.
         quiet: no progress bars.
         reopen: the same task with images prepared in another way, read anew; None where that cannot be.
+        open_model: opens another model by the name that a recipe has for it, such as a teacher's file; None where names
+            mean nothing.
     """
 
     example: Tensor
@@ -142,6 +144,7 @@ class Task:
     folder: Any = None
     quiet: bool = False
     reopen: Callable[[Preparation], Task] | None = None
+    open_model: Callable[[str], nn.Module] | None = None
 
     @property
     def run_folder(self) -> Path | None:

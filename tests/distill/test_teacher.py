@@ -6,11 +6,13 @@ import gc
 import weakref
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from tersenet.distill.soft_targets import SoftTargets
+from tersenet.distill.soft_targets import SoftTargets, soft_target_loss
 from tersenet.distill.teacher import teacher_outputs
+from tersenet.errors import ModelError, SettingsError
 from tersenet.task import Task
 from tersenet.train import Train
 
@@ -66,3 +68,32 @@ def test_the_answer_goes_with_its_batch() -> None:
     del x
     gc.collect()
     assert answer() is None
+
+
+def test_several_teachers_by_name_teach_the_mean_of_their_logits_and_are_opened_once() -> None:
+    nets = {name: nn.Linear(4, 3) for name in ("a.terse", "b.terse")} | {"odd.terse": nn.Linear(4, 2)}
+    opened = []
+
+    def open_model(name: str) -> nn.Module:
+        opened.append(name)
+        return nets[name]
+
+    batch, student = (torch.randn(8, 4), torch.randint(0, 3, (8,))), nn.Linear(4, 3)
+    task = Task(example=batch[0], original=nn.Linear(4, 3), open_model=open_model)
+
+    def loss(*names: str, task: Task = task) -> float:
+        found = SoftTargets(teachers=names, weight=1.0).loss(student, task, batch, student(batch[0]))
+        return found.item()
+
+    both = (nets["a.terse"](batch[0]) + nets["b.terse"](batch[0])) / 2
+    assert loss("a.terse", "b.terse") == pytest.approx(soft_target_loss(student(batch[0]), both, 4.0).item())
+    alone = soft_target_loss(student(batch[0]), nets["b.terse"](batch[0]), 4.0)
+    assert loss("b.terse") == pytest.approx(alone.item())
+    assert loss("a.terse", "b.terse") == loss("a.terse", "b.terse")
+    assert opened == ["a.terse", "b.terse", "b.terse"]
+    with pytest.raises(ModelError, match=r"logits of one shape, got \(8, 3\), \(8, 2\)"):
+        loss("a.terse", "odd.terse")
+    with pytest.raises(SettingsError, match=r"cannot open teachers by name \(a\.terse\)"):
+        loss("a.terse", task=Task(example=batch[0]))
+    with pytest.raises(SettingsError, match="not both"):
+        SoftTargets(teacher=student, teachers=("a.terse",))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tersenet.distill.teacher import teacher_outputs
+from tersenet.distill.teacher import named_teacher, teacher_outputs
 from tersenet.errors import ModelError, SettingsError
 from tersenet.step import Companion
 from tersenet.task import Task
@@ -38,6 +38,9 @@ class SoftTargets(Companion):
         temperature: T, above 0; larger softens more.
         weight: of this loss, at least 0.
         teacher: another teacher than the task's original model (Python only).
+        teachers: files that teach instead of the original, such as .terse ones: one, or several whose logits are
+            averaged. They must take the same inputs. Several networks together are usually better than each, and a
+            student then has more to learn than from its own original.
     """
 
     summary: ClassVar[str] = "follows the original model's softened probabilities (Hinton et al., 2015)"
@@ -45,8 +48,11 @@ class SoftTargets(Companion):
     temperature: float = 4.0
     weight: float = 0.9
     teacher: nn.Module | None = None
+    teachers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.teacher is not None and self.teachers:
+            raise SettingsError("give teacher or teachers, not both")
         if not 0 < self.temperature < math.inf:
             raise SettingsError(f"temperature must be above 0, got {self.temperature}; 4 is usual")
         if not 0 <= self.weight < math.inf:
@@ -59,7 +65,8 @@ class SoftTargets(Companion):
             SettingsError: without a teacher.
             ModelError: when outputs are no tensor of logits, or not of the teacher's shape.
         """
-        wanted = teacher_outputs(model, task, batch, self.teacher)
+        teacher = named_teacher(self.teachers, task) if self.teachers else self.teacher
+        wanted = teacher_outputs(model, task, batch, teacher)
         if not isinstance(outputs, Tensor) or not isinstance(wanted, Tensor) or outputs.ndim < 2:
             raise ModelError(
                 f"soft targets need logits (N, classes), but the model gives {type(outputs).__name__}; "

@@ -1,20 +1,21 @@
 """The teacher's outputs for a batch: computed once, however many companions ask.
 
 Companions are frozen settings and hold no state, so the last outputs are kept here, until the batch they belong to is
-gone. The teacher is the task's original model unless a companion was given another.
+gone. The teacher is the task's original model unless a companion was given another, or several by name.
 """
 
 from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tersenet.bricks.evaluating import evaluating
-from tersenet.errors import DataError, SettingsError
+from tersenet.errors import DataError, ModelError, SettingsError
 from tersenet.task import Task
 
 
@@ -50,6 +51,47 @@ class _Last:
 _last = _Last()
 # Copies of teachers on the devices that students train on; the teacher itself stays where it is.
 _copies: weakref.WeakKeyDictionary[nn.Module, dict[torch.device, nn.Module]] = weakref.WeakKeyDictionary()
+
+
+class Together(nn.Module):
+    """Several teachers as one: the mean of their logits, the geometric mean of their probabilities (Hinton, Vinyals &
+    Dean, section 2, names it beside the arithmetic one; at high temperatures they are alike)."""
+
+    def __init__(self, teachers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.teachers = nn.ModuleList(teachers)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """(N, classes, ...) from inputs as each of them takes them.
+
+        Raises:
+            ModelError: when they give no tensors of one shape.
+        """
+        found = [teacher(*inputs) for teacher in self.teachers]
+        if len({tuple(each.shape) if isinstance(each, Tensor) else () for each in found} - {()}) != 1:
+            shapes = [tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in found]
+            raise ModelError(f"teachers must give logits of one shape, got {', '.join(map(str, shapes))}")
+        return torch.stack(found).mean(0)
+
+
+# Teachers that a recipe names, by the task's way of opening them: opened once, not at every batch.
+_named: weakref.WeakKeyDictionary[Any, dict[tuple[str, ...], nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def named_teacher(names: tuple[str, ...], task: Task) -> nn.Module:
+    """The teachers of these names (files, as a rule) as one.
+
+    Raises:
+        SettingsError: when the task cannot open names.
+        FileError, ModelError: when there is no such file, or it takes other inputs.
+    """
+    if task.open_model is None:
+        raise SettingsError(f"this task cannot open teachers by name ({', '.join(names)}); give teacher= a model")
+    opened = _named.setdefault(task.open_model, {})
+    if names not in opened:
+        found = [task.open_model(name) for name in names]
+        opened[names] = found[0] if len(found) == 1 else Together(found)
+    return opened[names]
 
 
 def teacher_outputs(model: nn.Module, task: Task, batch: Any, teacher: nn.Module | None = None) -> Any:

@@ -1,0 +1,56 @@
+"""What a recipe names beside the model that it is for: teachers, opened by file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from tersenet.deploy.artifact import load_terse, save_terse
+from tersenet.errors import FileError, ModelError
+from tersenet.models import REFERENCES
+from tersenet.recipe import Recipe
+from tersenet.sources import open_model, open_task
+from tersenet.task import batch_input
+from tersenet.train import Train
+
+CIFAR10 = REFERENCES["resnet20"].preparation
+
+
+def test_a_recipe_names_the_files_of_its_teachers(digits_weights: Path, tmp_path: Path) -> None:
+    model, preparation = open_model("digits", digits_weights)
+    task = open_task(model, preparation, "digits", batch_size=64, quiet=True)
+    for name in "ab":
+        save_terse(model, task.example, tmp_path / f"{name}.terse", preparation)
+    recipe = Recipe.parse(
+        f"steps: [train: {{epochs: 1, label_weight: 0, with: [soft_targets: {{teachers: [{tmp_path / 'a.terse'},"
+        f" {tmp_path / 'b.terse'}]}}]}}]"
+    )
+    assert Recipe.parse(recipe.dump()) == recipe
+    (train,) = recipe.steps
+    assert isinstance(train, Train)
+    batch = next(iter(task.train or []))
+    loss = train.companions[0].loss(
+        model.train(), task, batch, load_terse(tmp_path / "a.terse").eval()(batch_input(batch))
+    )
+    assert loss.item() == pytest.approx(0, abs=1e-4)  # both are what the student says
+    fresh, _ = open_model("digits")
+    train.run(fresh, dataclasses.replace(task, original=None))
+    assert torch.isfinite(next(fresh.parameters())).all()
+
+
+def test_what_cannot_teach_is_refused(digits_weights: Path, tmp_path: Path) -> None:
+    model, preparation = open_model("digits", digits_weights)
+    task = open_task(model, preparation, "digits", quiet=True)
+    assert task.open_model is not None
+    with pytest.raises(FileError, match=r"none\.terse"):
+        task.open_model(str(tmp_path / "none.terse"))
+    with pytest.raises(ModelError, match="without weights, which cannot teach"):
+        task.open_model("digits")
+    save_terse(model, task.example, tmp_path / "other.terse", dataclasses.replace(preparation, mean=(0.1,)))
+    with pytest.raises(
+        ModelError, match=r"other\.terse takes inputs of mean \(0\.1,\), the model that is trained takes"
+    ):
+        task.open_model(str(tmp_path / "other.terse"))
