@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -64,6 +66,9 @@ def test_empty_channels_are_counted() -> None:
     rows = worth(masked("filter", 0.5))
     assert rows[0].empty == 16
     assert "24 output channels are all zeros" in table(rows)
+    assert f"time (0, 1): {rows[0].time}" in table(rows)
+    many = [*(replace(rows[0], layer=name) for name in "abcd"), rows[-1]]
+    assert f"time (a, b, c and 1 more): {rows[0].time}" in table(many)
 
 
 def test_zeros_are_seen_without_a_mask_and_in_integers() -> None:

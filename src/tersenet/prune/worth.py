@@ -143,8 +143,13 @@ def _sum(rows: Sequence[Row]) -> Row:
     return Row("all", pattern, sparsity, weights, sizes, sum(row.empty for row in rows), time)
 
 
+def _named(layers: Sequence[str]) -> str:
+    return ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+
+
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text: a line for each layer, then what the zeros are worth, each thing said once."""
+    """The rows as text: a line for each layer, then what the zeros are worth, each thing said once, for the layers it
+    holds for."""
     if not rows:
         return "no layer has zeros or a mask"
     width = max(len(row.layer) for row in rows)
@@ -155,7 +160,10 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(f"{row.layer:{width}} {row.pattern:8} {row.sparsity:5.1%}  {numbers:>47}")
     whole = rows[-1]
     lines += ["", f"zeros buy {whole.buys} (bytes only in a file that codes them: .onnx and .pt2 store zeros in full)"]
-    lines += [f"time: {said}" for said in dict.fromkeys(row.time for row in rows if row.time != "see the layers")][:8]
+    said: dict[str, list[str]] = {}
+    for row in rows[:-1]:
+        said.setdefault(row.time, []).append(row.layer)
+    lines += [f"time ({_named(layers)}): {time}" for time, layers in list(said.items())[:8]]
     if whole.empty:
         lines.append(f"{whole.empty} output channels are all zeros: prune_channels would take them out for real")
     return "\n".join(lines)
