@@ -165,5 +165,6 @@ def table(rows: Sequence[Row]) -> str:
         said.setdefault(row.time, []).append(row.layer)
     lines += [f"time ({_named(layers)}): {time}" for time, layers in list(said.items())[:8]]
     if whole.empty:
-        lines.append(f"{whole.empty} output channels are all zeros: prune_channels would take them out for real")
+        what = "1 output channel is" if whole.empty == 1 else f"{whole.empty} output channels are"
+        lines.append(f"{what} all zeros: prune_channels would take out such channels for real")
     return "\n".join(lines)
