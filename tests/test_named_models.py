@@ -10,13 +10,10 @@ import torch
 
 from tersenet.deploy.artifact import load_terse, save_terse
 from tersenet.errors import FileError, ModelError
-from tersenet.models import REFERENCES
 from tersenet.recipe import Recipe
 from tersenet.sources import open_model, open_task
 from tersenet.task import batch_input
 from tersenet.train import Train
-
-CIFAR10 = REFERENCES["resnet20"].preparation
 
 
 def test_a_recipe_names_the_files_of_its_teachers(digits_weights: Path, tmp_path: Path) -> None:

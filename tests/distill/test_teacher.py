@@ -93,6 +93,9 @@ def test_several_teachers_by_name_teach_the_mean_of_their_logits_and_are_opened_
     assert opened == ["a.terse", "b.terse", "b.terse"]
     with pytest.raises(ModelError, match=r"logits of one shape, got \(8, 3\), \(8, 2\)"):
         loss("a.terse", "odd.terse")
+    nets["many.terse"] = nn.LSTM(4, 3)  # a tuple
+    with pytest.raises(ModelError, match=r"logits of one shape, got \(8, 3\), tuple"):
+        loss("a.terse", "many.terse")
     with pytest.raises(SettingsError, match=r"cannot open teachers by name \(a\.terse\)"):
         loss("a.terse", task=Task(example=batch[0]))
     with pytest.raises(SettingsError, match="not both"):

@@ -5,8 +5,9 @@ single calls would claim an interval several times too narrow. What is resampled
 median, and each interval is the percentile bootstrap of `tersenet.numerics.intervals` over those. A ratio is taken
 within each turn first, because the machine's drift is the same for both there.
 
-Where memory came to lie when a file was opened makes up to 8 % at 20 ms a call, and stays so as long as the file is
-open. Turns of one opening share that: where files were opened several times, openings are drawn first.
+Where memory came to lie when a file was opened makes up to a tenth of a call of some milliseconds, and stays so as
+long as the file is open. Turns of one opening share that: where files were opened several times, openings are drawn
+first.
 """
 
 from __future__ import annotations

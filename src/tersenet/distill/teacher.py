@@ -68,8 +68,8 @@ class Together(nn.Module):
             ModelError: when they give no tensors of one shape.
         """
         found = [teacher(*inputs) for teacher in self.teachers]
-        if len({tuple(each.shape) if isinstance(each, Tensor) else () for each in found} - {()}) != 1:
-            shapes = [tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in found]
+        shapes = [tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in found]
+        if not isinstance(found[0], Tensor) or len(set(shapes)) > 1:
             raise ModelError(f"teachers must give logits of one shape, got {', '.join(map(str, shapes))}")
         return torch.stack(found).mean(0)
 
