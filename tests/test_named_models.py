@@ -10,6 +10,7 @@ import torch
 
 from tersenet.deploy.artifact import load_terse, save_terse
 from tersenet.errors import FileError, ModelError
+from tersenet.job import compress
 from tersenet.recipe import Recipe
 from tersenet.sources import open_model, open_task
 from tersenet.task import batch_input
@@ -51,3 +52,15 @@ def test_what_cannot_teach_is_refused(digits_weights: Path, tmp_path: Path) -> N
         ModelError, match=r"other\.terse takes inputs of mean \(0\.1,\), the model that is trained takes"
     ):
         task.open_model(str(tmp_path / "other.terse"))
+
+
+def test_a_teacher_that_is_not_there_is_missed_before_the_first_step(digits_weights: Path, tmp_path: Path) -> None:
+    model, preparation = open_model("digits", digits_weights)
+    task = open_task(model, preparation, "digits", quiet=True)
+    recipe = Recipe.parse(
+        "steps: [prune_weights: {sparsity: 0.5}, train: {epochs: 1, with:"
+        f" [soft_targets: {{teachers: [{tmp_path / 'none.terse'}]}}]}}]"
+    )
+    with pytest.raises(FileError, match=r"none\.terse"):
+        compress(model, task, recipe, out=tmp_path / "run")
+    assert not list((tmp_path / "run").glob("01-*"))

@@ -136,6 +136,8 @@ def _run_steps(journal: Journal, original: nn.Module, task: Task, say: Callable[
         return
     if done:
         say(f"going on after {done} finished step{'s' if done > 1 else ''}")
+    for step in journal.steps[done:]:
+        step.check(task)
     model, task = journal.replay(original, done), journal.task_after(task, done)
     for index, step in enumerate(journal.steps[done:], start=done + 1):
         say(f"[bold]{index}/{len(journal.steps)}[/bold] {step.name}")

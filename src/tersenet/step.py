@@ -98,6 +98,10 @@ class Step:
         """The task of what follows a step that was run with this plan; all but a few leave it as it is."""
         return task
 
+    def check(self, task: Task) -> None:
+        """Asked of every step before the first one runs. Raises when something that the settings name, such as a
+        teacher's file, cannot be had: hours later is late to hear of it."""
+
     def choices(self, model: nn.Module, task: Task) -> dict[str, list[Any]]:
         """place -> the settings that can be picked there, JSON only; the first leaves the place as it is.
 
@@ -182,6 +186,10 @@ class Chain(Step):
             model = step.apply(model, entry["plan"])
         return model
 
+    def check(self, task: Task) -> None:
+        for step in self.steps:
+            step.check(task)
+
     def task_after(self, task: Task, plan: Plan) -> Task:
         for step, entry in zip(self.steps, plan.get("steps", []), strict=False):
             task = step.task_after(task, entry["plan"])
@@ -209,6 +217,11 @@ class Companion:
     def settings(self) -> dict[str, Any]:
         """The fields as they stand, in order of definition."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def opened(self, task: Task) -> Companion:
+        """The companion with what it names opened, such as the files of teachers, so that a training is known by these
+        and not by their names. Raises FileError and others when something cannot be had."""
+        return self
 
     def placed(self, task: Task) -> Companion:
         """The companion for one training; one that keeps files puts them where the task keeps its own."""

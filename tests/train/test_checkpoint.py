@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import resource
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tersenet.distill.soft_targets import SoftTargets
 from tersenet.errors import RunError
 from tersenet.step import Chain, Companion
 from tersenet.task import Task
@@ -244,6 +246,23 @@ def test_another_training_is_refused_with_the_difference(change: dict[str, Any],
     more = {"original": net() if "original" in change else None, "seed": change.get("seed", 0)}
     with pytest.raises(RunError, match=said):
         step(**settings).fit(model, task_of(tmp_path, **more))
+
+
+def test_a_name_that_stands_for_another_teacher_now_is_refused(tmp_path: Path) -> None:
+    teachers, settings = {"a.terse": net()}, step(companions=(SoftTargets(teachers=("a.terse",)),))
+
+    def task(**more: Any) -> Task:
+        return task_of(tmp_path, open_model=lambda name: copy.deepcopy(teachers[name]), **more)
+
+    with pytest.raises(Cut):
+        settings.fit(net(), task(train=CutAt(4)))
+    before = teachers["a.terse"]
+    teachers["a.terse"] = net()
+    teachers["a.terse"][6].bias.data += 1
+    with pytest.raises(RunError, match=r"companions \[soft_targets \{.*teacher: .* where it is now "):
+        settings.fit(net(), task())
+    teachers["a.terse"] = before
+    settings.fit(net(), task())
 
 
 def test_what_is_only_watched_may_change(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ teacher), has the same gradient, and is 0 when student and teacher agree.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +58,9 @@ class SoftTargets(Companion):
         if not 0 <= self.weight < math.inf:
             raise SettingsError(f"weight must be at least 0, got {self.weight}")
 
+    def opened(self, task: Task) -> SoftTargets:
+        return replace(self, teacher=named_teacher(self.teachers, task), teachers=()) if self.teachers else self
+
     def loss(self, model: nn.Module, task: Task, batch: Any, outputs: Any) -> Tensor:
         """For outputs (N, classes) or (N, classes, ...); the mean is over everything but the classes.
 
@@ -65,8 +68,7 @@ class SoftTargets(Companion):
             SettingsError: without a teacher.
             ModelError: when outputs are no tensor of logits, or not of the teacher's shape.
         """
-        teacher = named_teacher(self.teachers, task) if self.teachers else self.teacher
-        wanted = teacher_outputs(model, task, batch, teacher)
+        wanted = teacher_outputs(model, task, batch, self.opened(task).teacher)
         if not isinstance(outputs, Tensor) or not isinstance(wanted, Tensor) or outputs.ndim < 2:
             raise ModelError(
                 f"soft targets need logits (N, classes), but the model gives {type(outputs).__name__}; "

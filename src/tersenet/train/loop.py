@@ -41,6 +41,7 @@ _LOG_EVERY = 50
 
 def train(settings: Train, model: nn.Module, task: Task) -> None:
     """See `Train.fit`."""
+    settings = dataclasses.replace(settings, companions=tuple(each.opened(task) for each in settings.companions))
     data = training_data(settings, task)
     batches = count_batches(data)
     folder = None if task.folder is None else Path(task.folder)

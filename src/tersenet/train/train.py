@@ -127,6 +127,10 @@ class Train(Step):
     def data_needed(self) -> str:
         return "labels" if self.label_weight > 0 else "inputs"
 
+    def check(self, task: Task) -> None:
+        for companion in self.companions:
+            companion.opened(task)
+
     def fit(self, model: nn.Module, task: Task) -> None:
         """Trains the parameters that require a gradient, and leaves the model in evaluation mode.
 
