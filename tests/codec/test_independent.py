@@ -45,8 +45,8 @@ def test_contexts_of_every_layout_read_the_same(shape: tuple[int, ...], low: int
     scales = chance.gamma(1, 4, (shape[0], *[1] * (len(shape) - 1)))
     q = np.clip(np.rint(chance.laplace(0, 1, shape) * scales), low, 200).astype(np.int32).reshape(-1)
     q[0], q[-1] = low, 200
-    stream = contexts.encode(q, shape, 1)
-    assert np.array_equal(contexts.decode(stream, shape), q)
+    stream = contexts.encode(q, shape, (1,))
+    assert np.array_equal(contexts.decode([stream], shape)[0], q)
     assert np.array_equal(READ["contexts"](stream, list(shape)), q)
 
 
@@ -62,8 +62,8 @@ def test_predictions_of_every_layout_read_the_same(
     q = np.random.default_rng(0).laplace(0, scale, shape)
     q = np.rint(q + np.roll(q, 1, -1)).clip(-255, 255).astype(np.int32).reshape(-1)
     q[0] = 1
-    stream = predicted.encode(q, shape, strength, distance)
-    assert np.array_equal(predicted.decode(stream, shape), q)
+    stream = predicted.encode(q, shape, (strength,), distance)
+    assert np.array_equal(predicted.decode([stream], shape)[0], q)
     assert np.array_equal(READ["predicted"](stream, list(shape)), q)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tersenet.codec import tensors, values
+from tersenet.codec.together import decoded
 
 
 def coded(tensor: Tensor) -> tuple[str, bytes]:
@@ -15,7 +16,7 @@ def coded(tensor: Tensor) -> tuple[str, bytes]:
     dtype = str(tensor.dtype).removeprefix("torch.")
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     codec, payload = tensors.encode(dtype, tuple(tensor.shape), data)
-    assert tensors.decode(dtype, tuple(tensor.shape), codec, payload).tobytes() == data.tobytes()
+    assert decoded(tensors.decode(dtype, tuple(tensor.shape), codec, payload)).tobytes() == data.tobytes()
     return codec, payload
 
 
@@ -129,9 +130,9 @@ BROKEN = {
 @pytest.mark.parametrize(("dtype", "codec", "payload"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_malformed_payload_is_refused(dtype: str, codec: str, payload: bytes) -> None:
     with pytest.raises(ValueError, match=r"[a-z]"):
-        tensors.decode(dtype, (2, 3), codec, payload)
+        decoded(tensors.decode(dtype, (2, 3), codec, payload))
 
 
 def test_a_grid_of_any_step_raises_no_warning() -> None:
     payload = b"\0" + np.array([np.inf], "<f4").tobytes() + b"\1\0\0"
-    assert len(tensors.decode("float32", (2, 3), "grid", payload)) == 24
+    assert len(decoded(tensors.decode("float32", (2, 3), "grid", payload))) == 24

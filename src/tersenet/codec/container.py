@@ -13,8 +13,6 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from tersenet.atomic import writing
 from tersenet.codec import tensors as coding
+from tersenet.codec.together import Decoding, all_decoded, decoded, each
 from tersenet.codec.values import Forms
 from tersenet.errors import ExportError, FileError
 
@@ -125,7 +124,7 @@ def pack(manifest: dict[str, Any], tensors: dict[str, Tensor], threads: int = 1,
             known[key] = len(different)
             different.append((dtype, shape, data))
         names.append([name, known[key]])
-    coded = _each(lambda entry: coding.encode(entry[0], entry[1], entry[2], forms), different, threads)
+    coded = each(lambda entry: coding.encode(entry[0], entry[1], entry[2], forms), different, threads)
     payloads = [payload for _, payload in coded]
     blobs = [
         [dtype, list(shape), codec, len(payload), zlib.crc32(data.data)]
@@ -152,14 +151,6 @@ def _head(fields: dict[str, Any]) -> tuple[bytes, int, int]:
     return (deflated, DEFLATED, len(text)) if len(deflated) < len(text) else (text, 0, len(text))
 
 
-def _each(work: Callable[[Any], Any], items: Sequence[Any], threads: int) -> list[Any]:
-    """`work` of each item, in their order; the first that failed raises."""
-    if threads <= 1 or len(items) < 2:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, items))
-
-
 @dataclass(frozen=True)
 class Stored:
     """A file in memory, checked as a whole, its tensors not decoded yet."""
@@ -176,7 +167,7 @@ class Stored:
     def tensor(self, name: str) -> Tensor:
         """A tensor decoded, anew at each call. Raises FileError when its payload is damaged or hostile."""
         index = self.contents.names[name]
-        return _decode(self.path, self.contents.blobs[index], self.payloads[index])
+        return decoded(_decode(self.path, self.contents.blobs[index], self.payloads[index]))
 
 
 def read(path: str | Path, max_bytes: int | None = None, threads: int = 1) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -189,8 +180,8 @@ def read(path: str | Path, max_bytes: int | None = None, threads: int = 1) -> tu
         FileError: when the file is damaged, truncated, hostile or no .terse file; says where.
     """
     stored = read_coded(path, max_bytes)
-    jobs = list(zip(stored.contents.blobs, stored.payloads, strict=True))
-    found = _each(lambda job: _decode(path, *job), jobs, threads)
+    works = [_decode(path, *coded) for coded in zip(stored.contents.blobs, stored.payloads, strict=True)]
+    found = all_decoded(works, threads)
     tensors, taken = {}, set()
     for name, index in stored.contents.names.items():
         tensors[name] = found[index].clone() if index in taken else found[index]  # equal, and still independent
@@ -237,9 +228,9 @@ def _bytes_of(name: str, tensor: Tensor) -> tuple[str, Bytes]:
     return _NAMES[tensor.dtype], flat.view(torch.uint8).numpy()
 
 
-def _decode(path: str | Path, blob: Blob, payload: bytes) -> Tensor:
+def _decode(path: str | Path, blob: Blob, payload: bytes) -> Decoding[Tensor]:
     try:
-        data = coding.decode(blob.dtype, blob.shape, blob.codec, payload)
+        data = yield from coding.decode(blob.dtype, blob.shape, blob.codec, payload)
     except ValueError as error:
         raise _bad(path, blob.offset, f"a payload cannot be decoded, {error}") from None
     if len(data) != blob.decoded or zlib.crc32(data.data) != blob.crc:

@@ -3,7 +3,8 @@
 Weights of one output channel, of one input channel and of one kernel have magnitudes alike. So each number is coded
 with a model for the mean magnitude that its neighbours foretell. The numbers go in *phases*, one from every kernel
 in each, so that a phase is foretold by what came before it and can be coded as one array: the contexts come from
-NumPy and one call of the coder takes all numbers of one context (static passes, not one model per number).
+NumPy and one call of the coder takes all numbers of one context (static passes, not one model per number). Tensors of
+one shape are decoded side by side.
 
 Everything is in integers: logarithms are those of `log16`, models start as two-sided geometric distributions and
 learn from counts, frequencies sum to 2**24. docs/format.md, "Context-coded numbers", gives it step by step.
@@ -16,18 +17,17 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
 
-import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from tersenet.codec.entropy import PRECISION, categoricals
+from tersenet.codec import adaptive
+from tersenet.codec.adaptive import COUNT
 
 Ints = NDArray[np.int64]
-Run = tuple[int, int, int]  # a context, and where its numbers start and end
+Numbers = NDArray[np.int32]
 
 UNIT = 4096  # a mean magnitude of 1
 CONTEXTS = 42  # half octaves of mean magnitude, from 1/4096 on
@@ -35,74 +35,86 @@ STRENGTHS = (16, 64, 256)  # counts that the starting model weighs
 HEAD = struct.Struct("<hhBB")  # low, high, start, strength
 LIMIT = 255  # largest magnitude
 LONGEST = 1 << 30  # numbers of one tensor: keeps every product within 63 bits
-LARGEST_BLOCK = 1 << 16
+_LARGEST_BLOCK = 1 << 16
 _SMALL = 1 << 12  # numbers of a block whose places are remembered
 _ROOTS = (4096, 4871, 5793, 6889)  # 4096 * 2**(i / 4)
-_COUNT = 64  # what one count adds to a weight
 
 
-@dataclass
 class Known:
-    """What has been coded so far of numbers laid out as (O rows, G kernels, P places)."""
+    """What has been coded so far of the numbers of T tensors, each laid out as (O rows, G kernels, P places).
 
-    rows: int
-    groups: int
-    period: int
-    kernels: bool  # whether the numbers of a group are one kernel, and alike
-    start: int  # the mean magnitude of all, in quarter octaves of 1 / UNIT
-    row_sums: Ints = field(init=False)
-    column_sums: Ints = field(init=False)
-    kernel_sums: NDArray[np.int32] = field(init=False)
-    total: int = 0
+    Args:
+        shape: of the tensors.
+        starts: (T,) the mean magnitude of all numbers of each, in quarter octaves of 1 / UNIT.
+    """
 
-    def __post_init__(self) -> None:
-        self.row_sums = np.zeros(self.rows, np.int64)
-        self.column_sums = np.zeros((self.period, self.groups), np.int64)
-        self.kernel_sums = np.zeros((self.rows, self.groups) if self.kernels else (0, 0), np.int32)
+    def __init__(self, shape: tuple[int, ...], starts: Sequence[int]) -> None:
+        tensors = len(starts)
+        self.rows, self.columns, self.period, self.kernels = layout(shape)
+        self.groups = -(-self.columns // self.period)
+        self.row_sums = np.zeros((tensors, self.rows), np.int64)
+        self.column_sums = np.zeros((tensors, 1 if self.kernels else self.period, self.groups), np.int64)
+        self.kernel_sums = np.zeros((tensors, self.rows, self.groups) if self.kernels else (0, 0, 0), np.int32)
+        self.total = np.zeros(tensors, np.int64)
+        self.supposed = np.array([16 * power4(start) for start in starts], np.int64)
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Rows and columns, filled up to whole groups."""
+        return self.rows, self.groups * self.period
 
     def contexts(self, phase: int, first: int, stop: int) -> NDArray[np.uint8]:
-        """(stop - first, G) the context of each number of a block of rows."""
-        count = (phase * self.rows + first) * self.groups
-        mean = max(1, (UNIT * self.total + 16 * power4(self.start)) // (count + 16))
-        row = log16(UNIT * self.row_sums[first:stop] + 8 * mean) - log16_of_one((phase * self.groups + 8) * mean)
+        """(T, stop - first, G) the context of each number of a block of rows."""
+        rows, groups = stop - first, self.groups
+        count = (phase * self.rows + first) * groups
+        mean = np.maximum(1, (UNIT * self.total + self.supposed) // (count + 16))[:, None]
+        sums = np.empty((len(mean), 1 + rows + groups), np.int64)
+        sums[:, 0:1] = (phase * groups + 8) * mean
+        sums[:, 1 : 1 + rows] = UNIT * self.row_sums[:, first:stop] + 8 * mean
         before = self.rows * phase + first
-        group = (UNIT * self.column_sums.sum(0) + 8 * mean) // (before + 8)
+        group = (UNIT * np.add.reduce(self.column_sums, 1) + 8 * mean) // (before + 8)
+        sums[:, 1 + rows :] = group + 1
+        logs = log16(sums)
+        row = logs[:, 1 : 1 + rows] - logs[:, 0:1]
         if self.kernels:
-            foretold = log16(group + 1)[None, :]
+            foretold = logs[:, None, 1 + rows :]
         else:
             inner = (phase - np.arange(first, stop)) % self.period
-            few = stop - first < self.period  # wide rows: only the columns that come
-            column = (self.column_sums[inner] if few else self.column_sums) * UNIT
-            column += 4 * group
+            few = rows < self.period  # wide rows: only the columns that come
+            column = (self.column_sums[:, inner] if few else self.column_sums) * UNIT
+            column += 4 * group[:, None]
             column //= before // self.period + 4
             column += 1
-            foretold = log16(column) if few else log16(column)[inner]
-        quarters = (row[:, None] + (foretold + 2)) >> 2
+            foretold = log16(column) if few else log16(column)[:, inner]
+        quarters = row[:, :, None] + (foretold + 2)
+        quarters >>= 2
         _clip(quarters, 2 * CONTEXTS - 1)
         if not phase or not self.kernels:
             return _clip((quarters + 1) >> 1, CONTEXTS - 1).astype(np.uint8)
-        sums = np.minimum(self.kernel_sums[first:stop], LIMIT)
-        return _table(phase)[quarters, sums]
+        quarters *= LIMIT + 1
+        quarters += np.minimum(self.kernel_sums[:, first:stop], LIMIT)
+        return _table(phase).take(quarters)
 
-    def add(self, phase: int, first: int, stop: int, magnitudes: NDArray[np.int32]) -> None:
-        """Takes in a block's (stop - first, G) magnitudes."""
-        self.row_sums[first:stop] += magnitudes.sum(1)
+    def add(self, phase: int, first: int, stop: int, magnitudes: Numbers) -> None:
+        """Takes in a block's (T, stop - first, G) magnitudes."""
+        rows = np.add.reduce(magnitudes, 2, dtype=np.int64)
+        self.row_sums[:, first:stop] += rows
         if self.kernels:
-            self.kernel_sums[first:stop] += magnitudes
-            self.column_sums[0] += magnitudes.sum(0)
+            self.kernel_sums[:, first:stop] += magnitudes
+            self.column_sums[:, 0] += np.add.reduce(magnitudes, 1, dtype=np.int64)
         else:
             for i in range(min(self.period, stop - first)):
-                self.column_sums[(phase - first - i) % self.period] += magnitudes[i :: self.period].sum(0)
-        self.total += int(magnitudes.sum())
+                self.column_sums[:, (phase - first - i) % self.period] += magnitudes[:, i :: self.period].sum(1)
+        self.total += np.add.reduce(rows, 1)
 
 
 @lru_cache(maxsize=64)
 def _table(phase: int) -> NDArray[np.uint8]:
-    """(2 CONTEXTS, LIMIT + 1) contexts by foretold mean (quarter octaves) and sum of the kernel's `phase` numbers."""
+    """(2 CONTEXTS * (LIMIT + 1),) contexts by foretold mean (quarter octaves) and sum of a kernel's `phase` numbers."""
     means = np.array([power4(j) for j in range(2 * CONTEXTS)], np.int64)
     sums = np.arange(LIMIT + 1, dtype=np.int64)
     logs = log16((UNIT * sums[None, :] + 6 * means[:, None]) // (phase + 6))
-    return _clip((logs + 4) >> 3, CONTEXTS - 1).astype(np.uint8)
+    return _clip((logs + 4) >> 3, CONTEXTS - 1).astype(np.uint8).reshape(-1)
 
 
 def log16(x: Ints) -> Ints:
@@ -148,7 +160,7 @@ def blocks(rows: int, groups: int, period: int) -> Iterator[tuple[int, int, int]
         first = 0
         while first < rows:
             known = (phase * rows + first) * groups
-            stop = min(rows, first + max(1, min(max(64, known), LARGEST_BLOCK) // groups))
+            stop = min(rows, first + max(1, min(max(64, known), _LARGEST_BLOCK) // groups))
             yield phase, first, stop
             first = stop
 
@@ -168,7 +180,7 @@ def starting_model(context: int, low: int, high: int, strength: int) -> tuple[in
         both = np.concatenate([side[:0:-1], side]) // (2 * side.sum() >> 20)
         table = np.convolve(both, both, "same")
         table = table[low + reach : high + reach + 1]
-    return tuple((1 + table * (_COUNT * STRENGTHS[strength]) // max(1, int(table.sum()))).tolist())
+    return tuple((1 + table * (COUNT * STRENGTHS[strength]) // max(1, int(table.sum()))).tolist())
 
 
 def _powers(theta: int, reach: int) -> Ints:
@@ -178,117 +190,124 @@ def _powers(theta: int, reach: int) -> Ints:
     return np.array(side, np.int64)
 
 
-def encode(q: NDArray[np.int32], shape: tuple[int, ...], strength: int) -> bytes:
-    """What `decode` reads: low, high (int16), start and strength (a byte each), the coder's words.
+def encode(q: Numbers, shape: tuple[int, ...], strengths: Sequence[int]) -> bytes:
+    """What `decode` reads, the shortest: low, high (int16), start and strength (a byte each), the coder's words.
 
     Args:
         q: (n,) numbers of at most LIMIT in magnitude, n at least 1; row-major, of a tensor of `shape`.
-        strength: of the starting models, an index into STRENGTHS.
+        strengths: of the starting models, indices into STRENGTHS; each is tried.
     """
-    rows, columns, period, kernels = layout(shape)
-    groups = -(-columns // period)
-    padded = np.zeros((rows, groups * period), np.int32)
-    padded[:, :columns] = q.reshape(rows, columns)
-    low, high = int(q.min()), int(q.max())
-    total = int(np.abs(q).sum(dtype=np.int64))
-    start = log16_of_one(max(1, UNIT * total // len(q))) >> 2
-    known = Known(rows, groups, period, kernels, start)
-    models = Models(low, high, strength)
-    jobs = []
-    for phase, first, stop in blocks(rows, groups, period):
-        at, valid = _places(phase, first, stop, groups, period, columns)
-        values = padded.reshape(-1)[at]
-        contexts = known.contexts(phase, first, stop)
-        known.add(phase, first, stop, np.abs(values))
-        flat = values.reshape(-1)
-        order, runs = _by_context(contexts, valid)
-        symbols = flat[order] - low
-        tables = categoricals(models.frequencies(runs))
-        jobs += [(symbols[start:end], model) for (_, start, end), model in zip(runs, tables, strict=True)]
-        models.learn(runs, symbols)
-    coder = constriction.stream.stack.AnsCoder()
-    for symbols, model in reversed(jobs):  # ANS is a stack: what is pushed last comes out first
-        coder.encode_reverse(symbols, model)
-    return HEAD.pack(low, high, start, strength) + coder.get_compressed().astype("<u4").tobytes()
+    start, low, high = _start(q), int(q.min()), int(q.max())
+    known = Known(shape, [start])
+    padded = _padded(q, known)
+    tables = [_models([low], [high], [strength]) for strength in strengths]
+    jobs: list[list[adaptive.Job]] = [[] for _ in strengths]
+    for phase, first, stop, is_last in _blocks(known):
+        at, valid = _places(phase, first, stop, known.groups, known.period, known.columns)
+        values = padded[at]
+        order, present, sizes = adaptive.in_order(known.contexts(phase, first, stop), CONTEXTS, valid)
+        known.add(phase, first, stop, np.abs(values)[None])
+        numbers = values.reshape(-1)[order]
+        for each, its in zip(tables, jobs, strict=True):
+            its.append((numbers - low, each.shares(present), sizes))
+            if not is_last:
+                each.learn(present, sizes, numbers)
+    coded = [
+        HEAD.pack(low, high, start, strength) + adaptive.encoded(its)
+        for strength, its in zip(strengths, jobs, strict=True)
+    ]
+    return min(coded, key=len)
 
 
-def contexts_of(q: NDArray[np.int32], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def contexts_of(q: Numbers, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """(n,) the context of each number of a tensor of `shape`, as `encode` has them."""
-    rows, columns, period, kernels = layout(shape)
-    groups = -(-columns // period)
-    padded = np.zeros((rows, groups * period), np.int32)
-    padded[:, :columns] = np.abs(q).reshape(rows, columns)
-    start = log16_of_one(max(1, UNIT * int(padded.sum(dtype=np.int64)) // len(q))) >> 2
-    known = Known(rows, groups, period, kernels, start)
-    found = np.zeros(padded.shape, np.uint8)
-    for phase, first, stop in blocks(rows, groups, period):
-        at, _ = _places(phase, first, stop, groups, period, columns)
-        found.reshape(-1)[at] = known.contexts(phase, first, stop)
-        known.add(phase, first, stop, padded.reshape(-1)[at])
-    return np.ascontiguousarray(found[:, :columns]).reshape(-1)
+    known = Known(shape, [_start(q)])
+    padded = np.abs(_padded(q, known))
+    found = np.zeros(known.padded, np.uint8)
+    for phase, first, stop, _ in _blocks(known):
+        at, _ = _places(phase, first, stop, known.groups, known.period, known.columns)
+        found.reshape(-1)[at] = known.contexts(phase, first, stop)[0]
+        known.add(phase, first, stop, padded[at][None])
+    return np.ascontiguousarray(found[:, : known.columns]).reshape(-1)
 
 
-def decode(stream: bytes, shape: tuple[int, ...]) -> NDArray[np.int32]:
-    """The (n,) numbers of a tensor of `shape`, at least one.
+def alike(stream: bytes, shape: tuple[int, ...]) -> Hashable:
+    """Streams that give the same here can be decoded side by side.
 
     Raises:
         ValueError: when the stream cannot be one of ours; says why.
     """
+    low, high, _, _ = _header(stream)
+    return (high - low).bit_length()
+
+
+def side_by_side(stream: bytes, shape: tuple[int, ...]) -> int:
+    """How many streams like this one to decode at a time."""
+    low, high, _, _ = _header(stream)
+    rows, columns, period, _ = layout(shape)
+    return adaptive.side_by_side(CONTEXTS, high - low + 1, rows * -(-columns // period))
+
+
+def decode(streams: Sequence[bytes], shape: tuple[int, ...]) -> list[Numbers]:
+    """The (n,) numbers of tensors of one shape, at least one number each.
+
+    Raises:
+        ValueError: when a stream cannot be one of ours; says why.
+    """
+    heads = [_header(stream) for stream in streams]
+    lows, highs, starts, strengths = map(list, zip(*heads, strict=True))
+    known = Known(shape, starts)
+    padded = np.zeros((len(streams), math.prod(known.padded)), np.int32)
+    tables = _models(lows, highs, strengths)
+    coders = [adaptive.opened(stream, HEAD.size) for stream in streams]
+    for phase, first, stop, is_last in _blocks(known):
+        at, valid = _places(phase, first, stop, known.groups, known.period, known.columns)
+        contexts = known.contexts(phase, first, stop)
+        order, present, sizes = adaptive.in_order(contexts, CONTEXTS, valid)
+        numbers = tables.take(coders, present, sizes)
+        values = np.zeros(contexts.shape, np.int32)
+        values.reshape(-1)[order] = numbers
+        padded[:, at] = values
+        if not is_last:
+            tables.learn(present, sizes, numbers)
+            known.add(phase, first, stop, np.abs(values))
+    if not all(coder.is_empty() for coder in coders):
+        raise ValueError("a context-coded stream holds more than its numbers")
+    kept = padded.reshape(len(streams), *known.padded)[:, :, : known.columns]
+    return [np.ascontiguousarray(each).reshape(-1) for each in kept]
+
+
+def _header(stream: bytes) -> tuple[int, int, int, int]:
     if len(stream) < HEAD.size or (len(stream) - HEAD.size) % 4:
         raise ValueError(f"a context-coded stream has {len(stream)} bytes, which is no length of one")
     low, high, start, strength = HEAD.unpack_from(stream)
     if not -LIMIT <= low < high <= LIMIT or start >= 2 * CONTEXTS or strength >= len(STRENGTHS):
         raise ValueError(f"a context-coded stream starts with {low}, {high}, {start}, {strength}, which is not allowed")
-    rows, columns, period, kernels = layout(shape)
-    groups = -(-columns // period)
-    padded = np.zeros((rows, groups * period), np.int32)
-    known = Known(rows, groups, period, kernels, start)
-    models = Models(low, high, strength)
-    coder = constriction.stream.stack.AnsCoder(np.frombuffer(stream, "<u4", offset=HEAD.size).astype(np.uint32))
-    for phase, first, stop in blocks(rows, groups, period):
-        at, valid = _places(phase, first, stop, groups, period, columns)
-        contexts = known.contexts(phase, first, stop)
-        order, runs = _by_context(contexts, valid)
-        symbols = np.empty(len(order), np.int32)
-        for (_, start, end), model in zip(runs, categoricals(models.frequencies(runs)), strict=True):
-            symbols[start:end] = coder.decode(model, end - start)
-        models.learn(runs, symbols)
-        values = np.zeros(contexts.size, np.int32)
-        values[order] = symbols + low
-        block = values.reshape(contexts.shape)
-        padded.reshape(-1)[at] = block
-        known.add(phase, first, stop, np.abs(block))
-    if not coder.is_empty():
-        raise ValueError("a context-coded stream holds more than its numbers")
-    return np.ascontiguousarray(padded[:, :columns]).reshape(-1)
+    return low, high, start, strength
 
 
-class Models:
-    """A model per context, made when it is first asked for; each learns from what it coded."""
+def _start(q: Numbers) -> int:
+    return log16_of_one(max(1, UNIT * int(np.abs(q).sum(dtype=np.int64)) // len(q))) >> 2
 
-    def __init__(self, low: int, high: int, strength: int) -> None:
-        self.settings = (low, high, strength)
-        self.weights = np.zeros((CONTEXTS, high - low + 1), np.int64)
 
-    def frequencies(self, runs: list[Run]) -> Ints:
-        """(len(runs), n) in proportion to the weights, at least 1, of sum 2**24; the largest gets what is missing."""
-        chosen = [context for context, _, _ in runs]
-        for context in chosen:
-            if not self.weights[context, 0]:
-                self.weights[context] = starting_model(context, *self.settings)
-        weights = self.weights[chosen]
-        sums = np.add.reduce(weights, 1, keepdims=True)  # `sum` itself, without what goes on around it
-        weights *= (1 << PRECISION) - weights.shape[1]
-        weights //= sums
-        weights += 1
-        weights[np.arange(len(weights)), weights.argmax(1)] += (1 << PRECISION) - np.add.reduce(weights, 1)
-        return weights
+def _padded(q: Numbers, known: Known) -> Numbers:
+    """(rows * padded columns,) the numbers, the columns filled up with zeros."""
+    padded = np.zeros(known.padded, np.int32)
+    padded[:, : known.columns] = q.reshape(known.rows, known.columns)
+    return padded.reshape(-1)
 
-    def learn(self, runs: list[Run], symbols: NDArray[np.int32]) -> None:
-        """Takes in the symbols of each run."""
-        size = self.weights.shape[1]
-        cells = np.repeat([context * size for context, _, _ in runs], [end - start for _, start, end in runs]) + symbols
-        self.weights += _COUNT * np.bincount(cells, minlength=self.weights.size).reshape(self.weights.shape)
+
+def _models(lows: Sequence[int], highs: Sequence[int], strengths: Sequence[int]) -> adaptive.Models:
+    def start(tensor: int, key: int) -> tuple[int, ...]:
+        return starting_model(key, lows[tensor], highs[tensor], strengths[tensor])
+
+    return adaptive.Models(CONTEXTS, lows, highs, start)
+
+
+def _blocks(known: Known) -> Iterator[tuple[int, int, int, bool]]:
+    """(phase, first row, row after the last, whether it is the last block)."""
+    for phase, first, stop in blocks(known.rows, known.groups, known.period):
+        yield phase, first, stop, (phase + 1, stop) == (known.period, known.rows)
 
 
 def _places(
@@ -313,15 +332,3 @@ def _found(
 
 
 _kept = lru_cache(maxsize=512)(_found)
-
-
-def _by_context(contexts: NDArray[np.uint8], valid: NDArray[np.bool_] | None) -> tuple[Ints, list[Run]]:
-    """The places of a block's numbers in order of context, and each context's run in them."""
-    flat = contexts.reshape(-1)
-    if valid is not None:
-        flat = np.where(valid.reshape(-1), flat, CONTEXTS)
-    counts = np.bincount(flat, minlength=CONTEXTS)[:CONTEXTS]
-    ends = np.cumsum(counts).tolist()
-    present = np.flatnonzero(counts).tolist()
-    runs = [(context, ends[context] - int(counts[context]), ends[context]) for context in present]
-    return np.argsort(flat, kind="stable")[: ends[-1]], runs

@@ -25,7 +25,6 @@ RAW, CONSTANT, CODED = 0, 1, 2  # the first byte of a stream; CODED + i uses SMO
 SMOOTHING = ((2, 0), (32, 0), (16, 1), (8, 2), (4, 4), (2, 8), (1, 16))
 PRECISION = 24
 LONGEST = 1 << 30  # symbols of one coded stream: keeps every product in `frequencies` within 63 bits
-_LAZY = 20
 _FIRST_BLOCK = 32
 
 
@@ -43,7 +42,8 @@ def encode(data: Bytes) -> bytes:
         return bytes([CONSTANT, low])
     best = min(raw, _encode(data, low, high, 0), key=len)
     if len(best) < 0.99 * len(raw) or len(data) < 4096:  # noise stays noise whatever the smoothing: do not try on
-        for smoothing in range(1, len(SMOOTHING)):
+        # Over more values than there are, counts are smoothed into nothing.
+        for smoothing in (i for i, (_, width) in enumerate(SMOOTHING) if i and width <= high - low):
             best = min(best, _encode(data, low, high, smoothing), key=len)
     return best
 
@@ -104,13 +104,7 @@ def categorical(f: NDArray[np.int64]) -> constriction.stream.model.Categorical:
     constriction gives each symbol 1/2**24 and shares the rest in proportion to what it is handed, so f - 1, whose
     sum is exactly that rest, comes out as f.
     """
-    return categoricals(f[None])[0]
-
-
-def categoricals(f: NDArray[np.int64]) -> list[constriction.stream.model.Categorical]:
-    """(rows, n) frequencies -> a model for each row. Of few symbols, looking one up takes less than preparing to."""
-    lazy = f.shape[1] <= _LAZY
-    return [constriction.stream.model.Categorical(row, perfect=False, lazy=lazy) for row in (f - 1).astype(np.float64)]
+    return constriction.stream.model.Categorical((f - 1).astype(np.float64), perfect=False)
 
 
 def _encode(data: Bytes, low: int, high: int, smoothing: int) -> bytes:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tersenet.codec import contexts, entropy, huffman, phases, predicted
+from tersenet.codec.together import Decoding, numbers_of
 
 Numbers = NDArray[np.int32]
 
@@ -75,20 +76,18 @@ def _bodies(form: str, q: Numbers, shape: tuple[int, ...], low: int, high: int) 
     elif form == "stream" and high - low < 256:
         yield struct.pack("<h", low) + entropy.encode((q - low).astype(np.uint8))
     elif form == "contexts":
-        for strength in strengths:
-            yield contexts.encode(q, shape, strength)
+        yield contexts.encode(q, shape, strengths)
     elif form == "predicted" and phases.kernel(shape) is not None and (low or high):
-        for strength in (1, 2) if len(q) < _FEW else (1,):
-            yield predicted.encode(q, shape, strength)
+        yield predicted.encode(q, shape, (1, 2) if len(q) < _FEW else (1,))
     elif form == "significant" and not q.all():
         kept = q[q != 0]
         values = encode(kept, (len(kept),), ("packed", "huffman", "stream"))
-        where = min((contexts.encode((q != 0).astype(np.int32), shape, strength) for strength in strengths), key=len)
+        where = contexts.encode((q != 0).astype(np.int32), shape, strengths)
         yield struct.pack("<I", len(where)) + where + values
 
 
-def decode(stream: bytes, shape: tuple[int, ...], count: int) -> Numbers:
-    """The (count,) numbers of a tensor of `shape`.
+def decode(stream: bytes, shape: tuple[int, ...], count: int) -> Decoding[Numbers]:
+    """Returns the (count,) numbers of a tensor of `shape`; `together.decoded` gives them for one tensor alone.
 
     Raises:
         ValueError: when the stream cannot be one of ours; says why.
@@ -97,13 +96,18 @@ def decode(stream: bytes, shape: tuple[int, ...], count: int) -> Numbers:
         raise ValueError(f"{len(stream)} bytes cannot hold {count} numbers")
     form, body = stream[0], stream[1:]
     if form == CONTEXTS:
-        return contexts.decode(body, shape)
+        return (yield from numbers_of(contexts, body, shape))
     if form == PREDICTED:
-        return predicted.decode(body, shape)
+        return (yield from numbers_of(predicted, body, shape))
     if form == RELATIVE:
         return _bounded(huffman.decode_relative(body, count))
     if form == SIGNIFICANT:
-        return _significant(body, shape, count)
+        return (yield from _significant(body, shape))
+    return _plain(form, body, count)
+
+
+def _plain(form: int, body: bytes, count: int) -> Numbers:
+    """The numbers of a form that looks at no neighbours."""
     if form not in (PACKED, CONSTANT, HUFFMAN, STREAM):
         raise ValueError(f"numbers are of form {form}, known are 0 to {PREDICTED}")
     if len(body) < 2:
@@ -123,16 +127,16 @@ def decode(stream: bytes, shape: tuple[int, ...], count: int) -> Numbers:
     return _bounded(entropy.decode(body, count).astype(np.int32) + low)
 
 
-def _significant(body: bytes, shape: tuple[int, ...], count: int) -> Numbers:
+def _significant(body: bytes, shape: tuple[int, ...]) -> Decoding[Numbers]:
     if len(body) < 4:
         raise ValueError("numbers end early")
     (length,) = struct.unpack_from("<I", body)
-    out = contexts.decode(body[4 : 4 + length], shape)
+    out = yield from numbers_of(contexts, body[4 : 4 + length], shape)
     kept = np.flatnonzero(out)
     values = body[4 + length :]
     if not len(kept) or not values or values[0] not in (PACKED, CONSTANT, HUFFMAN, STREAM):
         raise ValueError("the values that are not 0 are missing or of another form")
-    out[kept] = decode(values, (len(kept),), len(kept))
+    out[kept] = _plain(values[0], values[1:], len(kept))
     return out
 
 

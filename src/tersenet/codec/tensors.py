@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tersenet.codec import floats, integers, numbers, values
+from tersenet.codec.together import Decoding
 
 Bits = NDArray[np.unsignedinteger]
 
@@ -86,8 +87,12 @@ def _integers(
     yield "integers", integers.encode(bits, dtype in SIGNED)
 
 
-def decode(dtype: str, shape: tuple[int, ...], codec: str, payload: bytes) -> NDArray[np.uint8]:
-    """The tensor's bytes. Raises ValueError when the payload cannot be one of ours; says why."""
+def decode(dtype: str, shape: tuple[int, ...], codec: str, payload: bytes) -> Decoding[NDArray[np.uint8]]:
+    """Returns the tensor's bytes; `together.decoded` gives them for one tensor alone.
+
+    Raises:
+        ValueError: when the payload cannot be one of ours; says why.
+    """
     count, size = math.prod(shape), SIZES[dtype]
     if codec == "raw":
         if len(payload) != count * size:
@@ -100,13 +105,13 @@ def decode(dtype: str, shape: tuple[int, ...], codec: str, payload: bytes) -> ND
     elif codec == "integers":
         bits = integers.decode(payload, size, count, dtype in SIGNED)
     elif codec == "sparse":
-        bits = values.decode_sparse(payload, size, shape, count)
+        bits = yield from values.decode_sparse(payload, size, shape, count)
     elif codec == "codebook":
-        bits = values.decode_codebook(payload, size, shape, count)
+        bits = yield from values.decode_codebook(payload, size, shape, count)
     elif codec == "grid":
-        bits = values.decode_grid(payload, shape, count)
+        bits = yield from values.decode_grid(payload, shape, count)
     else:
-        bits = _whole(numbers.decode(payload, shape, count), dtype)
+        bits = _whole((yield from numbers.decode(payload, shape, count)), dtype)
     return np.ascontiguousarray(bits).view(np.uint8)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tersenet.codec import floats, numbers
+from tersenet.codec.together import Decoding
 
 Bits = NDArray[np.unsignedinteger]
 Forms = Collection[str] | None  # of `numbers`, the only ones to take
@@ -63,8 +64,8 @@ def share(q: NDArray[np.int32]) -> float:
     return np.count_nonzero(come) / len(come)
 
 
-def decode_grid(payload: bytes, shape: tuple[int, ...], count: int) -> Bits:
-    """The (count,) float32 bits. Raises ValueError when the payload cannot be one of ours."""
+def decode_grid(payload: bytes, shape: tuple[int, ...], count: int) -> Decoding[Bits]:
+    """Returns the (count,) float32 bits. Raises ValueError when the payload cannot be one of ours."""
     if len(payload) < 5 or payload[0] > 1 or (payload[0] and not shape):
         raise ValueError("a grid is malformed")
     stop, rows = 5, 1
@@ -74,9 +75,9 @@ def decode_grid(payload: bytes, shape: tuple[int, ...], count: int) -> Bits:
         steps = floats.decode(payload[5:stop], 4, rows).view("<f4")
     else:
         steps = np.frombuffer(payload[1:5], "<f4")
-    q = numbers.decode(payload[stop:], shape, count).astype("<f4").reshape(rows, -1)
+    q = yield from numbers.decode(payload[stop:], shape, count)
     with np.errstate(all="ignore"):  # steps of a hostile file may be anything
-        return np.multiply(q, steps[:, None], dtype="<f4").reshape(-1).view("<u4")
+        return np.multiply(q.astype("<f4").reshape(rows, -1), steps[:, None], dtype="<f4").reshape(-1).view("<u4")
 
 
 def _grid(values: NDArray[np.float32]) -> tuple[np.float32, NDArray[np.int32]] | None:
@@ -131,13 +132,14 @@ def encode_codebook(bits: Bits, shape: tuple[int, ...], kind: str, forms: Forms 
     return head + book[order].tobytes() + numbers.encode(rank[index.reshape(-1)] - zero, shape, forms)
 
 
-def decode_codebook(payload: bytes, size: int, shape: tuple[int, ...], count: int) -> Bits:
-    """The (count,) bits of `size` bytes. Raises ValueError when the payload cannot be one of ours."""
+def decode_codebook(payload: bytes, size: int, shape: tuple[int, ...], count: int) -> Decoding[Bits]:
+    """Returns the (count,) bits of `size` bytes. Raises ValueError when the payload cannot be one of ours."""
     stop = 2 + (payload[0] + 1) * size if payload else 2
     if len(payload) < stop:
         raise ValueError("a codebook ends early")
     book = np.frombuffer(payload[2:stop], f"<u{size}")
-    index = numbers.decode(payload[stop:], shape, count) + payload[1]
+    index = yield from numbers.decode(payload[stop:], shape, count)
+    index = index + payload[1]
     if index.min() < 0 or index.max() >= len(book):
         raise ValueError(f"an index goes beyond a codebook of {len(book)}")
     return book[index]
@@ -153,14 +155,14 @@ def encode_sparse(bits: Bits, shape: tuple[int, ...], forms: Forms = None) -> by
     return struct.pack("<I", len(mask)) + mask + floats.encode(bits[kept])
 
 
-def decode_sparse(payload: bytes, size: int, shape: tuple[int, ...], count: int) -> Bits:
-    """The (count,) bits of `size` bytes. Raises ValueError when the payload cannot be one of ours."""
+def decode_sparse(payload: bytes, size: int, shape: tuple[int, ...], count: int) -> Decoding[Bits]:
+    """Returns the (count,) bits of `size` bytes. Raises ValueError when the payload cannot be one of ours."""
     if len(payload) < 4:
         raise ValueError("a mask ends early")
     (length,) = struct.unpack_from("<I", payload)
     if length > len(payload) - 4:
         raise ValueError(f"a mask of {length} bytes has only {len(payload) - 4} left")
-    mask = numbers.decode(payload[4 : 4 + length], shape, count)
+    mask = yield from numbers.decode(payload[4 : 4 + length], shape, count)
     if mask.min() < 0 or mask.max() > 1:
         raise ValueError("a mask is neither 0 nor 1")
     kept = mask.astype(bool)
