@@ -62,6 +62,10 @@ def corpus(folder: Path) -> dict[str, bytes]:
     for form in numbers.FORMS:
         if form != "constant":
             files[form] = container.pack({}, {"w": sparse.to(torch.int8), "l": mixed["linear"]}, forms=(form,))
+    # Tensors of one shape, which are decoded side by side.
+    for form, its in (("predicted", smooth), ("contexts", mixed["linear"])):
+        alike = {f"w{i}": (its.roll(i, 0) * (0.5 + i)).round() for i in range(5)}
+        files[f"{form}, side by side"] = container.pack({}, alike, forms=(form,))
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
     )

@@ -26,7 +26,7 @@ COUNT = 64  # what one count adds to a weight
 _FAMILY = Categorical(perfect=False)
 _TABLES = 1 << 21  # bytes of the tables of tensors that are decoded side by side
 _LARGEST_PASS = 1 << 16  # numbers that are decoded in one pass
-_SIDE_BY_SIDE = 64  # keys of 64 tensors fit into 16 bits, which NumPy sorts fastest
+_SIDE_BY_SIDE = 64  # whose keys fit into 16 bits
 
 
 def side_by_side(keys: int, width: int, largest: int) -> int:
