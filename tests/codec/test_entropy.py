@@ -67,7 +67,8 @@ CASES = {
 @pytest.mark.parametrize("smoothing", range(len(entropy.SMOOTHING)))
 @pytest.mark.parametrize("data", CASES.values(), ids=CASES.keys())
 def test_every_smoothing_agrees_with_the_plain_decoder(data: np.ndarray, smoothing: int) -> None:
-    stream = entropy._encode(data, int(data.min()), int(data.max()), smoothing)
+    low, high = int(data.min()), int(data.max())
+    stream = entropy._encode(*entropy._blocks_of(data, low, high), smoothing, bytes([low, high]))
     assert plain_decode(stream, len(data)) == data.tobytes()
     assert entropy.decode(stream, len(data)).tobytes() == data.tobytes()
 
@@ -92,12 +93,13 @@ def test_frequencies_are_positive_and_whole() -> None:
     for smoothing in range(len(entropy.SMOOTHING)):
         for size in (2, 17, 256):
             for total in (0, 10, entropy.LONGEST // size):
-                counts = rng.integers(0, total + 1, size)
+                counts = rng.integers(0, total + 1, (3, size))
                 f = entropy.frequencies(counts, smoothing)
                 assert f.min() >= 1
-                assert f.sum() == 1 << 24
-    one = np.zeros(256, np.int64)
-    one[7] = entropy.LONGEST
+                assert f.sum(1).tolist() == [1 << 24] * 3
+                assert np.array_equal(f[1:2], entropy.frequencies(counts[1:2], smoothing))  # rows do not mix
+    one = np.zeros((1, 256), np.int64)
+    one[0, 7] = entropy.LONGEST
     for smoothing in range(len(entropy.SMOOTHING)):  # the most lopsided: no product may leave 63 bits
         assert entropy.frequencies(one, smoothing).argmax() == 7
         assert entropy.frequencies(one, smoothing).min() >= 1

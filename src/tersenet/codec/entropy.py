@@ -40,11 +40,13 @@ def encode(data: Bytes) -> bytes:
     low, high = int(data.min()), int(data.max())
     if low == high:
         return bytes([CONSTANT, low])
-    best = min(raw, _encode(data, low, high, 0), key=len)
+    parts, known = _blocks_of(data, low, high)
+    head = bytes([low, high])
+    best = min(raw, _encode(parts, known, 0, head), key=len)
     if len(best) < 0.99 * len(raw) or len(data) < 4096:  # noise stays noise whatever the smoothing: do not try on
         # Over more values than there are, counts are smoothed into nothing.
         for smoothing in (i for i, (_, width) in enumerate(SMOOTHING) if i and width <= high - low):
-            best = min(best, _encode(data, low, high, smoothing), key=len)
+            best = min(best, _encode(parts, known, smoothing, head), key=len)
     return best
 
 
@@ -82,19 +84,20 @@ def blocks(count: int) -> Iterator[slice]:
 
 
 def frequencies(counts: NDArray[np.int64], smoothing: int) -> NDArray[np.int64]:
-    """Frequencies from counts: each at least 1, summing to exactly 2**24.
+    """Frequencies from (rows, n) counts: each at least 1, every row of sum 2**24.
 
     w = 1 + weight * (counts * triangle); f = 1 + floor(w (2**24 - n) / sum w); what is missing goes to the first
     of the largest. Integers throughout: at most 2**30 counts, each adding at most 289, times 2**24 stays under 2**63.
     """
     weight, width = SMOOTHING[smoothing]
     if width:
+        apart = np.pad(counts, ((0, 0), (width, width)))  # so that rows one after another do not mix
         triangle = width + 1 - np.abs(np.arange(-width, width + 1))
-        counts = np.convolve(counts, triangle, "full")[width:-width]
+        counts = np.convolve(apart.reshape(-1), triangle, "same").reshape(apart.shape)[:, width:-width]
     weights = 1 + weight * counts
-    total = (1 << PRECISION) - len(weights)
-    f = 1 + weights * total // weights.sum()
-    f[f.argmax()] += (1 << PRECISION) - f.sum()
+    total = (1 << PRECISION) - weights.shape[1]
+    f = 1 + weights * total // weights.sum(1, keepdims=True)
+    f[np.arange(len(f)), f.argmax(1)] += (1 << PRECISION) - f.sum(1)
     return f
 
 
@@ -107,17 +110,20 @@ def categorical(f: NDArray[np.int64]) -> constriction.stream.model.Categorical:
     return constriction.stream.model.Categorical((f - 1).astype(np.float64), perfect=False)
 
 
-def _encode(data: Bytes, low: int, high: int, smoothing: int) -> bytes:
+def _blocks_of(data: Bytes, low: int, high: int) -> tuple[list[NDArray[np.int32]], NDArray[np.int64]]:
+    """The symbols of each block, and (blocks, n) how often each came before it."""
     symbols = data.astype(np.int32) - low
-    counts = np.zeros(high - low + 1, np.int64)
-    models = []
-    for block in blocks(len(symbols)):
-        models.append((block, frequencies(counts, smoothing)))
-        counts += np.bincount(symbols[block], minlength=len(counts))
+    parts = [symbols[block] for block in blocks(len(symbols))]
+    counts = np.array([np.bincount(part, minlength=high - low + 1) for part in parts])
+    return parts, np.cumsum(counts, axis=0) - counts
+
+
+def _encode(parts: list[NDArray[np.int32]], known: NDArray[np.int64], smoothing: int, head: bytes) -> bytes:
+    """A coded stream of the symbols of blocks, by what was counted before each of them."""
     coder = constriction.stream.stack.AnsCoder()
-    for block, f in reversed(models):  # ANS is a stack: what is pushed last comes out first
-        coder.encode_reverse(symbols[block], categorical(f))
-    return bytes([CODED + smoothing, low, high]) + coder.get_compressed().astype("<u4").tobytes()
+    for part, f in zip(reversed(parts), frequencies(known, smoothing)[::-1], strict=True):
+        coder.encode_reverse(part, categorical(f))  # ANS is a stack: what is pushed last comes out first
+    return bytes([CODED + smoothing]) + head + coder.get_compressed().astype("<u4").tobytes()
 
 
 def _decode(words: bytes, low: int, high: int, smoothing: int, count: int) -> Bytes:
@@ -125,7 +131,7 @@ def _decode(words: bytes, low: int, high: int, smoothing: int, count: int) -> By
     counts = np.zeros(high - low + 1, np.int64)
     symbols = np.empty(count, np.uint8)
     for block in blocks(count):
-        found = coder.decode(categorical(frequencies(counts, smoothing)), block.stop - block.start)
+        found = coder.decode(categorical(frequencies(counts[None], smoothing)[0]), block.stop - block.start)
         counts += np.bincount(found, minlength=len(counts))
         symbols[block] = found + low
     if not coder.is_empty():

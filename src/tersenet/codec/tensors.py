@@ -62,6 +62,10 @@ def _floats(dtype: str, shape: tuple[int, ...], bits: Bits, forms: values.Forms)
         gaps = share < _GAPS
         yield "grid", grid
     if grid is None or gaps or small:
+        if (
+            grid is not None and not small
+        ):  # the book's numbers are the grid's without its gaps: no other form is likely
+            forms = (values.form_of_grid(grid),)
         book = values.encode_codebook(bits, shape, "float", forms)
     yield "codebook", book
     if small or (grid is None and book is None):

@@ -64,6 +64,11 @@ def share(q: NDArray[np.int32]) -> float:
     return np.count_nonzero(come) / len(come)
 
 
+def form_of_grid(payload: bytes) -> str:
+    """The form, of `numbers.FORMS`, of the numbers that `encode_grid` coded."""
+    return numbers.FORMS[payload[5 + (int.from_bytes(payload[1:5], "little") if payload[0] else 0)]]
+
+
 def decode_grid(payload: bytes, shape: tuple[int, ...], count: int) -> Decoding[Bits]:
     """Returns the (count,) float32 bits. Raises ValueError when the payload cannot be one of ours."""
     if len(payload) < 5 or payload[0] > 1 or (payload[0] and not shape):
