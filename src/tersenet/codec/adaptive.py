@@ -24,7 +24,7 @@ Job = tuple[Numbers, Ints, Ints]  # symbols in order of key, the table of each k
 
 COUNT = 64  # what one count adds to a weight
 _FAMILY = Categorical(perfect=False)
-_TABLES = 1 << 21  # bytes of the tables of tensors that are decoded side by side
+_TABLES = 1 << 22  # bytes of the tables of tensors that are decoded side by side
 _LARGEST_PASS = 1 << 16  # numbers that are decoded in one pass
 _SIDE_BY_SIDE = 64  # whose keys fit into 16 bits
 

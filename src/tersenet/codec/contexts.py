@@ -238,14 +238,14 @@ def alike(stream: bytes, shape: tuple[int, ...]) -> Hashable:
         ValueError: when the stream cannot be one of ours; says why.
     """
     low, high, _, _ = _header(stream)
-    return (high - low).bit_length()
+    return _widest(low, high)
 
 
 def side_by_side(stream: bytes, shape: tuple[int, ...]) -> int:
     """How many streams like this one to decode at a time."""
     low, high, _, _ = _header(stream)
     rows, columns, period, _ = layout(shape)
-    return adaptive.side_by_side(CONTEXTS, high - low + 1, rows * -(-columns // period))
+    return adaptive.side_by_side(CONTEXTS, _widest(low, high), rows * -(-columns // period))
 
 
 def decode(streams: Sequence[bytes], shape: tuple[int, ...]) -> list[Numbers]:
@@ -275,6 +275,11 @@ def decode(streams: Sequence[bytes], shape: tuple[int, ...]) -> list[Numbers]:
         raise ValueError("a context-coded stream holds more than its numbers")
     kept = padded.reshape(len(streams), *known.padded)[:, :, : known.columns]
     return [np.ascontiguousarray(each).reshape(-1) for each in kept]
+
+
+def _widest(low: int, high: int) -> int:
+    """Of how many values the tensors may be that go side by side with one."""
+    return max(64, 1 << (high - low + 1).bit_length())
 
 
 def _header(stream: bytes) -> tuple[int, int, int, int]:

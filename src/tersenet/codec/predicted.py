@@ -44,6 +44,8 @@ LEVELS = (0, 3, 6, 10, 16, 28)  # forecasts, in eighths of the scale of the cont
 _EDGES = (2, 4, 8, 13, 22)  # between them
 _CAP = 511
 KEYS = CONTEXTS * len(LEVELS)
+SHIFTS = 5  # 0 to 4, of magnitudes up to LIMIT
+_NARROW = 31  # magnitudes up to which tensors are decoded side by side whatever their own
 _COEFFICIENT_CONTEXT = 28  # the model of coefficients: a mean magnitude of a quarter
 _Header = tuple[int, int, int, int]
 
@@ -55,7 +57,7 @@ class Field:
         size, tensors = kernel(shape), len(reaches)
         assert size is not None
         self.rows, self.groups = shape[0], shape[1]
-        self.shift = shift_of(max(reaches))  # of all of them
+        self.shift = np.array([shift_of(reach) for reach in reaches], np.int64)[:, None, None]
         self.phases = phases(*size, distance)
         self.planes = np.zeros((tensors, size[0] * size[1], self.rows, self.groups), np.float32)
         self.sums = np.zeros((tensors, self.rows, self.groups), np.float32)
@@ -63,7 +65,6 @@ class Field:
         self.group_sums = np.zeros((tensors, self.groups), np.int64)
         self.total = np.zeros(tensors, np.int64)
         self.supposed = np.array([16 * power4(start) for start in starts], np.int64)
-        self.levels = _levels(self.shift)
 
     def keys(self, phase: Phase, first: int, stop: int, coefficients: Floats | None) -> tuple[Keys, Signs | None]:
         """(T, P, rows, G) contexts of a block, and the signs of its forecasts: the highest bit where they are negative.
@@ -85,26 +86,29 @@ class Field:
         quarters >>= 2
         np.maximum(quarters, 0, out=quarters)
         np.minimum(quarters, 2 * CONTEXTS - 1, out=quarters)
+        scales = _scales(before)
         if before:
             quarters <<= 8
             quarters += self._shifted(self.sums[:, first:stop].copy(), LIMIT).astype(np.int64)
-        context = _scales(before, self.shift).take(quarters)  # (T, rows, G), times _CAP + 1
+        quarters += self.shift * (scales.size // SHIFTS)
+        context = scales.take(quarters)  # (T, rows, G), times _CAP + 1
+        levels = _levels()
         if coefficients is None:
-            return np.repeat(self.levels.take(context.astype(np.int64))[:, None], size, axis=1), None
+            return np.repeat(levels.take(context.astype(np.int64))[:, None], size, axis=1), None
         known = self.planes[:, :before, first:stop].reshape(len(self.planes), before, -1)
         forecast = coefficients @ known  # (T, P, rows * G), in sixteenths
         forecast += 0.0  # -0.0 is not negative
         forecast = forecast.reshape(len(context), size, *context.shape[1:])
         signs = forecast.view(np.uint32) & np.uint32(1 << 31)
-        at = self._shifted(np.abs(forecast, out=forecast), _CAP)
+        at = self._shifted(np.abs(forecast, out=forecast).reshape(len(context), size, -1), _CAP).reshape(signs.shape)
         at += context[:, None]
-        return self.levels.take(at.astype(np.int64)), signs
+        return levels.take(at.astype(np.int64)), signs
 
     def _shifted(self, values: Floats, most: int) -> Floats:
-        """Whole numbers, shifted to the right (with what that leaves behind the point) and at most `most`; `values` is
-        used up."""
-        if self.shift:
-            values *= np.float32(1 / (1 << self.shift))
+        """(T, ., .) whole numbers, shifted to the right (with what that leaves behind the point) and at most `most`;
+        `values` is used up."""
+        if self.shift.any():
+            values *= np.ldexp(np.float32(1), -self.shift)
         return np.minimum(values, np.float32(most), out=values)
 
     def put(self, phase: Phase, first: int, stop: int, values: Floats) -> None:
@@ -135,24 +139,31 @@ def shift_of(reach: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _scales(before: int, shift: int) -> Floats:
-    """512 times the context by foretold mean (quarter octaves) and, where numbers are known, 256 sums of these."""
+def _scales(before: int) -> Floats:
+    """512 times the context, more by CONTEXTS of them for each shift, by shift, foretold mean (quarter octaves) and,
+    where numbers are known, 256 sums of these."""
     quarters = np.arange(2 * CONTEXTS, dtype=np.int64)
-    if not before:
-        return (((quarters + 1) >> 1).clip(0, CONTEXTS - 1) * (_CAP + 1)).astype(np.float32)
-    means = np.array([power4(int(j)) for j in quarters], np.int64)
-    sums = np.arange(LIMIT + 1, dtype=np.int64) << shift
-    logs = log16((UNIT * sums[None, :] + 6 * means[:, None]) // (before + 6))
-    return (((logs + 4) >> 3).clip(0, CONTEXTS - 1) * (_CAP + 1)).astype(np.float32).reshape(-1)
+    rows = []
+    for shift in range(SHIFTS):
+        context = (quarters + 1) >> 1
+        if before:
+            means = np.array([power4(int(j)) for j in quarters], np.int64)
+            sums = np.arange(LIMIT + 1, dtype=np.int64) << shift
+            context = (log16((UNIT * sums[None, :] + 6 * means[:, None]) // (before + 6)) + 4) >> 3
+        rows.append(((context.clip(0, CONTEXTS - 1) + CONTEXTS * shift) * (_CAP + 1)).astype(np.float32).reshape(-1))
+    return np.concatenate(rows)
 
 
-@lru_cache(maxsize=16)
-def _levels(shift: int) -> Keys:
-    """(CONTEXTS * 512,) the key of a context (512 times it) and a forecast's magnitude."""
-    units = np.array([_unit(context, shift) for context in range(CONTEXTS)], np.int64)
-    forecasts = 8 * np.arange(_CAP + 1, dtype=np.int64)
-    level = sum((forecasts >= edge * units[:, None]).astype(np.int64) for edge in _EDGES)
-    return (np.arange(CONTEXTS)[:, None] * len(LEVELS) + level).astype(np.uint8).reshape(-1)
+@lru_cache(maxsize=1)
+def _levels() -> Keys:
+    """(SHIFTS * CONTEXTS * 512,) the key by shift, context and a forecast's magnitude."""
+    rows = []
+    for shift in range(SHIFTS):
+        units = np.array([_unit(context, shift) for context in range(CONTEXTS)], np.int64)
+        forecasts = 8 * np.arange(_CAP + 1, dtype=np.int64)
+        level = sum((forecasts >= edge * units[:, None]).astype(np.int64) for edge in _EDGES)
+        rows.append((np.arange(CONTEXTS)[:, None] * len(LEVELS) + level).astype(np.uint8).reshape(-1))
+    return np.concatenate(rows)
 
 
 def _unit(context: int, shift: int) -> int:
@@ -234,7 +245,7 @@ def alike(stream: bytes, shape: tuple[int, ...]) -> Hashable:
         ValueError: when the stream cannot be one of ours; says why.
     """
     reach, _, _, distance = _header(stream, shape)
-    return distance, shift_of(reach)
+    return distance, _widest(reach)
 
 
 def side_by_side(stream: bytes, shape: tuple[int, ...]) -> int:
@@ -243,7 +254,7 @@ def side_by_side(stream: bytes, shape: tuple[int, ...]) -> int:
     size = kernel(shape)
     assert size is not None
     largest = max(len(phase.positions) for phase in phases(*size, distance)) * shape[0] * shape[1]
-    return adaptive.side_by_side(KEYS, 2 * reach + 1, largest)
+    return adaptive.side_by_side(KEYS, 2 * _widest(reach) + 1, largest)
 
 
 def decode(streams: Sequence[bytes], shape: tuple[int, ...]) -> list[Numbers]:
@@ -274,6 +285,11 @@ def decode(streams: Sequence[bytes], shape: tuple[int, ...]) -> list[Numbers]:
     if not all(coder.is_empty() for coder in coders):
         raise ValueError("a predicted stream holds more than its numbers")
     return [field.numbers(tensor) for tensor in range(len(streams))]
+
+
+def _widest(reach: int) -> int:
+    """The largest magnitude of what may go side by side with a tensor."""
+    return max(_NARROW, (1 << reach.bit_length()) - 1)
 
 
 def _header(stream: bytes, shape: tuple[int, ...]) -> _Header:

@@ -29,7 +29,7 @@ def encode_grid(bits: Bits, shape: tuple[int, ...], forms: Forms = None) -> tupl
     None where they are on no grid. Beside it the share of the numbers between the smallest and the largest that come.
     """
     values = bits.view("<f4")
-    found = _grid(values)
+    found = grid_of(values)
     if found is None:
         return _encode_rows(values, shape, forms), 1.0
     whole = struct.pack("<Bf", 0, found[0]) + numbers.encode(found[1], shape, forms)
@@ -47,9 +47,9 @@ def _coarser(q: NDArray[np.int32]) -> bool:
 
 
 def _encode_rows(values: NDArray[np.float32], shape: tuple[int, ...], forms: Forms) -> bytes | None:
-    if len(shape) < 2 or len(values) < 8 * shape[0] or _grid(values[: len(values) // shape[0]]) is None:
+    if len(shape) < 2 or len(values) < 8 * shape[0] or grid_of(values[: len(values) // shape[0]]) is None:
         return None
-    rows = [_grid(row) for row in values.reshape(shape[0], -1)]
+    rows = [grid_of(row) for row in values.reshape(shape[0], -1)]
     kept = [row for row in rows if row is not None]
     if len(kept) < len(rows):
         return None
@@ -85,9 +85,9 @@ def decode_grid(payload: bytes, shape: tuple[int, ...], count: int) -> Decoding[
         return np.multiply(q.astype("<f4").reshape(rows, -1), steps[:, None], dtype="<f4").reshape(-1).view("<u4")
 
 
-def _grid(values: NDArray[np.float32]) -> tuple[np.float32, NDArray[np.int32]] | None:
+def grid_of(values: NDArray[np.float32]) -> tuple[np.float32, NDArray[np.int32]] | None:
     """The step and the numbers whose products are the values, bit for bit."""
-    if len(values) > 65536 and _grid(values[:: len(values) // 4096]) is None:
+    if len(values) > 65536 and grid_of(values[:: len(values) // 4096]) is None:
         return None  # a sample tells most tensors that are on no grid
     magnitudes = np.unique(np.abs(values))
     if not np.isfinite(magnitudes[-1]) or len(magnitudes) > numbers.LIMIT + 1:
