@@ -93,33 +93,11 @@ def recipe_of(
                 "--resolutions are choices of a target; in a recipe, write a resize step into its search"
             )
         return Recipe.read(path)
-    from tersenet.distill.soft_targets import SoftTargets
-    from tersenet.prune.drop_blocks import DropBlocks
-    from tersenet.prune.prune_channels import PruneChannels
-    from tersenet.quantize.quantize import Quantize
-    from tersenet.resize import Resize
-    from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
-    from tersenet.train import Train
-
     noise = data.startswith("random:")
-    where: dict[str, Any] = {"accelerator": device, "max_hours": max_hours}
+    where = {"accelerator": device, "max_hours": max_hours}
     if target.macs is not None and amount("macs", target.macs)[1] and not resolutions:
-        # A margin, because int8 replaces parameter-free shortcuts by small convolutions, which count.
-        kept = round(0.985 * share(target.macs), 4)
-        recovery = (Train(epochs=epochs, companions=(SoftTargets(),), **where),) if epochs and not noise else ()
-        return Recipe((PruneChannels(macs=kept), *recovery, FoldBatchNorm(), Quantize()))
-    # A high rate, because whole blocks are gone: what is left has to find another solution, not the old one again.
-    recovery = (
-        Train(epochs=epochs, learning_rate=0.05, warmup=0.02, precision="auto", companions=(SoftTargets(),), **where),
-    )
-    steps: tuple[Step, ...] = (
-        *((Resize(sizes=tuple(resolutions)),) if resolutions else ()),
-        DropBlocks(refit=not noise),
-        PruneChannels(importance="l2" if noise else "reconstruction", refit=not noise),
-        *(recovery if epochs and not noise else ()),
-        FoldBatchNorm(),
-        Quantize(),
-    )
+        return _cut_to(share(target.macs), 0 if noise else epochs, where)
+    steps = _choices(tuple(resolutions), 0 if noise else epochs, noise, where)
     return Recipe(
         (
             Search(
@@ -129,6 +107,44 @@ def recipe_of(
             ),
         )
     )  # fmt: skip
+
+
+def _cut_to(macs: float, epochs: int, where: dict[str, Any]) -> Recipe:
+    """What reaches a share of the multiply-adds without a search."""
+    from tersenet.distill.soft_targets import SoftTargets
+    from tersenet.prune.prune_channels import PruneChannels
+    from tersenet.quantize.quantize import Quantize
+    from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
+    from tersenet.train import Train
+
+    # A margin, because int8 replaces parameter-free shortcuts by small convolutions, which count.
+    cut = PruneChannels(macs=round(0.985 * macs, 4))
+    recovery = (Train(epochs=epochs, companions=(SoftTargets(),), **where),) if epochs else ()
+    return Recipe((cut, *recovery, FoldBatchNorm(), Quantize()))
+
+
+def _choices(sizes: tuple[str, ...], epochs: int, noise: bool, where: dict[str, Any]) -> tuple[Step, ...]:
+    """The steps that a target searches over, and the training that mends what they did."""
+    from tersenet.distill.soft_targets import SoftTargets
+    from tersenet.prune.drop_blocks import DropBlocks
+    from tersenet.prune.prune_channels import PruneChannels
+    from tersenet.quantize.quantize import Quantize
+    from tersenet.resize import Resize
+    from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
+    from tersenet.train import Train
+
+    # A high rate, because whole blocks are gone: what is left has to find another solution, not the old one again.
+    recovery = (
+        Train(epochs=epochs, learning_rate=0.05, warmup=0.02, precision="auto", companions=(SoftTargets(),), **where),
+    )
+    return (
+        *((Resize(sizes=sizes),) if sizes else ()),
+        DropBlocks(refit=not noise),
+        PruneChannels(importance="l2" if noise else "reconstruction", refit=not noise),
+        *(recovery if epochs else ()),
+        FoldBatchNorm(),
+        Quantize(),
+    )
 
 
 def share(text: str | float) -> float:
