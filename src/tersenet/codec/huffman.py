@@ -20,6 +20,7 @@ LONGEST_CODE = 16
 WIDTHS = (3, 4, 5, 6, 8)
 LARGEST_ALPHABET = 512
 _CHUNK = 1 << 14  # bytes whose bits are looked at together
+_DOUBLINGS = 6
 
 
 def pack_bits(values: Ints, width: int) -> bytes:
@@ -102,41 +103,62 @@ def decode(stream: bytes, count: int) -> Ints:
     lengths = unpack_bits(stream[2:start], 5, size).tolist()
     if max(lengths) > LONGEST_CODE:
         raise ValueError("a Huffman code is longer than 16 bits")
-    symbol_of = np.zeros(1 << LONGEST_CODE, np.int64)
-    length_of = np.zeros(1 << LONGEST_CODE, np.int64)
+    longest = max(lengths)
+    symbol_of = np.zeros(1 << longest, np.int64)
+    length_of = np.zeros(1 << longest, np.int64)
     for symbol, (code, length) in enumerate(zip(canonical(lengths), lengths, strict=True)):
         if length:
-            low = code << (LONGEST_CODE - length)
-            symbol_of[low : low + (1 << (LONGEST_CODE - length))] = symbol
-            length_of[low : low + (1 << (LONGEST_CODE - length))] = length
-    return _walk(stream[start:], count, symbol_of, length_of)
+            low = code << (longest - length)
+            symbol_of[low : low + (1 << (longest - length))] = symbol
+            length_of[low : low + (1 << (longest - length))] = length
+    return _walk(stream[start:], count, symbol_of, length_of, longest)
 
 
-def _walk(data: bytes, count: int, symbol_of: Ints, length_of: Ints) -> Ints:
-    """Looks up what a code would be at every bit of a chunk, then steps from code to code."""
+def _walk(data: bytes, count: int, symbol_of: Ints, length_of: Ints, longest: int) -> Ints:
+    """Looks up what a code would be at every bit of a chunk, then goes from code to code."""
     found, at, done = np.empty(count, np.int64), 0, 0
     padded = np.frombuffer(data + bytes(4), np.uint8).astype(np.int64)
     while done < count:
         first = at >> 3
         part = padded[first : first + _CHUNK + 4]
         words = part[:-3] << 24 | part[1:-2] << 16 | part[2:-1] << 8 | part[3:]
-        windows = ((words[:, None] >> (16 - np.arange(8))) & 0xFFFF).reshape(-1)
-        steps, here = length_of[windows].tolist(), at - 8 * first
-        places: list[int] = []
-        stop = min(8 * _CHUNK, len(steps))
-        while here < stop and done + len(places) < count:
-            if not steps[here]:
-                raise ValueError("a Huffman stream holds a code that its table has not")
-            places.append(here)
-            here += steps[here]
+        windows = ((words[:, None] >> (32 - longest - np.arange(8))) & ((1 << longest) - 1)).reshape(-1)
+        steps = length_of[windows]
+        places = _places(steps, at - 8 * first, min(8 * _CHUNK, len(steps)))[: count - done]
+        if not steps[places].all():
+            raise ValueError("a Huffman stream holds a code that its table has not")
         found[done : done + len(places)] = symbol_of[windows[places]]
         done += len(places)
-        at = 8 * first + here
+        at = 8 * first + int(places[-1] + steps[places[-1]])
         if at > 8 * len(data):
             raise ValueError("a Huffman stream ends early")
     if -(-at // 8) != len(data):
         raise ValueError("a Huffman stream holds more than its symbols")
     return found
+
+
+def _places(steps: Ints, start: int, stop: int) -> Ints:
+    """Where codes begin, from bit `start` on and before `stop`, when a code at bit i has steps[i] bits. Should one have
+    no bits, it is the last.
+
+    64 codes are one step, found by doubling: one code after another would be a step of Python for each.
+    """
+    jumps = [np.arange(stop + LONGEST_CODE, dtype=np.int64)]  # from `stop` on nothing moves
+    jumps[0][:stop] += steps[:stop]
+    while len(jumps) <= _DOUBLINGS:
+        jumps.append(jumps[-1][jumps[-1]])
+    far, here = jumps.pop(), start
+    heads = []
+    while here < stop:
+        heads.append(here)
+        here = int(far[here])
+        if here == heads[-1]:  # it stands still
+            break
+    places = np.array(heads, np.int64)
+    for jump in reversed(jumps):
+        places = np.stack([places, jump[places]], axis=1).reshape(-1)
+    ends = ((places >= stop) | (steps[np.minimum(places, stop - 1)] == 0)).nonzero()[0]
+    return places if not len(ends) else places[: ends[0] + int(places[ends[0]] < stop)]
 
 
 def encode_relative(q: NDArray[np.int32], width: int) -> bytes:
