@@ -12,6 +12,7 @@ from tersenet.deploy.artifact import load_terse, save_terse
 from tersenet.errors import FileError, ModelError
 from tersenet.job import compress
 from tersenet.recipe import Recipe
+from tersenet.search.search import Search
 from tersenet.sources import open_model, open_task
 from tersenet.task import batch_input
 from tersenet.train import Train
@@ -54,13 +55,25 @@ def test_what_cannot_teach_is_refused(digits_weights: Path, tmp_path: Path) -> N
         task.open_model(str(tmp_path / "other.terse"))
 
 
-def test_a_teacher_that_is_not_there_is_missed_before_the_first_step(digits_weights: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "before",
+    ["prune_weights: {sparsity: 0.5}", "search: {macs: 0.5x, steps: [prune_channels: {}]}"],
+    ids=["step", "search"],
+)
+@pytest.mark.parametrize(
+    "around", ["{train}", "repeat: {{steps: [{train}], until_drop: null, at_most: 1}}"], ids=["plain", "repeated"]
+)
+def test_a_teacher_that_is_not_there_is_missed_before_anything_runs(
+    before: str, around: str, digits_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def solve(*_: object) -> None:
+        raise AssertionError("it searches")
+
+    monkeypatch.setattr(Search, "solve", solve)
     model, preparation = open_model("digits", digits_weights)
     task = open_task(model, preparation, "digits", quiet=True)
-    recipe = Recipe.parse(
-        "steps: [prune_weights: {sparsity: 0.5}, train: {epochs: 1, with:"
-        f" [soft_targets: {{teachers: [{tmp_path / 'none.terse'}]}}]}}]"
-    )
+    train = f"train: {{epochs: 1, with: [soft_targets: {{teachers: [{tmp_path / 'none.terse'}]}}]}}"
+    recipe = Recipe.parse(f"steps: [{before}, {around.format(train=train)}]")
     with pytest.raises(FileError, match=r"none\.terse"):
         compress(model, task, recipe, out=tmp_path / "run")
     assert not list((tmp_path / "run").glob("01-*"))

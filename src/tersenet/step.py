@@ -99,8 +99,10 @@ class Step:
         return task
 
     def check(self, task: Task) -> None:
-        """Asked of every step before the first one runs. Raises when something that the settings name, such as a
-        teacher's file, cannot be had: hours later is late to hear of it."""
+        """Asked of every step, and of those it holds, before a search or the first step runs. Raises when something
+        that the settings name, such as a teacher's file, cannot be had: hours later is late to hear of it."""
+        for step in getattr(self, "steps", ()):
+            step.check(task)
 
     def choices(self, model: nn.Module, task: Task) -> dict[str, list[Any]]:
         """place -> the settings that can be picked there, JSON only; the first leaves the place as it is.
@@ -185,10 +187,6 @@ class Chain(Step):
         for step, entry in zip(self.steps, plans, strict=False):
             model = step.apply(model, entry["plan"])
         return model
-
-    def check(self, task: Task) -> None:
-        for step in self.steps:
-            step.check(task)
 
     def task_after(self, task: Task, plan: Plan) -> Task:
         for step, entry in zip(self.steps, plan.get("steps", []), strict=False):

@@ -189,6 +189,8 @@ def searched(
         if before != asked:
             raise RunError(f"{out} holds a run with another target; choose another folder with --out, or delete it")
         return (*recipe.steps, *steps[1:]), said
+    for step in steps:
+        step.check(task)
     found = search.solve(model, task)
     said = {"asked": asked, "recipe": Recipe(found.steps).dump(), "said": found.said}
     return (*found.steps, *steps[1:]), said

@@ -2,7 +2,7 @@
 
 A table belongs to one tensor and one key (a context). Several tensors can be decoded side by side, each from its own
 stream: NumPy then works on all of them at once, which is most of the time where tensors are small.
-docs/format.md, "Models", gives the arithmetic; it is in whole numbers throughout.
+docs/format.md, "Context-coded numbers", gives the arithmetic; it is in whole numbers throughout.
 """
 
 from __future__ import annotations
@@ -84,8 +84,6 @@ class Models:
     def take(self, coders: Sequence[Any], present: Ints, sizes: Ints) -> Numbers:
         """The next numbers of all tensors, `sizes` of each key in turn."""
         table = self.shares(present)
-        if len(coders) == 1:
-            return _taken(coders[0], table, sizes, self.lows[0])
         ends = np.searchsorted(present, np.arange(1, len(coders) + 1) * self.keys).tolist()
         parts, first = [], 0
         for coder, end, low, width in zip(coders, ends, self.lows, self.widths, strict=True):

@@ -197,7 +197,7 @@ def encode(q: Numbers, shape: tuple[int, ...], strengths: Sequence[int]) -> byte
         q: (n,) numbers of at most LIMIT in magnitude, n at least 1; row-major, of a tensor of `shape`.
         strengths: of the starting models, indices into STRENGTHS; each is tried.
     """
-    start, low, high = _start(q), int(q.min()), int(q.max())
+    start, low, high = start_of(q), int(q.min()), int(q.max())
     known = Known(shape, [start])
     padded = _padded(q, known)
     tables = [_models([low], [high], [strength]) for strength in strengths]
@@ -221,7 +221,7 @@ def encode(q: Numbers, shape: tuple[int, ...], strengths: Sequence[int]) -> byte
 
 def contexts_of(q: Numbers, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """(n,) the context of each number of a tensor of `shape`, as `encode` has them."""
-    known = Known(shape, [_start(q)])
+    known = Known(shape, [start_of(q)])
     padded = np.abs(_padded(q, known))
     found = np.zeros(known.padded, np.uint8)
     for phase, first, stop, _ in _blocks(known):
@@ -291,7 +291,8 @@ def _header(stream: bytes) -> tuple[int, int, int, int]:
     return low, high, start, strength
 
 
-def _start(q: Numbers) -> int:
+def start_of(q: Numbers) -> int:
+    """The mean magnitude of (n,) numbers, in quarter octaves of 1 / UNIT."""
     return log16_of_one(max(1, UNIT * int(np.abs(q).sum(dtype=np.int64)) // len(q))) >> 2
 
 

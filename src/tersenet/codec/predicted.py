@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from tersenet.codec import adaptive
-from tersenet.codec.contexts import CONTEXTS, LIMIT, STRENGTHS, UNIT, log16, log16_of_one, power4
+from tersenet.codec.contexts import CONTEXTS, LIMIT, STRENGTHS, UNIT, log16, power4, start_of
 from tersenet.codec.entropy import PRECISION
 from tersenet.codec.forecasts import LARGEST as LARGEST_COEFFICIENT
 from tersenet.codec.forecasts import fitted, flat, unflat, worth
@@ -56,6 +56,7 @@ class Field:
     def __init__(self, shape: tuple[int, ...], reaches: Sequence[int], starts: Sequence[int], distance: int) -> None:
         size, tensors = kernel(shape), len(reaches)
         assert size is not None
+        self.reaches, self.starts = reaches, starts
         self.rows, self.groups = shape[0], shape[1]
         self.shift = np.array([shift_of(reach) for reach in reaches], np.int64)[:, None, None]
         self.phases = phases(*size, distance)
@@ -215,7 +216,7 @@ def encode(q: Numbers, shape: tuple[int, ...], strengths: Sequence[int], distanc
         distance = 1 if worth(planes, field.phases, coefficients) else 0
         if not distance:
             field, planes, coefficients = _laid_out(q, shape, 0)
-    reach, start = int(np.abs(planes).max()), _start(q)
+    reach, start = field.reaches[0], field.starts[0]
     tables = [_models([reach], [strength]) for strength in strengths]
     jobs: list[list[adaptive.Job]] = [[] for _ in strengths]
     for phase, first, stop, is_last in _blocks(field):
@@ -324,15 +325,10 @@ def keys_of(q: Numbers, shape: tuple[int, ...]) -> tuple[Keys, Numbers]:
 
 def _laid_out(q: Numbers, shape: tuple[int, ...], distance: int) -> tuple[Field, Floats, dict[int, Floats | None]]:
     """An empty field, the (K, O, G) numbers in its layout, and the coefficients that fit them."""
-    field = Field(shape, [int(np.abs(q).max())], [_start(q)], distance)
+    field = Field(shape, [int(np.abs(q).max())], [start_of(q)], distance)
     order = [position for phase in field.phases for position in phase.positions]
     planes = q.reshape(-1, len(order)).T[order].astype(np.float32, order="C")  # (K, O * G)
     return field, planes.reshape(field.planes.shape[1:]), fitted(planes, field.phases)
-
-
-def _start(q: Numbers) -> int:
-    """The mean magnitude of all, in quarter octaves of 1 / UNIT."""
-    return log16_of_one(max(1, UNIT * int(np.abs(q).sum(dtype=np.int64)) // len(q))) >> 2
 
 
 def _of_one(coefficients: Floats | None) -> Floats | None:

@@ -62,9 +62,8 @@ def _floats(dtype: str, shape: tuple[int, ...], bits: Bits, forms: values.Forms)
         gaps = share < _GAPS
         yield "grid", grid
     if grid is None or gaps or small:
-        if (
-            grid is not None and not small
-        ):  # the book's numbers are the grid's without its gaps: no other form is likely
+        if grid is not None and not small:
+            # The book's numbers are the grid's without its gaps: no other form is likely.
             forms = (values.form_of_grid(grid),)
         book = values.encode_codebook(bits, shape, "float", forms)
     yield "codebook", book

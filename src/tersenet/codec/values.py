@@ -65,8 +65,8 @@ def share(q: NDArray[np.int32]) -> float:
 
 
 def form_of_grid(payload: bytes) -> str:
-    """The form, of `numbers.FORMS`, of the numbers that `encode_grid` coded."""
-    return numbers.FORMS[payload[5 + (int.from_bytes(payload[1:5], "little") if payload[0] else 0)]]
+    """The form, of `numbers.FORMS`, of the numbers that `encode_grid` coded with one step."""
+    return numbers.FORMS[payload[5]]
 
 
 def decode_grid(payload: bytes, shape: tuple[int, ...], count: int) -> Decoding[Bits]:
