@@ -100,7 +100,7 @@ def test_one_that_is_wrong_is_found_among_the_others(form: ModuleType) -> None:
 
 def test_frequencies_sum_up() -> None:
     weights = np.array([[1, 5, 2**30], [3, 3, 3]])
-    found = adaptive.shares(weights.copy(), 2**24 - 3)
+    found = entropy.shares(weights.copy(), 2**24 - 3)
     assert found.sum(1).tolist() == [2**24 - 3] * 2
     assert found.min() >= 0
 

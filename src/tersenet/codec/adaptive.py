@@ -14,7 +14,7 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from tersenet.codec.entropy import PRECISION
+from tersenet.codec.entropy import PRECISION, categorical, shares
 
 Ints = NDArray[np.int64]
 Numbers = NDArray[np.int32]
@@ -92,17 +92,6 @@ class Models:
         return np.concatenate(parts)
 
 
-def shares(weights: Ints, left: Ints | int) -> Ints:
-    """(m, n) in proportion to the weights, which are used up; each row of sum `left`, the first of the largest gets
-    what is missing."""
-    sums = np.add.reduce(weights, 1, keepdims=True)
-    weights *= left
-    weights //= sums
-    missing = left - np.add.reduce(weights, 1, keepdims=True)
-    weights.reshape(-1)[weights.argmax(1) + np.arange(0, weights.size, weights.shape[1])] += missing[:, 0]
-    return weights
-
-
 def in_order(keys: NDArray[np.uint8], count: int, valid: NDArray[np.bool_] | None = None) -> tuple[Ints, Ints, Ints]:
     """The places of a pass in order of tensor and key, the keys that come (tensor * count + key), and how often.
 
@@ -133,8 +122,8 @@ def encoded(jobs: Sequence[Job], before: Iterable[tuple[Numbers, Any]] = ()) -> 
             coder.encode_reverse(symbols, _FAMILY, np.repeat(table.astype(np.float32), sizes, axis=0))
             continue
         end = len(symbols)
-        for row, count in zip(table.astype(np.float64)[::-1], sizes[::-1].tolist(), strict=True):
-            coder.encode_reverse(symbols[end - count : end], Categorical(row, perfect=False))
+        for row, count in zip(table[::-1], sizes[::-1].tolist(), strict=True):
+            coder.encode_reverse(symbols[end - count : end], categorical(row))
             end -= count
     for symbols, model in before:
         coder.encode_reverse(symbols, model)

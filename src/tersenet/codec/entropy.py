@@ -18,13 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
+Ints = NDArray[np.int64]
 
 RAW, CONSTANT, CODED = 0, 1, 2  # the first byte of a stream; CODED + i uses SMOOTHING[i]
 # (weight of one count, kernel half-width): one count adds `weight` times a triangle of that half-width.
 # The first is the Krichevsky-Trofimov estimator, the second trusts counts more: right when few values occur.
 SMOOTHING = ((2, 0), (32, 0), (16, 1), (8, 2), (4, 4), (2, 8), (1, 16))
 PRECISION = 24
-LONGEST = 1 << 30  # symbols of one coded stream: keeps every product in `frequencies` within 63 bits
+LONGEST = 1 << 30  # symbols of one coded stream: keeps every product in `shares` within 63 bits
 _FIRST_BLOCK = 32
 
 
@@ -83,34 +84,37 @@ def blocks(count: int) -> Iterator[slice]:
         start = stop
 
 
-def frequencies(counts: NDArray[np.int64], smoothing: int) -> NDArray[np.int64]:
-    """Frequencies from (rows, n) counts: each at least 1, every row of sum 2**24.
+def smoothed(counts: Ints, smoothing: int) -> Ints:
+    """(rows, n) what counts add to the weights of a model: each a triangle over neighbouring values.
 
-    w = 1 + weight * (counts * triangle); f = 1 + floor(w (2**24 - n) / sum w); what is missing goes to the first
-    of the largest. Integers throughout: at most 2**30 counts, each adding at most 289, times 2**24 stays under 2**63.
+    At most 2**30 counts, each adding at most 289, times 2**24 stays under 2**63.
     """
     weight, width = SMOOTHING[smoothing]
     if width:
         apart = np.pad(counts, ((0, 0), (width, width)))  # so that rows one after another do not mix
         triangle = width + 1 - np.abs(np.arange(-width, width + 1))
         counts = np.convolve(apart.reshape(-1), triangle, "same").reshape(apart.shape)[:, width:-width]
-    weights = 1 + weight * counts
-    total = (1 << PRECISION) - weights.shape[1]
-    f = 1 + weights * total // weights.sum(1, keepdims=True)
-    f[np.arange(len(f)), f.argmax(1)] += (1 << PRECISION) - f.sum(1)
-    return f
+    return counts * weight
 
 
-def categorical(f: NDArray[np.int64]) -> constriction.stream.model.Categorical:
-    """The coder's model with exactly these frequencies.
+def shares(weights: Ints, left: Ints | int) -> Ints:
+    """(m, n) in proportion to the weights, which are used up; each row of sum `left`, the first of the largest gets
+    what is missing. With 2**24 - n for `left` these are frequencies less 1."""
+    sums = np.add.reduce(weights, 1, keepdims=True)
+    weights *= left
+    weights //= sums
+    missing = left - np.add.reduce(weights, 1, keepdims=True)
+    weights.reshape(-1)[weights.argmax(1) + np.arange(0, weights.size, weights.shape[1])] += missing[:, 0]
+    return weights
 
-    constriction gives each symbol 1/2**24 and shares the rest in proportion to what it is handed, so f - 1, whose
-    sum is exactly that rest, comes out as f.
-    """
-    return constriction.stream.model.Categorical((f - 1).astype(np.float64), perfect=False)
+
+def categorical(table: Ints) -> constriction.stream.model.Categorical:
+    """The coder's model of frequencies less 1, which is what it wants to be told: it gives each symbol 1/2**24 and
+    shares the rest in proportion to what it is handed, here exactly that rest."""
+    return constriction.stream.model.Categorical(table.astype(np.float64), perfect=False)
 
 
-def _blocks_of(data: Bytes, low: int, high: int) -> tuple[list[NDArray[np.int32]], NDArray[np.int64]]:
+def _blocks_of(data: Bytes, low: int, high: int) -> tuple[list[NDArray[np.int32]], Ints]:
     """The symbols of each block, and (blocks, n) how often each came before it."""
     symbols = data.astype(np.int32) - low
     parts = [symbols[block] for block in blocks(len(symbols))]
@@ -118,21 +122,24 @@ def _blocks_of(data: Bytes, low: int, high: int) -> tuple[list[NDArray[np.int32]
     return parts, np.cumsum(counts, axis=0) - counts
 
 
-def _encode(parts: list[NDArray[np.int32]], known: NDArray[np.int64], smoothing: int, head: bytes) -> bytes:
+def _encode(parts: list[NDArray[np.int32]], known: Ints, smoothing: int, head: bytes) -> bytes:
     """A coded stream of the symbols of blocks, by what was counted before each of them."""
     coder = constriction.stream.stack.AnsCoder()
-    for part, f in zip(reversed(parts), frequencies(known, smoothing)[::-1], strict=True):
-        coder.encode_reverse(part, categorical(f))  # ANS is a stack: what is pushed last comes out first
+    table = shares(1 + smoothed(known, smoothing), (1 << PRECISION) - known.shape[1])
+    for part, row in zip(reversed(parts), table[::-1], strict=True):
+        coder.encode_reverse(part, categorical(row))  # ANS is a stack: what is pushed last comes out first
     return bytes([CODED + smoothing]) + head + coder.get_compressed().astype("<u4").tobytes()
 
 
 def _decode(words: bytes, low: int, high: int, smoothing: int, count: int) -> Bytes:
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
-    counts = np.zeros(high - low + 1, np.int64)
+    size = high - low + 1
+    weights = np.ones((1, size), np.int64)
     symbols = np.empty(count, np.uint8)
     for block in blocks(count):
-        found = coder.decode(categorical(frequencies(counts[None], smoothing)[0]), block.stop - block.start)
-        counts += np.bincount(found, minlength=len(counts))
+        table = shares(weights.copy(), (1 << PRECISION) - size)
+        found = coder.decode(categorical(table[0]), block.stop - block.start)
+        weights += smoothed(np.bincount(found, minlength=size)[None], smoothing)
         symbols[block] = found + low
     if not coder.is_empty():
         raise ValueError("a coded stream holds more than its symbols")

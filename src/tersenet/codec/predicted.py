@@ -27,7 +27,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from tersenet.codec import adaptive
 from tersenet.codec.contexts import CONTEXTS, LIMIT, STRENGTHS, UNIT, log16, power4, start_of
-from tersenet.codec.entropy import PRECISION
+from tersenet.codec.entropy import PRECISION, categorical, shares
 from tersenet.codec.forecasts import LARGEST as LARGEST_COEFFICIENT
 from tersenet.codec.forecasts import fitted, flat, unflat, worth
 from tersenet.codec.phases import Phase, blocks, kernel, phases
@@ -338,8 +338,8 @@ def _of_one(coefficients: Floats | None) -> Floats | None:
 @lru_cache(maxsize=1)
 def _coefficient_model() -> Any:
     weights = starting_weights(_COEFFICIENT_CONTEXT, LARGEST_COEFFICIENT, len(STRENGTHS) - 1)[:1].copy()
-    table = adaptive.shares(weights, (1 << PRECISION) - weights.shape[1])
-    return adaptive.Categorical(table[0].astype(np.float64), perfect=False)
+    table = shares(weights, (1 << PRECISION) - weights.shape[1])
+    return categorical(table[0])
 
 
 def _decode_coefficients(coder: Any, plan: Sequence[Phase]) -> dict[int, Floats | None]:
