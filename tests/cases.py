@@ -25,6 +25,7 @@ from tersenet.resize import Resize
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.rewrite.settle import Settle
 from tersenet.search.search import Search
+from tersenet.size.keep_grids import KeepGrids
 from tersenet.size.share_weights import ShareWeights
 from tersenet.size.shrink_file import ShrinkFile
 from tersenet.step import Chain, Step
@@ -191,6 +192,13 @@ CASES = {
     "settle": Case(Settle(), zero=Settle(), model=quantized),
     "share_weights": Case(ShareWeights(bits=3), zero=ShareWeights(bits=8), tolerance=0.05),
     "shrink_file": Case(ShrinkFile(price=1e-8), zero=ShrinkFile(price=1e-14), tolerance=0.05),
+    "keep_grids": Case(
+        Chain(
+            steps=(ShrinkFile(price=1e-8), KeepGrids(), Train(epochs=1, optimizer="adam", learning_rate=0.02)),
+        ),
+        zero=Chain(steps=(ShrinkFile(price=1e-14), KeepGrids())),
+        tolerance=0.05,
+    ),
     "chain": Case(
         Chain(steps=(PruneChannels(sparsity=0.25), FoldBatchNorm())),
         zero=Chain(steps=(FoldBatchNorm(), Train(epochs=0))),

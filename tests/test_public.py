@@ -7,7 +7,8 @@ import pytest
 import tersenet
 
 PROMISED = {
-    "ActivationPenalty", "Chain", "Companion", "DropBlocks", "FoldBatchNorm", "GroupLasso", "KeepEarly", "NoEffect",
+    "ActivationPenalty", "Chain", "Companion", "DropBlocks", "FoldBatchNorm", "GroupLasso", "KeepEarly", "KeepGrids",
+    "NoEffect",
     "Plan", "Preparation", "PruneActivations", "PruneChannels", "PruneWeights", "Quantize", "Ramp", "Recipe", "Recover",
     "Repeat", "Resize", "Rewind", "Run", "ScalePenalty", "Score", "Search", "Settle", "ShareWeights", "ShrinkFile",
     "SoftTargets", "Step", "Target",

@@ -20,6 +20,7 @@ _HOME = {
     "FoldBatchNorm": "tersenet.rewrite.fold_batch_norm",
     "GroupLasso": "tersenet.prune.penalties",
     "KeepEarly": "tersenet.prune.rewind",
+    "KeepGrids": "tersenet.size.keep_grids",
     "NoEffect": "tersenet.errors",
     "Plan": "tersenet.step",
     "Preparation": "tersenet.task",

@@ -45,6 +45,7 @@ STEPS = {
     "settle": "tersenet.rewrite.settle:Settle",
     "share_weights": "tersenet.size.share_weights:ShareWeights",
     "shrink_file": "tersenet.size.shrink_file:ShrinkFile",
+    "keep_grids": "tersenet.size.keep_grids:KeepGrids",
     "ternarise": "tersenet.quantize.ternarise:Ternarise",
     "train": "tersenet.train:Train",
 }

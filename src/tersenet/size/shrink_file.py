@@ -9,6 +9,7 @@ of quantizers", IEEE Trans. ASSP 36(9), 1988). Only the price is searched for.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class ShrinkFile(Step):
 
     The step of each row's grid, the zeros and all values are chosen by what they cost and what they hurt; layers are
     gone through in order, each making up for what the ones before it lose. Give one of `bytes`, `max_drop` and `price`.
-    Fold batch norms first (`fold_batch_norm`): their numbers cost bytes. It comes last: a training after it undoes it.
+    Fold batch norms first (`fold_batch_norm`): their numbers cost bytes. It comes last, or before `keep_grids`, without
+    which a training after it undoes it.
 
     Without data (no training or calibration images) layers are rounded by their weights alone, and only `bytes` or
     `price` can be asked for. Masks stay: what they hide stays zero. Layers with other parametrizations, quantized
@@ -49,6 +51,8 @@ class ShrinkFile(Step):
         max_drop: points of score that may be lost, judged as size/judge.py says; never by the test set.
         price: divergence from the original's outputs (nats, at temperature 4) that one bit is worth.
         samples: how many calibration images are read.
+        augmented: read images as a training sees them, moved and mirrored. Better for a network that knows its training
+            images by heart: on a ResNet-56 of 98.8 % there, a tenth less divergence on other augmented images.
         images: how many images judge `max_drop`.
     """
 
@@ -62,6 +66,7 @@ class ShrinkFile(Step):
     max_drop: float | None = None
     price: float | None = None
     samples: int = 512
+    augmented: bool = False
     images: int = 2000
 
     def __post_init__(self) -> None:
@@ -90,7 +95,7 @@ class ShrinkFile(Step):
             DataError: with `max_drop` and nothing to judge by.
             SettingsError: when `bytes` is less than what is left when every weight is zero.
         """
-        pricer = Pricer.of(model, task.example, self.matches, _images(model, task, self.samples))
+        pricer = Pricer.of(model, task.example, self.matches, _images(model, task, self.samples, self.augmented))
         if not pricer.paths:
             return
         if self.price is not None:
@@ -129,10 +134,12 @@ def coded_bytes(model: nn.Module) -> int:
     return len(container.pack({}, tensors))
 
 
-def _images(model: nn.Module, task: Task, count: int) -> Tensor | None:
+def _images(model: nn.Module, task: Task, count: int, augmented: bool) -> Tensor | None:
     """(N, ...) unlabelled images, N at most `count`; None where there are none."""
     if task.calibrate is None and task.train is None:
         return None
+    if augmented and task.train is not None:
+        task = dataclasses.replace(task, calibrate=None)  # then those of the training serve
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     return torch.cat([batch_input(batch) for batch in task.calibration(count)])[:count].to(device)
 
