@@ -127,6 +127,11 @@ def quantized(seed: int) -> nn.Module:
     return Quantize().run(model, task_for(model))[0]
 
 
+def on_grids(seed: int) -> nn.Module:
+    model = tiny(seed)
+    return ShrinkFile(price=1e-8).run(model, task_for(model))[0]
+
+
 CASES = {
     "drop_blocks": Case(DropBlocks(count=1), zero=DropBlocks()),
     "fold_batch_norm": Case(FoldBatchNorm(), zero=FoldBatchNorm()),
@@ -192,7 +197,8 @@ CASES = {
     "settle": Case(Settle(), zero=Settle(), model=quantized),
     "share_weights": Case(ShareWeights(bits=3), zero=ShareWeights(bits=8), tolerance=0.05),
     "shrink_file": Case(ShrinkFile(price=1e-8), zero=ShrinkFile(price=1e-14), tolerance=0.05),
-    "keep_grids": Case(
+    "keep_grids": Case(KeepGrids(), zero=KeepGrids(), model=on_grids),
+    "keep_grids_in_training": Case(
         Chain(
             steps=(ShrinkFile(price=1e-8), KeepGrids(), Train(epochs=1, optimizer="adam", learning_rate=0.02)),
         ),
