@@ -132,6 +132,11 @@ def only_masked(layer: nn.Module) -> bool:
     return len(attached) == 1 and len(attached["weight"]) == 1
 
 
+def at_most_masked(layer: Any) -> bool:
+    """Whether nothing, or a mask of the weight alone, is attached to a layer."""
+    return not parametrize.is_parametrized(layer) or only_masked(layer)
+
+
 def stored_weight(layer: Any) -> nn.Parameter:
     """The parameter that holds a layer's weight: the numbers under the mask where there is one."""
     if parametrize.is_parametrized(layer, "weight"):

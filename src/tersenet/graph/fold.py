@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from tersenet.bricks.brick import Brick
 from tersenet.bricks.few_bits import FewBitLayer
-from tersenet.bricks.mask import only_masked, stored_weight
+from tersenet.bricks.mask import at_most_masked, only_masked, stored_weight
 
 
 def foldable(graph: fx.GraphModule) -> list[tuple[str, str]]:
@@ -46,7 +46,7 @@ def _fits(layer: nn.Module, norm: nn.Module) -> bool:
         and (not isinstance(layer, Brick) or isinstance(layer, FewBitLayer))
         and isinstance(norm, _BatchNorm)
         and norm.running_mean is not None
-        and (not parametrize.is_parametrized(layer) or only_masked(layer))
+        and at_most_masked(layer)
         and not parametrize.is_parametrized(norm)
     )
 

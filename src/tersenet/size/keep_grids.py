@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from tersenet.bricks.grid import grids, put_under
-from tersenet.bricks.mask import only_masked, release
+from tersenet.bricks.mask import at_most_masked, release
 from tersenet.codec.values import grid_of
 from tersenet.step import Plan, Step
 from tersenet.task import Task
@@ -43,7 +43,7 @@ class KeepGrids(Step):
         """{"grids": {path: {name of a tensor: whether each row has a step of its own}}}"""
         found: dict[str, dict[str, bool]] = {}
         for path, layer in model.named_modules():
-            if isinstance(layer, _ConvNd | nn.Linear) and self.matches(path, layer) and _free(layer):
+            if isinstance(layer, _ConvNd | nn.Linear) and self.matches(path, layer) and at_most_masked(layer):
                 rows = {name: _has_rows(getattr(layer, name)) for name in ("weight", "bias")}
                 on = {name: each for name, each in rows.items() if each is not None}
                 found |= {path: on} if on else {}
@@ -72,10 +72,6 @@ class KeepGrids(Step):
                 grid.kept.copy_(value != 0)
             with torch.no_grad():
                 setattr(layer, name, value)
-
-
-def _free(layer: Any) -> bool:
-    return not parametrize.is_parametrized(layer) or only_masked(layer)
 
 
 def _has_rows(value: Tensor | None) -> bool | None:

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from tersenet.bricks.brick import Brick
 from tersenet.bricks.evaluating import evaluating
-from tersenet.bricks.mask import mask_of, only_masked, stored_weight
+from tersenet.bricks.mask import at_most_masked, mask_of, stored_weight
 from tersenet.codec.estimate import code_lengths
 from tersenet.graph import rows
 from tersenet.graph.trace import trace
@@ -219,7 +218,7 @@ def _readable(layer: Any) -> bool:
         return False
     if not isinstance(stored_weight(layer) if hasattr(layer, "weight") else None, nn.Parameter):
         return False
-    if parametrize.is_parametrized(layer) and not only_masked(layer):
+    if not at_most_masked(layer):
         return False
     if isinstance(layer, nn.Conv2d):
         return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from tersenet.bricks.mask import only_masked, release, stored_weight
+from tersenet.bricks.mask import at_most_masked, release, stored_weight
 from tersenet.bricks.shared import share, shared_of
 from tersenet.errors import ModelError, SettingsError
 from tersenet.numerics.codebooks import nearest_codes, optimal_codebook
@@ -90,5 +90,4 @@ def _shareable(layer: Any) -> bool:
     if not isinstance(layer, _ConvNd | nn.Linear):
         return False
     weight: Any = stored_weight(layer)
-    free = not parametrize.is_parametrized(layer) or only_masked(layer)
-    return free and isinstance(weight, nn.Parameter) and weight.requires_grad
+    return at_most_masked(layer) and isinstance(weight, nn.Parameter) and weight.requires_grad
