@@ -12,7 +12,7 @@ import pytest
 
 from tersenet.errors import FileError, MissingExtra
 from tersenet.report.page import write_html
-from tersenet.report.plots import waterfall
+from tersenet.report.plots import score_plot, waterfall
 
 pytestmark = pytest.mark.minutes
 
@@ -122,6 +122,18 @@ def test_a_label_below_a_bar_has_room_above_the_names_of_the_steps():
 
     assert low(10.0, 0.2) == low(10.0, 0.9, 5.0) == -1.0
     assert low(10.0, 4.0) == low(0.5, 10.0) == low(0.5, 0.5, 10.0) == 0  # what does not fall has its label above
+
+
+def test_names_of_points_turn_away_from_the_nearer_edge():
+    report = load_example()
+    original, *_, last = report["rows"]
+    last["file_bytes"]["terse"] = original["file_bytes"]["terse"] // 100
+    report["rows"][1]["file_bytes"]["terse"] = last["file_bytes"]["terse"] // 2  # what ships is not the smallest
+    figure = score_plot([report], [""], "size")
+    assert figure is not None
+    (trace,) = figure["data"]
+    ends = trace["text"][0], trace["text"][-1], trace["textposition"][0], trace["textposition"][-1]
+    assert ends == ("original", "shipped", "bottom left", "bottom right")
 
 
 def test_what_is_on_the_page(visit, page_file):

@@ -201,7 +201,8 @@ def name_ends(trace: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         between = len(rows) - 2
         trace["mode"] = "lines+markers+text"
         trace["text"] = ["original", *[""] * between, "shipped"]
-        places = ["bottom right" if x == min(trace["x"]) else "bottom left" for x in (trace["x"][0], trace["x"][-1])]
+        middle = max(trace["x"]) / 2  # a name turns towards it, so that the axis does not cut it off
+        places = ["bottom right" if x <= middle else "bottom left" for x in (trace["x"][0], trace["x"][-1])]
         trace["textposition"] = [places[0], *["top center"] * between, places[1]]
         trace["textfont"] = {"size": 11, "color": "var(--text)"}
 
