@@ -19,6 +19,7 @@ import math
 import struct
 from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,6 @@ HEAD = struct.Struct("<hhBB")  # low, high, start, strength
 LIMIT = 255  # largest magnitude
 LONGEST = 1 << 30  # numbers of one tensor: keeps every product within 63 bits
 _LARGEST_BLOCK = 1 << 16
-_SMALL = 1 << 12  # numbers of a block whose places are remembered
 _ROOTS = (4096, 4871, 5793, 6889)  # 4096 * 2**(i / 4)
 
 
@@ -58,10 +58,39 @@ class Known:
         self.total = np.zeros(tensors, np.int64)
         self.supposed = np.array([16 * power4(start) for start in starts], np.int64)
 
-    @property
-    def padded(self) -> tuple[int, int]:
-        """Rows and columns, filled up to whole groups."""
-        return self.rows, self.groups * self.period
+    def in_phases(self, numbers: NDArray[Any]) -> NDArray[Any]:
+        """(T, n) numbers, row-major -> (T, P, O, G) in the order of coding; 0 where the last group is not full."""
+        padded = np.zeros((len(numbers), self.rows, self.groups * self.period), numbers.dtype)
+        padded[:, :, : self.columns] = numbers.reshape(len(numbers), self.rows, self.columns)
+        planes = np.empty((len(numbers), self.period, self.rows, self.groups), numbers.dtype)
+        for plane, row in self._runs(planes, padded):
+            plane[...] = row
+        return planes
+
+    def in_rows(self, planes: NDArray[Any]) -> NDArray[Any]:
+        """The inverse of `in_phases`."""
+        padded = np.empty((len(planes), self.rows, self.groups * self.period), planes.dtype)
+        for plane, row in self._runs(planes, padded):
+            row[...] = plane
+        return padded[:, :, : self.columns].reshape(len(planes), -1)
+
+    def _runs(self, planes: NDArray[Any], padded: NDArray[Any]) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """Views of both that hold the same numbers: phase p takes the number (p - row) % P of every kernel."""
+        period = self.period
+        kernels = padded.reshape(len(padded), self.rows, self.groups, period)
+        for row in range(min(period, self.rows)):
+            plane, kernel = np.moveaxis(planes[:, :, row::period], 1, 3), kernels[:, row::period]
+            yield plane[..., row:], kernel[..., : period - row]
+            yield plane[..., :row], kernel[..., period - row :]
+
+    def there(self, phase: int, first: int, stop: int) -> NDArray[np.bool_] | None:
+        """(stop - first, G) which numbers of a block there are; None for all."""
+        if self.groups * self.period == self.columns:
+            return None
+        found = np.ones((stop - first, self.groups), bool)
+        inner = (phase - np.arange(first, stop)) % self.period
+        found[:, -1] = (self.groups - 1) * self.period + inner < self.columns
+        return found
 
     def contexts(self, phase: int, first: int, stop: int) -> NDArray[np.uint8]:
         """(T, stop - first, G) the context of each number of a block of rows."""
@@ -199,13 +228,13 @@ def encode(q: Numbers, shape: tuple[int, ...], strengths: Sequence[int]) -> byte
     """
     start, low, high = start_of(q), int(q.min()), int(q.max())
     known = Known(shape, [start])
-    padded = _padded(q, known)
+    (planes,) = known.in_phases(q[None])
     tables = [_models([low], [high], [strength]) for strength in strengths]
     jobs: list[list[adaptive.Job]] = [[] for _ in strengths]
     for phase, first, stop, is_last in _blocks(known):
-        at, valid = _places(phase, first, stop, known.groups, known.period, known.columns)
-        values = padded[at]
-        order, present, sizes = adaptive.in_order(known.contexts(phase, first, stop), CONTEXTS, valid)
+        values = planes[phase, first:stop]
+        contexts, there = known.contexts(phase, first, stop), known.there(phase, first, stop)
+        order, present, sizes = adaptive.in_order(contexts, CONTEXTS, there)
         known.add(phase, first, stop, np.abs(values)[None])
         numbers = values.reshape(-1)[order]
         for each, its in zip(tables, jobs, strict=True):
@@ -222,13 +251,12 @@ def encode(q: Numbers, shape: tuple[int, ...], strengths: Sequence[int]) -> byte
 def contexts_of(q: Numbers, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """(n,) the context of each number of a tensor of `shape`, as `encode` has them."""
     known = Known(shape, [start_of(q)])
-    padded = np.abs(_padded(q, known))
-    found = np.zeros(known.padded, np.uint8)
+    magnitudes = np.abs(known.in_phases(q[None]))
+    found = np.zeros(magnitudes.shape, np.uint8)
     for phase, first, stop, _ in _blocks(known):
-        at, _ = _places(phase, first, stop, known.groups, known.period, known.columns)
-        found.reshape(-1)[at] = known.contexts(phase, first, stop)[0]
-        known.add(phase, first, stop, padded[at][None])
-    return np.ascontiguousarray(found[:, : known.columns]).reshape(-1)
+        found[:, phase, first:stop] = known.contexts(phase, first, stop)
+        known.add(phase, first, stop, magnitudes[:, phase, first:stop])
+    return known.in_rows(found)[0]
 
 
 def alike(stream: bytes, shape: tuple[int, ...]) -> Hashable:
@@ -257,24 +285,22 @@ def decode(streams: Sequence[bytes], shape: tuple[int, ...]) -> list[Numbers]:
     heads = [_header(stream) for stream in streams]
     lows, highs, starts, strengths = map(list, zip(*heads, strict=True))
     known = Known(shape, starts)
-    padded = np.zeros((len(streams), math.prod(known.padded)), np.int32)
+    planes = np.empty((len(streams), known.period, known.rows, known.groups), np.int32)
     tables = _models(lows, highs, strengths)
     coders = [adaptive.opened(stream, HEAD.size) for stream in streams]
     for phase, first, stop, is_last in _blocks(known):
-        at, valid = _places(phase, first, stop, known.groups, known.period, known.columns)
-        contexts = known.contexts(phase, first, stop)
-        order, present, sizes = adaptive.in_order(contexts, CONTEXTS, valid)
+        contexts, there = known.contexts(phase, first, stop), known.there(phase, first, stop)
+        order, present, sizes = adaptive.in_order(contexts, CONTEXTS, there)
         numbers = tables.take(coders, present, sizes)
         values = np.zeros(contexts.shape, np.int32)
         values.reshape(-1)[order] = numbers
-        padded[:, at] = values
+        planes[:, phase, first:stop] = values
         if not is_last:
             tables.learn(present, sizes, numbers)
             known.add(phase, first, stop, np.abs(values))
     if not all(coder.is_empty() for coder in coders):
         raise ValueError("a context-coded stream holds more than its numbers")
-    kept = padded.reshape(len(streams), *known.padded)[:, :, : known.columns]
-    return [np.ascontiguousarray(each).reshape(-1) for each in kept]
+    return list(known.in_rows(planes))
 
 
 def _widest(low: int, high: int) -> int:
@@ -296,13 +322,6 @@ def start_of(q: Numbers) -> int:
     return log16_of_one(max(1, UNIT * int(np.abs(q).sum(dtype=np.int64)) // len(q))) >> 2
 
 
-def _padded(q: Numbers, known: Known) -> Numbers:
-    """(rows * padded columns,) the numbers, the columns filled up with zeros."""
-    padded = np.zeros(known.padded, np.int32)
-    padded[:, : known.columns] = q.reshape(known.rows, known.columns)
-    return padded.reshape(-1)
-
-
 def _models(lows: Sequence[int], highs: Sequence[int], strengths: Sequence[int]) -> adaptive.Models:
     def start(tensor: int, key: int) -> tuple[int, ...]:
         return starting_model(key, lows[tensor], highs[tensor], strengths[tensor])
@@ -314,27 +333,3 @@ def _blocks(known: Known) -> Iterator[tuple[int, int, int, bool]]:
     """(phase, first row, row after the last, whether it is the last block)."""
     for phase, first, stop in blocks(known.rows, known.groups, known.period):
         yield phase, first, stop, (phase + 1, stop) == (known.period, known.rows)
-
-
-def _places(
-    phase: int, first: int, stop: int, groups: int, period: int, columns: int
-) -> tuple[Ints, NDArray[np.bool_] | None]:
-    """Where the numbers of a block lie, and which of them there are. Networks have many small layers of one shape."""
-    find = _found if (stop - first) * groups > _SMALL else _kept
-    return find(phase, first, stop, groups, period, columns)
-
-
-def _found(
-    phase: int, first: int, stop: int, groups: int, period: int, columns: int
-) -> tuple[Ints, NDArray[np.bool_] | None]:
-    rows = np.arange(first, stop, dtype=np.int64)
-    inner = (phase - rows) % period
-    at = (rows * (groups * period) + inner)[:, None] + (period * np.arange(groups, dtype=np.int64))[None, :]
-    if groups * period == columns:
-        return at, None
-    valid = np.ones((stop - first, groups), bool)
-    valid[:, -1] = (groups - 1) * period + inner < columns
-    return at, valid
-
-
-_kept = lru_cache(maxsize=512)(_found)

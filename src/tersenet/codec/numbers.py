@@ -132,7 +132,7 @@ def _significant(body: bytes, shape: tuple[int, ...]) -> Decoding[Numbers]:
         raise ValueError("numbers end early")
     (length,) = struct.unpack_from("<I", body)
     out = yield from numbers_of(contexts, body[4 : 4 + length], shape)
-    kept = np.flatnonzero(out)
+    kept = np.flatnonzero(out != 0)
     values = body[4 + length :]
     if not len(kept) or not values or values[0] not in (PACKED, CONSTANT, HUFFMAN, STREAM):
         raise ValueError("the values that are not 0 are missing or of another form")
