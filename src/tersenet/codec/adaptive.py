@@ -52,12 +52,13 @@ class Models:
         start: Callable[[int, int], Sequence[int] | Ints],
         made: int = 1,
     ) -> None:
-        self.keys, self.lows, self._start, self._together = keys, lows, start, made
+        self.keys, self._start, self._together = keys, start, made
         self.widths = [high - low + 1 for low, high in zip(lows, highs, strict=True)]
         self.weights = np.zeros((len(lows) * keys, max(self.widths)), np.int64)
         self._made = np.zeros(len(self.weights), bool)
         self._left = (1 << PRECISION) - np.repeat(np.array(self.widths, np.int64), keys)[:, None]
         self._low = np.repeat(np.array(lows, np.int64), keys)
+        self._lows = np.array(lows, np.int32)[:, None]
 
     def shares(self, present: Ints) -> Ints:
         """(len(present), n) frequencies less 1, which is what the coder wants to be told; 0 beyond a tensor's own n."""
@@ -82,14 +83,25 @@ class Models:
         self.weights[present] += counts
 
     def take(self, coders: Sequence[Any], present: Ints, sizes: Ints) -> Numbers:
-        """The next numbers of all tensors, `sizes` of each key in turn."""
-        table = self.shares(present)
+        """The next numbers of all tensors, `sizes` of each key in turn and of each tensor as many."""
+        if not len(sizes):
+            return np.empty(0, np.int32)
+        table, counts = self.shares(present), sizes.tolist()
+        exact, each = table.astype(np.float64), sum(counts) // len(coders)
         ends = np.searchsorted(present, np.arange(1, len(coders) + 1) * self.keys).tolist()
-        parts, first = [], 0
-        for coder, end, low, width in zip(coders, ends, self.lows, self.widths, strict=True):
-            parts.append(_taken(coder, table[first:end, :width], sizes[first:end], low))
+        parts, first = list[Numbers](), 0
+        for coder, end, width in zip(coders, ends, self.widths, strict=True):
+            if _at_once(each, end - first, width):
+                rows = table[first:end, :width].astype(np.float32)
+                parts.append(coder.decode(_FAMILY, np.repeat(rows, sizes[first:end], axis=0)))
+            else:
+                runs = zip(exact[first:end, :width], counts[first:end], strict=True)
+                parts += [coder.decode(Categorical(row, perfect=False), count) for row, count in runs]
             first = end
-        return np.concatenate(parts)
+        found = np.concatenate(parts)
+        by_tensor = found.reshape(len(coders), each)
+        by_tensor += self._lows
+        return found
 
 
 def in_order(keys: NDArray[np.uint8], count: int, valid: NDArray[np.bool_] | None = None) -> tuple[Ints, Ints, Ints]:
@@ -118,7 +130,7 @@ def encoded(jobs: Sequence[Job], before: Iterable[tuple[Numbers, Any]] = ()) -> 
     """The words of a stream that gives these symbols, in this order, behind those of `before` with a model each."""
     coder = Coder()
     for symbols, table, sizes in reversed(jobs):  # ANS is a stack: what is pushed last comes out first
-        if _at_once(sizes, table.shape[1]):
+        if _at_once(len(symbols), len(sizes), table.shape[1]):
             coder.encode_reverse(symbols, _FAMILY, np.repeat(table.astype(np.float32), sizes, axis=0))
             continue
         end = len(symbols)
@@ -135,19 +147,6 @@ def opened(stream: bytes, offset: int) -> Any:
     return Coder(np.frombuffer(stream, "<u4", offset=offset).astype(np.uint32))
 
 
-def _taken(coder: Any, table: Ints, sizes: Ints, low: int) -> Numbers:
-    """The next numbers of one tensor, `sizes` of each row of the table in turn."""
-    if not len(sizes):
-        return np.empty(0, np.int32)
-    if _at_once(sizes, table.shape[1]):
-        found = coder.decode(_FAMILY, np.repeat(table.astype(np.float32), sizes, axis=0))
-    else:
-        runs = zip(table.astype(np.float64), sizes.tolist(), strict=True)
-        found = np.concatenate([coder.decode(Categorical(row, perfect=False), count) for row, count in runs])
-    found += low
-    return found
-
-
-def _at_once(sizes: Ints, width: int) -> bool:
+def _at_once(numbers: int, keys: int, width: int) -> bool:
     """Whether one call with a table per number is faster than one per key (in nanoseconds); both code the same."""
-    return int(np.add.reduce(sizes)) * (4 + 1.2 * width) + 2000 < 750 * len(sizes)
+    return numbers * (4 + 1.2 * width) + 2000 < 750 * keys

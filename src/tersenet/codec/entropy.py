@@ -108,6 +108,14 @@ def shares(weights: Ints, left: Ints | int) -> Ints:
     return weights
 
 
+def _shares_of_one(weights: Ints, left: int) -> Ints:
+    """`shares` of one row (n,), kept as it is, in half the time."""
+    found = weights * left
+    found //= int(np.add.reduce(weights))
+    found[found.argmax()] += left - int(np.add.reduce(found))
+    return found
+
+
 def categorical(table: Ints) -> constriction.stream.model.Categorical:
     """The coder's model of frequencies less 1, which is what it wants to be told: it gives each symbol 1/2**24 and
     shares the rest in proportion to what it is handed, here exactly that rest."""
@@ -134,12 +142,12 @@ def _encode(parts: list[NDArray[np.int32]], known: Ints, smoothing: int, head: b
 def _decode(words: bytes, low: int, high: int, smoothing: int, count: int) -> Bytes:
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
     size = high - low + 1
-    weights = np.ones((1, size), np.int64)
+    weights = np.ones(size, np.int64)
     symbols = np.empty(count, np.uint8)
     for block in blocks(count):
-        table = shares(weights.copy(), (1 << PRECISION) - size)
-        found = coder.decode(categorical(table[0]), block.stop - block.start)
-        weights += smoothed(np.bincount(found, minlength=size)[None], smoothing)
+        model = categorical(_shares_of_one(weights, (1 << PRECISION) - size))
+        found = coder.decode(model, block.stop - block.start)
+        weights += smoothed(np.bincount(found, minlength=size)[None], smoothing)[0]
         symbols[block] = found + low
     if not coder.is_empty():
         raise ValueError("a coded stream holds more than its symbols")
