@@ -41,8 +41,8 @@ def test_every_form_gives_any_numbers_back(form: str, shape: list[int], low: int
     assert stream == numbers.encode(q, tuple(shape), (form,))
 
 
-@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.99])
-@pytest.mark.parametrize("shape", [(3,), (40, 30), (12, 5, 3, 3), (6, 3, 11, 11)])
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("shape", [(3,), (40, 30), (12, 5, 3, 3), (6, 3, 11, 11), (40, 16, 3, 3)])
 def test_by_default_the_smallest_form_is_taken(shape: tuple[int, ...], zeros: float) -> None:
     q = drawn(shape, zeros)
     best = min(len(numbers.encode(q, shape, (form,))) for form in FORMS)

@@ -91,7 +91,9 @@ def smoothed(counts: Ints, smoothing: int) -> Ints:
     """
     weight, width = SMOOTHING[smoothing]
     if width:
-        apart = np.pad(counts, ((0, 0), (width, width)))  # so that rows one after another do not mix
+        rows, n = counts.shape
+        apart = np.zeros((rows, n + 2 * width), np.int64)  # so that rows one after another do not mix
+        apart[:, width : width + n] = counts
         triangle = width + 1 - np.abs(np.arange(-width, width + 1))
         counts = np.convolve(apart.reshape(-1), triangle, "same").reshape(apart.shape)[:, width:-width]
     return counts * weight

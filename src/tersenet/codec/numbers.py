@@ -46,10 +46,13 @@ def encode(q: Numbers, shape: tuple[int, ...], forms: Collection[str] | None = N
 
 def _promising(q: Numbers, shape: tuple[int, ...], low: int, high: int) -> tuple[str, ...]:
     """Forms with a chance: ANS beats Huffman wherever its state of 8 bytes does not weigh, and forecasts beat contexts
-    wherever a few coefficients do not."""
+    wherever a few coefficients do not. Of 7 zeros in 8 on, what is zero says more than any forecast: of 172 layers of
+    the CIFAR ResNets and VGG-16 none was smaller with forecasts, the nearest 4 % larger."""
     zeros = len(q) - int(np.count_nonzero(q))
     kernels = phases.kernel(shape) is not None and low < 0 < high
     few = len(q) < (_VERY_FEW if kernels else _FEW)
+    if kernels and not few and 8 * zeros > 7 * len(q):
+        return ("significant",)
     forms = ["predicted"] if kernels else ["contexts"]
     if few:
         forms += ["contexts"] if kernels else []
