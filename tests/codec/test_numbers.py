@@ -41,14 +41,23 @@ def test_every_form_gives_any_numbers_back(form: str, shape: list[int], low: int
     assert stream == numbers.encode(q, tuple(shape), (form,))
 
 
-@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.9, 0.99])
-@pytest.mark.parametrize("shape", [(3,), (40, 30), (12, 5, 3, 3), (6, 3, 11, 11), (40, 16, 3, 3)])
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("shape", [(3,), (40, 30), (12, 5, 3, 3), (6, 3, 11, 11)])
 def test_by_default_the_smallest_form_is_taken(shape: tuple[int, ...], zeros: float) -> None:
     q = drawn(shape, zeros)
     best = min(len(numbers.encode(q, shape, (form,))) for form in FORMS)
     stream = numbers.encode(q, shape)
     assert len(stream) <= best
     assert np.array_equal(decoded(numbers.decode(stream, shape, len(q))), q)
+
+
+def test_the_smallest_form_of_sparse_kernels_is_taken() -> None:
+    """Few numbers in most kernels, many in some, as pruning leaves them."""
+    chance, shape = np.random.default_rng(0), (40, 32, 3, 3)
+    share = chance.choice([0.02, 0.5], (40, 32, 1, 1), p=[0.8, 0.2])
+    q = np.rint(chance.laplace(0, 3, shape) * (chance.random(shape) < share)).astype(np.int32).reshape(-1)
+    assert 8 * np.count_nonzero(q) < len(q)
+    assert len(numbers.encode(q, shape)) == min(len(numbers.encode(q, shape, (form,))) for form in FORMS)
 
 
 def test_contexts_find_scales_of_rows_and_columns() -> None:
