@@ -275,7 +275,7 @@ def predicted(data: bytes, shape: list[int]) -> np.ndarray:
     out = np.zeros((rows, groups, size), np.int64)
     phases = [[t for t in order if rank[t] == each] for each in sorted(set(rank))]
     for phase, known, before, first, stop in blocks(rows, groups, list(map(len, phases)), 256, 3):
-        sums = np.abs(out).sum(2)
+        sums = np.abs(out[:, :, order[: -len(phases[-1])]]).sum(2)  # as they were when the last phase began
         mean = max(1, (4096 * int(sums.sum()) + 16 * power4(start)) // (before * groups + 16))
         row = [log16(4096 * s + 8 * mean) - log16((known * groups + 8) * mean) for s in sums.sum(1).tolist()]
         group = [log16((4096 * s + 8 * mean) // (before + 8) + 1) for s in sums.sum(0).tolist()]

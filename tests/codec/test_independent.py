@@ -54,7 +54,8 @@ def test_contexts_of_every_layout_read_the_same(shape: tuple[int, ...], low: int
 @pytest.mark.parametrize(
     ("shape", "scale", "distance"),
     [((20, 9, 3, 3), 2, 1), ((9, 3, 5, 5), 1, 2), ((5, 4, 7), 40, 1), ((40, 1, 2, 2), 0.3, 1), ((3, 3, 4, 6), 90, 2),
-     ((2, 2, 2, 2, 3), 9, 0), ((30, 10, 3, 3), 0.05, 1), ((1, 1, 8, 8), 3, 1), ((64, 1, 1, 9), 3, 2)],
+     ((2, 2, 2, 2, 3), 9, 0), ((30, 10, 3, 3), 0.05, 1), ((1, 1, 8, 8), 3, 1), ((64, 1, 1, 9), 3, 2),
+     ((130, 130, 3, 3), 1, 1)],  # several blocks in the last phase
 )  # fmt: skip
 def test_predictions_of_every_layout_read_the_same(
     shape: tuple[int, ...], scale: float, distance: int, strength: int
