@@ -4,16 +4,19 @@ import importlib
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim
 
 from tersenet.deploy import runtimes
 from tersenet.deploy.artifact import save_terse
 from tersenet.deploy.pt2 import export_pt2
+from tersenet.deploy.runner import Runner
 from tersenet.deploy.runtimes import RUNTIMES, open_file, open_module, runtime_for
 from tersenet.errors import DataError, FileError, MissingExtra, SettingsError
 from tersenet.task import Preparation
@@ -117,6 +120,78 @@ def test_a_terse_file_runs_as_pytorch_and_says_how_its_inputs_are_prepared(tiny_
     assert json.loads(runner.metadata["tersenet.std"]) == [0.4, 0.5, 0.6]
     assert json.loads(runner.metadata["tersenet.labels"]) == list("abcdef")
     np.testing.assert_allclose(runner.run(X), expected(tiny_model), atol=1e-6)
+
+
+class Several(nn.Module):
+    """Token ids, a mask and features to a dict of outputs that stand in another order than they are computed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.linear = nn.Embedding(300, 4), nn.Linear(4, 3)
+
+    def forward(self, ids: torch.Tensor, keep: torch.Tensor, x: torch.Tensor) -> dict:
+        features = (self.embed(ids) * keep[..., None]).sum(1) + x
+        return {"best": (self.linear(features) > 0, features), "logits": self.linear(features)}
+
+
+SEVERAL = Several().eval()
+IDS = np.array([[299, 1, 7], [0, 2, 298], [5, 6, 257]])
+KEEP = np.array([[True, False, True], [True, True, True], [False, False, True]])
+
+
+def several_onnx(path: Path, batch: int | None = None) -> Path:
+    """A file by torch alone; the batch open or fixed."""
+    inputs = (torch.from_numpy(IDS), torch.from_numpy(KEEP), torch.randn(3, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            SEVERAL, tuple(x[:batch] for x in inputs), path, dynamo=True, verbose=False,
+            dynamic_shapes=None if batch else tuple({0: Dim.DYNAMIC} for _ in inputs),
+        )  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "pytorch", "module"])
+@pytest.mark.parametrize("batch", [None, 2])
+def test_all_outputs_of_several_inputs_by_order(tmp_path, runtime, batch):
+    inputs = (IDS, KEEP, X[:3, 0, 0, :4].astype(np.float64))
+    if runtime == "module":
+        runner = open_module(SEVERAL)
+    elif runtime == "pytorch":
+        given = (torch.from_numpy(IDS), torch.from_numpy(KEEP), torch.randn(3, 4))
+        program = torch.export.export(SEVERAL, given, dynamic_shapes=tuple({0: Dim.DYNAMIC} for _ in given))
+        torch.export.save(program, tmp_path / "several.pt2")
+        runner = open_file(tmp_path / "several.pt2")
+    else:
+        pytest.importorskip(runtime)
+        runner = open_file(several_onnx(tmp_path / "several.onnx", batch), runtime)
+        assert [each.dtype for each in runner.inputs] == ["int64", "bool", "float32"]
+    with torch.no_grad():
+        made = SEVERAL(*(torch.from_numpy(x) for x in inputs[:2]), torch.from_numpy(inputs[2]).float())
+    expected = [made["best"][0], made["best"][1], made["logits"]]
+    got = runner.run_all(inputs)
+    assert [each.dtype for each in got] == [np.float32] * 3
+    for found, each in zip(got, expected, strict=True):
+        np.testing.assert_allclose(found, each.float().numpy(), atol=1e-5)
+    np.testing.assert_array_equal(runner.run(inputs), got[0])
+    assert runner.outputs(inputs)[0].dtype == bool
+
+
+def test_other_inputs_than_the_files_are_refused(tmp_path):
+    runner = open_file(several_onnx(tmp_path / "several.onnx"))
+    with pytest.raises(DataError, match=r"takes 3 inputs \(ids, keep, x\), got 2"):
+        runner.run((IDS, KEEP))
+    with pytest.raises(DataError, match=r"input 'x' of .* must be Nx4, got 3x5"):
+        runner.run((IDS, KEEP, X[:3, 0, 0, :5]))
+    with pytest.raises(DataError, match="input 'ids' takes int64, got numbers that are not whole"):
+        runner.run((IDS + 0.5, KEEP, X[:3, 0, 0, :4]))
+
+
+def test_an_output_that_is_not_per_sample_is_not_put_together_from_pieces():
+    both = Runner("onnxruntime", None, (2, 4), lambda x: (x, x.sum(0)))
+    assert [each.shape for each in both.run_all(np.ones((2, 4)))] == [(2, 4), (4,)]
+    with pytest.raises(DataError, match="takes batches of 2 and has an output that is not one per sample"):
+        both.run_all(np.ones((3, 4)))
 
 
 def test_a_module_of_other_inputs_than_images():

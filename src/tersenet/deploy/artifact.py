@@ -22,6 +22,7 @@ from tersenet.bricks.settle import settle
 from tersenet.codec import container
 from tersenet.deploy import graph_json
 from tersenet.deploy.lazy import keep_coded
+from tersenet.deploy.runner import Input
 from tersenet.errors import ExportError, FileError, SettingsError
 from tersenet.graph.trace import trace
 from tersenet.task import Preparation
@@ -73,7 +74,7 @@ def save_terse(
 def load_terse(path: str | Path, max_bytes: int | None = None, lazy: bool = False, threads: int = 1) -> fx.GraphModule:
     """The model of a file, in evaluation mode on the CPU: a plain torch.fx.GraphModule with the original's paths.
 
-    It has `input_shape`, the shape (None, ...) of its input with the batch open.
+    It has `input_shape`, the shape (None, ...) of its first input with the batch open, and `inputs`, all of them.
 
     Args:
         max_bytes: the most that its tensors may take; by default 4 MiB and 1024 times the file.
@@ -97,6 +98,7 @@ def load_terse(path: str | Path, max_bytes: int | None = None, lazy: bool = Fals
     if lazy:
         keep_coded(model, stored.tensor)
     model.input_shape = shape  # type: ignore[assignment]
+    model.inputs = (Input("input", shape, manifest["input"]["dtype"]),)  # type: ignore[assignment]
     return model
 
 

@@ -20,20 +20,24 @@ from tersenet.atomic import writing
 from tersenet.bricks.settle import unmask
 from tersenet.deploy.decomposed import EXECUTORCH, decomposed, rounds_activations, with_float_weights
 from tersenet.deploy.quiet import quiet_native
-from tersenet.deploy.runtimes import Array, Runner
+from tersenet.deploy.runner import Array, Input, Runner, as_array
 from tersenet.deploy.trailer import read_trailer, with_trailer
 from tersenet.errors import ExportError, FileError, TersenetError, require
 from tersenet.graph.trace import export
 from tersenet.task import Preparation
 
+# Types of inputs as ExecuTorch's files number them (those of c10::ScalarType), and as numpy names them.
+_DTYPES = {0: "uint8", 1: "int8", 2: "int16", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 7: "float64",
+           11: "bool"}  # fmt: skip
+
 
 def open_executorch(path: Path, threads: int) -> Runner:
-    """Opens a .pte file of one float32 input; the first output is what it gives.
+    """Opens a .pte file of tensors.
 
     The threads are the process's: whoever opens another file with another number changes them for this one too.
 
     Raises:
-        FileError: when it has more inputs than one.
+        FileError: when its forward takes no tensor.
     """
     require("executorch", "executorch", f"run {path.name}")
     with quiet_native():
@@ -45,14 +49,18 @@ def open_executorch(path: Path, threads: int) -> Runner:
         # Kept by the closure below: a method does not keep its program alive.
         program = Runtime.get().load_program(path.read_bytes())
         method = program.load_method("forward")
-    if method is None or method.metadata.num_inputs() != 1:
-        raise FileError(f"{path} does not have a forward of one input; such files can be run here")
+    if method is None or not method.metadata.num_inputs():
+        raise FileError(f"{path} does not have a forward of tensors; such files can be run here")
 
-    def call(x: Array, _program: Any = program) -> Array:
-        return np.array(method.execute([torch.from_numpy(x)])[0].detach().float().numpy())  # a copy
+    def call(*arrays: Array, _program: Any = program) -> tuple[Array, ...]:
+        outputs = method.execute([torch.from_numpy(x) for x in arrays])
+        return tuple(np.array(as_array(output)) for output in outputs)  # copies
 
-    shape = tuple(int(size) for size in method.metadata.input_tensor_meta(0).sizes())
-    return Runner("executorch", path, shape, call, threads, read_trailer(path))
+    inputs = []
+    for index in range(method.metadata.num_inputs()):
+        meta = method.metadata.input_tensor_meta(index)
+        inputs.append(Input(f"input {index}", tuple(int(size) for size in meta.sizes()), _DTYPES.get(meta.dtype())))
+    return Runner("executorch", path, inputs[0].shape, call, threads, read_trailer(path), tuple(inputs))
 
 
 def export_executorch(

@@ -21,20 +21,17 @@ from tersenet.atomic import writing
 from tersenet.bricks.settle import unmask
 from tersenet.deploy.decomposed import LITERT, decomposed, rounds_activations, with_float_weights
 from tersenet.deploy.quiet import quiet_native
-from tersenet.deploy.runtimes import Array, Runner
+from tersenet.deploy.runner import Array, Input, Runner
 from tersenet.deploy.trailer import read_trailer, with_trailer
-from tersenet.errors import ExportError, FileError, SettingsError, TersenetError, require
+from tersenet.errors import ExportError, SettingsError, TersenetError, require
 from tersenet.graph.trace import export
 from tersenet.task import Preparation
 
 
 def open_litert(path: Path, threads: int) -> Runner:
-    """Opens a .tflite file of one float32 or int8 input; the first output is what it gives.
+    """Opens a .tflite file.
 
-    A file of integer operators takes its input rounded, as the file says; the runner does that, within the call.
-
-    Raises:
-        FileError: when it has more inputs than one.
+    A file of integer operators takes its inputs rounded, as the file says; the runner does that, within the call.
     """
     require("ai_edge_litert", "litert", f"run {path.name}")
     with quiet_native():  # it says on standard error which delegate it takes
@@ -42,22 +39,36 @@ def open_litert(path: Path, threads: int) -> Runner:
 
         interpreter = Interpreter(model_path=str(path), num_threads=threads)
         interpreter.allocate_tensors()
-    inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
-    if len(inputs) != 1:
-        raise FileError(f"{path} has {len(inputs)} inputs; files of one input can be run here")
-    into, out = inputs[0]["index"], outputs[0]["index"]
-    kind, (scale, zero_point) = np.dtype(inputs[0]["dtype"]), inputs[0]["quantization"]
-    low, high = (np.iinfo(kind).min, np.iinfo(kind).max) if kind.kind in "iu" else (0, 0)
+    takes, gives = interpreter.get_input_details(), interpreter.get_output_details()
 
-    def call(x: Array) -> Array:
-        if kind != np.float32:
-            x = np.clip(np.rint(x / np.float32(scale)) + zero_point, low, high).astype(kind)
-        interpreter.set_tensor(into, x)
+    def call(*arrays: Array) -> tuple[Array, ...]:
+        for x, into in zip(arrays, takes, strict=True):
+            interpreter.set_tensor(into["index"], _rounded(x, into))
         interpreter.invoke()
-        return np.asarray(interpreter.get_tensor(out), dtype=np.float32)  # a copy
+        return tuple(interpreter.get_tensor(out["index"]) for out in gives)  # copies
 
-    shape = tuple(int(size) for size in inputs[0]["shape"])
-    return Runner("litert", path, shape, call, threads, read_trailer(path))
+    inputs = tuple(
+        Input(into["name"], tuple(int(size) for size in into["shape"]), None if _has_grid(into) else _name_of(into))
+        for into in takes
+    )
+    return Runner("litert", path, inputs[0].shape, call, threads, read_trailer(path), inputs)
+
+
+def _name_of(into: dict[str, Any]) -> str:
+    return np.dtype(into["dtype"]).name
+
+
+def _has_grid(into: dict[str, Any]) -> bool:
+    """Whether an input is taken rounded: as integers that stand for floats, by a scale."""
+    return np.dtype(into["dtype"]).kind in "iu" and into["quantization"][0] != 0
+
+
+def _rounded(x: Array, into: dict[str, Any]) -> Array:
+    if not _has_grid(into):
+        return x
+    kind, (scale, zero_point) = np.dtype(into["dtype"]), into["quantization"]
+    low, high = np.iinfo(kind).min, np.iinfo(kind).max
+    return np.asarray(np.clip(np.rint(x / np.float32(scale)) + zero_point, low, high).astype(kind))
 
 
 def export_litert(

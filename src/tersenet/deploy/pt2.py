@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.atomic import writing
+from tersenet.deploy.runner import Input
 from tersenet.errors import FileError
 from tersenet.graph.trace import export
 
@@ -37,6 +38,9 @@ _SYMBOL = re.compile(
     r"'[a-z]+\d+'|\b(?:[a-z]+\d+|(?!S\b|Lambda\b)[A-Z]\w*|positive|integer|nonnegative|int_oo|oo|\d+)\b"
 )
 _CONTAINERS = {None, "builtins.tuple", "builtins.list", "builtins.dict", "builtins.NoneType", "collections.OrderedDict"}
+# Types of inputs as torch.export's files number them, and as numpy names them.
+_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32", 8: "float64",
+           12: "bool"}  # fmt: skip
 _FREE_TEXT = {"metadata", "guards_code", "torch_version"}  # never evaluated: guards are not built (check_guards=False)
 
 
@@ -70,7 +74,8 @@ def read_pt2(path: str | Path) -> tuple[nn.Module, tuple[int | None, ...], dict[
     """Opens a `.pt2` file without running code from it.
 
     Returns:
-        the module, its input shape (N, ...) with None for open sizes, and the metadata.
+        the module, the shape (N, ...) of its first input with None for open sizes, and the metadata. The module has
+        `inputs`, all of them by order.
     Raises:
         FileError: when the file is missing, damaged, or holds anything but tensors and operators of PyTorch.
     """
@@ -92,7 +97,8 @@ def read_pt2(path: str | Path) -> tuple[nn.Module, tuple[int | None, ...], dict[
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise FileError(f"{path} is not a readable .pt2 file: {said}; write it again") from error
     metadata = json.loads(extra[_METADATA] or "{}")
-    return module, _input_shape(path, graph), {str(key): str(value) for key, value in metadata.items()}
+    module.inputs = inputs = _inputs(path, graph)  # type: ignore[assignment]
+    return module, inputs[0].shape, {str(key): str(value) for key, value in metadata.items()}
 
 
 def _inspect(path: Path, data: bytes) -> dict[str, Any]:
@@ -171,13 +177,17 @@ def _check_containers(path: Path, spec: Any) -> None:
         _check_containers(path, spec.get("children_spec", []))
 
 
-def _input_shape(path: Path, graph: dict[str, Any]) -> tuple[int | None, ...]:
+def _inputs(path: Path, graph: dict[str, Any]) -> tuple[Input, ...]:
     module = graph["graph_module"]
     users = [spec["user_input"]["arg"] for spec in module["signature"]["input_specs"] if "user_input" in spec]
-    if len(users) != 1 or "as_tensor" not in users[0]:
-        raise FileError(f"{path} has {len(users)} inputs; files of one input can be run here")
-    sizes = module["graph"]["tensor_values"][users[0]["as_tensor"]["name"]]["sizes"]
-    return tuple(size.get("as_int") for size in sizes)
+    if not users or any("as_tensor" not in user for user in users):
+        raise FileError(f"{path} has inputs that are no tensors; files of tensors can be run here")
+    values = module["graph"]["tensor_values"]
+    found = []
+    for name in (user["as_tensor"]["name"] for user in users):
+        sizes = tuple(size.get("as_int") for size in values[name]["sizes"])
+        found.append(Input(name, sizes, _DTYPES.get(values[name]["dtype"])))
+    return tuple(found)
 
 
 @contextlib.contextmanager

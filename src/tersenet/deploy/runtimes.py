@@ -13,68 +13,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tersenet.errors import DataError, FileError, SettingsError, TersenetError, require
-
-Array = np.ndarray
-
-
-@dataclass(frozen=True)
-class Runner:
-    """A file (or a module) that is open in a runtime.
-
-    Args:
-        runtime: a name of `RUNTIMES`.
-        path: the file; None for a module in memory.
-        input_shape: (N, ...) with None for each open size; None where it is not known.
-        call: the bare call, float32 (N, ...) -> float32 (N, ...); what measuring times. No checks.
-        threads: how many the runtime may use.
-        metadata: what the file says about itself, such as its labels.
-    """
-
-    runtime: str
-    path: Path | None
-    input_shape: tuple[int | None, ...] | None
-    call: Callable[[Array], Array] = field(repr=False)
-    threads: int = 1
-    metadata: dict[str, str] = field(default_factory=dict, repr=False)
-
-    @property
-    def name(self) -> str:
-        return str(self.path) if self.path is not None else "the module in memory"
-
-    def run(self, x: Array) -> Array:
-        """The first output, as float32. Any batch: a file with a fixed one is called in pieces, the last one padded.
-
-        Args:
-            x: (N, ...), converted to float32.
-        Raises:
-            DataError: when x does not fit the input.
-        """
-        x = np.ascontiguousarray(x, dtype=np.float32)
-        expected = self.input_shape
-        if expected is None:
-            return self.call(x)
-        fits = x.ndim == len(expected) and all(
-            size in (None, got) for size, got in zip(expected[1:], x.shape[1:], strict=True)
-        )
-        if not fits or len(x) == 0:
-            shape = "x".join("N" if size is None else str(size) for size in expected)
-            raise DataError(f"the input of {self.name} must be {shape}, got {'x'.join(map(str, x.shape))}")
-        batch = expected[0]
-        if batch is None or batch == len(x):
-            return self.call(x)
-        pieces = []
-        for start in range(0, len(x), batch):
-            piece = x[start : start + batch]
-            padded = np.concatenate([piece, np.zeros((batch - len(piece), *x.shape[1:]), np.float32)])
-            pieces.append(self.call(padded)[: len(piece)])
-        return np.concatenate(pieces)
+from tersenet.deploy.runner import Array, Input, Runner, as_array
+from tersenet.errors import FileError, SettingsError, TersenetError, require
 
 
 def open_file(path: str | Path, runtime: str | None = None, threads: int = 1) -> Runner:
@@ -110,23 +56,28 @@ def open_file(path: str | Path, runtime: str | None = None, threads: int = 1) ->
         raise FileError(f"{name} cannot open {path}: {_first_line(error)}; export the file again") from error
 
 
-def open_module(model: Any, threads: int = 1, input_shape: tuple[int | None, ...] | None = None) -> Runner:
+def open_module(
+    model: Any, threads: int = 1, input_shape: tuple[int | None, ...] | None = None, inputs: tuple[Input, ...] = ()
+) -> Runner:
     """A PyTorch module in memory as a runner: in evaluation mode while it is called, its modes put back after.
 
     Args:
-        model: an nn.Module of one input.
+        model: an nn.Module.
         threads: how many threads one call may use; PyTorch's own setting is put back after each call.
-        input_shape: (N, ...) with None for open sizes; None where it is not known.
+        input_shape: of its first input, (N, ...) with None for open sizes; None where it is not known.
+        inputs: all inputs by order, where they are known.
     """
     import torch
+    from torch.utils._pytree import tree_leaves
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
-    def call(x: Array) -> Array:
+    def call(*arrays: Array) -> tuple[Array, ...]:
         with torch_threads(threads), _evaluating(model), torch.inference_mode():
-            return _array(_first(model(torch.from_numpy(x).to(device))))
+            outputs = model(*(torch.from_numpy(x).to(device) for x in arrays))
+            return tuple(as_array(leaf) for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
 
-    return Runner("pytorch", None, input_shape, call, threads)
+    return Runner("pytorch", None, input_shape, call, threads, {}, inputs)
 
 
 def runtime_for(path: str | Path) -> str:
@@ -171,14 +122,22 @@ def _open_onnxruntime(path: Path, threads: int) -> Runner:
     # Workers of a finished call must not spin into the turn of the next contender.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    feed = _only_input(path, [node.name for node in session.get_inputs()])
-    fetch = [session.get_outputs()[0].name]
-    shape = tuple(size if isinstance(size, int) else None for size in session.get_inputs()[0].shape)
+    inputs = tuple(
+        Input(
+            node.name,
+            tuple(size if isinstance(size, int) else None for size in node.shape),
+            _ONNX_TYPES.get(node.type),
+        )
+        for node in session.get_inputs()
+    )
+    names = [each.name for each in inputs]
+    fetch = [node.name for node in session.get_outputs()]
 
-    def call(x: Array) -> Array:
-        return np.asarray(session.run(fetch, {feed: x})[0], dtype=np.float32)
+    def call(*arrays: Array) -> tuple[Array, ...]:
+        return tuple(session.run(fetch, dict(zip(names, arrays, strict=True))))
 
-    return Runner("onnxruntime", path, shape, call, threads, dict(session.get_modelmeta().custom_metadata_map))
+    metadata = dict(session.get_modelmeta().custom_metadata_map)
+    return Runner("onnxruntime", path, inputs[0].shape, call, threads, metadata, inputs)
 
 
 def _open_openvino(path: Path, threads: int) -> Runner:
@@ -188,7 +147,14 @@ def _open_openvino(path: Path, threads: int) -> Runner:
         raise FileError(f"the weights of {path} are missing: there is no {path.with_suffix('.bin').name} beside it")
     core = ov.Core()
     model = core.read_model(str(path))
-    _only_input(path, [node.get_any_name() for node in model.inputs])
+    inputs = tuple(
+        Input(
+            node.get_any_name(),
+            tuple(size.get_length() if size.is_static else None for size in node.get_partial_shape()),
+            np.dtype(node.get_element_type().to_dtype()).name,
+        )
+        for node in model.inputs
+    )
     settings = {
         "INFERENCE_PRECISION_HINT": "f32",
         # Else it rounds what linear layers with integer weights read, by itself and without being told.
@@ -199,41 +165,44 @@ def _open_openvino(path: Path, threads: int) -> Runner:
         "ENABLE_CPU_PINNING": False,  # true was 4 times slower on a busy machine
     }
     request = core.compile_model(model, "CPU", settings).create_infer_request()
-    shape = tuple(size.get_length() if size.is_static else None for size in model.input(0).get_partial_shape())
     # The ONNX reader keeps the file's own metadata under this heading, and OpenVINO's files carry it on.
     said = model.get_rt_info(["framework"]).value if model.has_rt_info(["framework"]) else {}
     metadata = {key: str(getattr(value, "value", value)) for key, value in said.items()}
 
-    def call(x: Array) -> Array:
-        # share_inputs saves a copy of the input; the output is copied out, as ONNX Runtime does too.
-        return np.asarray(request.infer([x], share_inputs=True)[0], dtype=np.float32)
+    count = len(model.outputs)
 
-    return Runner("openvino", path, shape, call, threads, metadata)
+    def call(*arrays: Array) -> tuple[Array, ...]:
+        # share_inputs saves a copy of the input; the outputs are copied out, as ONNX Runtime does too.
+        outputs = request.infer(list(arrays), share_inputs=True)
+        return tuple(outputs[index] for index in range(count))
+
+    return Runner("openvino", path, inputs[0].shape, call, threads, metadata, inputs)
 
 
 def _open_pytorch(path: Path, threads: int) -> Runner:
-    model, shape, metadata = _read_module(path)
-    return replace(open_module(model, threads, shape), path=path, metadata=metadata)
+    model, inputs, metadata = _read_module(path)
+    return replace(open_module(model, threads, inputs[0].shape, inputs), path=path, metadata=metadata)
 
 
 def _open_compiled(path: Path, threads: int) -> Runner:
     from tersenet.deploy.compiled import compiled
 
-    model, shape, metadata = _read_module(path)
-    runner = open_module(compiled(path, model), threads, shape)
+    model, inputs, metadata = _read_module(path)
+    runner = open_module(compiled(path, model), threads, inputs[0].shape, inputs)
     return replace(runner, runtime="pytorch-compiled", path=path, metadata=metadata)
 
 
-def _read_module(path: Path) -> tuple[Any, tuple[int | None, ...], dict[str, str]]:
-    """The module of a .pt2 or .terse file, its input shape and what it says about itself."""
+def _read_module(path: Path) -> tuple[Any, tuple[Input, ...], dict[str, str]]:
+    """The module of a .pt2 or .terse file, its inputs and what it says about itself."""
     if path.suffix.lower() == ".terse":
         from tersenet.deploy.artifact import load_terse
 
         model = load_terse(path)
-        return model, model.input_shape, _terse_metadata(path)  # type: ignore[return-value]
+        return model, model.inputs, _terse_metadata(path)  # type: ignore[return-value]
     from tersenet.deploy.pt2 import read_pt2
 
-    return read_pt2(path)
+    program, _, metadata = read_pt2(path)
+    return program, program.inputs, metadata  # type: ignore[return-value]
 
 
 def _open_litert(path: Path, threads: int) -> Runner:
@@ -271,6 +240,12 @@ class Runtime(NamedTuple):
     extra: str | None
 
 
+# How ONNX Runtime names the types of inputs, and numpy.
+_ONNX_TYPES = {
+    "tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16", "tensor(bool)": "bool",
+    **{f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}  # fmt: skip
+
 # The first that reads a suffix is its default.
 RUNTIMES: dict[str, Runtime] = {
     "onnxruntime": Runtime(_open_onnxruntime, (".onnx",), "onnxruntime", "onnx"),
@@ -293,22 +268,6 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _only_input(path: Path, names: list[str]) -> str:
-    if len(names) != 1:
-        raise FileError(f"{path} has {len(names)} inputs ({', '.join(names)}); files of one input can be run here")
-    return names[0]
-
-
-def _first(outputs: Any) -> Any:
-    while isinstance(outputs, tuple | list | dict):
-        outputs = next(iter(outputs.values())) if isinstance(outputs, dict) else outputs[0]
-    return outputs
-
-
-def _array(tensor: Any) -> Array:
-    return np.asarray(tensor.detach().cpu().float().numpy())
 
 
 def _first_line(error: Exception) -> str:
