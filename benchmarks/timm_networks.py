@@ -82,7 +82,7 @@ def one(name: str, jobs: list[str]) -> dict[str, Any]:
     """{job: {"verdict", "said", "seconds", figures}} of one network."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    tersenet.ship.measure_apart = functools.partial(measure_apart, calls=1, discard=1)  # type: ignore[attr-defined]
+    tersenet.ship.measure_apart = functools.partial(measure_apart, calls=5, discard=0)  # type: ignore[attr-defined]
     found = {}
     for job in jobs:
         started = time.perf_counter()
@@ -121,7 +121,7 @@ def _int8(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe.read(ROOT / "examples" / "int8.yaml")
         run, model, _, x = _compressed(name, recipe, Path(folder))
-        simulated = settle(run.model())
+        simulated = settle(run.model)
         reference, before = _outputs(simulated, x), _outputs(model, x)
         added = _outputs(as_openvino_adds(simulated, x[:2]), x)
         changed = max(_rms(reference, before), 1e-6 * float(np.abs(before).max()))
@@ -135,7 +135,7 @@ def _int8(name: str) -> dict[str, Any]:
 def _half(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run, model, _, x = _compressed(name, _recipe(HALF), Path(folder))
-        pruned = run.model()
+        pruned = run.model
         reference = _outputs(pruned, x)
         parameters = [sum(p.numel() for p in one.parameters()) for one in (model, pruned)]
         found = {
