@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -108,17 +107,27 @@ def test_names_are_those_of_published_weights(name: str) -> None:
         assert not set(NAMES[name].split()) - set(models.build(name).state_dict())
 
 
-@pytest.mark.parametrize("name", [name for name in COUNTS if name not in models.names()[1:6]])
+# Those that torchvision has too; the linear layers of its VGG-16 start from other numbers.
+TORCHVISION = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenet_v2", "vgg16", "vgg16_bn"]
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
 def test_equals_torchvision(name: str) -> None:
-    """Same names, same shapes and, from one seed, the same initial numbers, so the order of layers is the same too."""
-    if find_spec("torchvision") is None:
-        pytest.skip("torchvision is not installed")
+    """Same names and shapes; with its numbers, the same outputs; from one seed, the same initial numbers, so the order
+    of layers is the same too."""
     torch.manual_seed(0)
     theirs = open_model(f"torchvision:{name}")[0]
     torch.manual_seed(0)
     ours = models.build(name)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
+    found, expected = ours.state_dict(), theirs.state_dict()
+    assert list(found) == list(expected)
+    alike = [key for key in found if torch.equal(found[key], expected[key])]
+    assert alike == [
+        key
+        for key in found
+        if not (name.startswith("vgg") and key.startswith("classifier.") and key.endswith("weight"))
+    ]
+    ours.load_state_dict(expected)
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(ours.eval()(x), theirs.eval()(x))
