@@ -25,8 +25,9 @@ ALLOWED: dict[str, set[str]] = {
     "bricks": {"errors", "numerics"},
     "graph": {"errors", "numerics", "bricks"},
     "task": {"errors", "numerics"},
-    "step": {"errors", "task"},
-    "repeat": {"errors", "task", "step"},
+    "named": {"errors"},
+    "step": {"errors", "named", "task"},
+    "repeat": {"errors", "named", "task", "step"},
     "resize": {"errors", "numerics", "task", "step"},
     "report": {"errors", "atomic", "numerics"},
     "train": {"errors", "atomic", "augmentation", "compiler", "task", "step"},
@@ -39,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"errors", "atomic", "augmentation", "cache", "task"},
     "codec": {"errors", "atomic", "numerics"},
     "deploy": {"errors", "atomic", "cache", "compiler", "numerics", "bricks", "graph", "task", "report", "codec"},
-    "search": {"errors", "atomic", "cache", "numerics", "graph", "task", "step", "deploy"},
+    "search": {"errors", "atomic", "cache", "named", "numerics", "graph", "task", "step", "deploy"},
 }
 # These import anything, and nothing imports them but each other (and `tersenet` itself, by name).
 TOP = {

@@ -13,6 +13,7 @@ from torch import nn
 
 import laws
 from cases import CASES, task_for, tiny
+from tersenet.errors import SettingsError
 from tersenet.recipe import STEPS
 from tersenet.step import Plan, Step, layers
 from tersenet.task import Task
@@ -53,12 +54,21 @@ def test_change_is_said(case: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in NAMES if CASES[name].step.changes_structure and CASES[name].step.family != "chain"]
+    "name", [name for name in NAMES if CASES[name].step.changes_structure and CASES[name].step.chooses_layers]
 )
 def test_matching_nothing_is_said(name: str) -> None:
     found = CASES[name]
     model = found.model(0)
-    laws.change_is_said(dataclasses.replace(found.step, only=("no such layer",)), model, task_for(model))
+    laws.change_is_said(dataclasses.replace(found.step, skip=("*",)), model, task_for(model))
+
+
+@pytest.mark.parametrize("setting", ["only", "skip"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_no_layer_has_is_refused(name: str, setting: str) -> None:
+    found = CASES[name]
+    model = found.model(0)
+    with pytest.raises(SettingsError, match="no such layer"):
+        dataclasses.replace(found.step, **{setting: ("no such layer",)}).run(model, task_for(model))
 
 
 def test_shape_is_kept(case: Any) -> None:

@@ -75,8 +75,63 @@ def test_a_bare_string_as_pattern_is_refused() -> None:
 
 def test_a_step_that_matched_nothing_says_so() -> None:
     with pytest.warns(NoEffect, match="widen matched no layer"):
-        _model, plan = Widen(only=("nothing",)).run(net(), TASK)
+        _model, plan = Widen(only=("Dropout",)).run(net(), TASK)
     assert plan == {}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("lienar", r"skip names 'lienar', and no layer .* did you mean Linear\?"),
+        ("3.*", r"skip names '3\.\*', and no layer of this model"),
+        ("conv2d", "there are 0, 1, 2.0, 2.1"),
+        ("2", r"skip names '2', which holds layers and is none itself; write '2\.\*'"),
+        ("Sequential", "holds layers and is none itself; name the layers in it"),
+    ],
+)
+def test_a_pattern_that_is_about_no_layer_is_refused(pattern: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=f"^widen: .*{said}"):
+        Widen(skip=("0", pattern)).run(net(), TASK)
+
+
+def test_names_of_a_chain_are_checked_before_anything_runs() -> None:
+    typo = Chain(steps=(Chain(steps=(Widen(only=("2.9",)),)),))
+    model = net()
+    bias = model[0].bias.detach().clone()
+    with pytest.raises(SettingsError, match=r"widen: only names '2\.9'.* did you mean 2\.\d"):
+        Chain(steps=(Widen(), typo)).run(model, TASK)
+    assert torch.equal(model[0].bias, bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shorten(Step):
+    """Takes the layer "2.0" away; what it makes is new where `makes_layers` says so."""
+
+    def plan(self, model: nn.Module, task: Task) -> Plan:
+        return {"gone": "2.0"}
+
+    def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
+        return replace(model, {"2": nn.Sequential(nn.Identity()), "1": nn.Sequential(nn.Linear(4, 4))})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renew(Shorten):
+    makes_layers: ClassVar[bool] = True
+
+
+def test_a_layer_that_an_earlier_step_took_away_is_said_and_no_error() -> None:
+    with pytest.warns(NoEffect, match=r"widen: skip names '2\.1', which an earlier step took out of the model"):
+        Chain(steps=(Shorten(), Chain(steps=(Widen(skip=("2.1",)),)))).run(net(), TASK)
+    with pytest.raises(SettingsError, match=r"only names '2\.1'"):
+        Widen(only=("2.1",)).run(Shorten().run(net(), TASK)[0], TASK)
+
+
+def test_names_of_new_layers_are_checked_when_they_are_there() -> None:
+    Chain(steps=(Renew(), Widen(only=("1.0",)))).run(net(), TASK)
+    with pytest.raises(SettingsError, match=r"only names '1\.0'"):
+        Chain(steps=(Shorten(), Widen(only=("1.0",)))).run(net(), TASK)
+    with pytest.raises(SettingsError, match=r"only names '1\.9'"):
+        Chain(steps=(Renew(), Widen(only=("1.9",)))).run(net(), TASK)
 
 
 def test_a_chain_is_a_step_and_replays() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.machine import machine
 from tersenet.graph.costs import totals
+from tersenet.named import foresee_names, remembering
 from tersenet.recipe import Recipe
 from tersenet.repeat import Repeat
 from tersenet.report.words import bytes_text, count_text, percent
@@ -57,6 +58,7 @@ def dry_run(
         found, "targets": [...], "met": whether all are met}.
     """
     check_runtimes(runtimes, threads)
+    foresee_names(recipe.steps, model)
     # Nothing here is to be scored, so the test set is not even there.
     task = dataclasses.replace(task, original=copy.deepcopy(model).eval(), test=None)
     whole, said = searched(recipe.steps, copy.deepcopy(model).eval(), task, None)
@@ -65,7 +67,8 @@ def dry_run(
     with tempfile.TemporaryDirectory() as folder:
         names, models, tasks = ["original"], [copy.deepcopy(model).eval()], [task]
         for index, step in enumerate(steps, start=1):
-            changed, plan = step.run(copy.deepcopy(models[-1]), tasks[-1])
+            with remembering(steps, model):
+                changed, plan = step.run(copy.deepcopy(models[-1]), tasks[-1])
             names.append(f"{index}. {step.name}")
             models.append(changed.eval())
             tasks.append(step.task_after(tasks[-1], plan))

@@ -17,6 +17,7 @@ from torch import nn
 
 from tersenet import __version__
 from tersenet.errors import DataError, RecipeError
+from tersenet.named import foresee_names, remembering
 from tersenet.prove import prove
 from tersenet.recipe import Recipe
 from tersenet.run import Journal, Run, identity_of
@@ -62,6 +63,7 @@ def compress(
         target = Target(latency=recipe)
         recipe = recipe_of(target=target, runtime=runtimes[0], threads=threads, batch=batch)
     steps = _steps(recipe, recover)
+    foresee_names(steps, model)
     _check_data(steps, task)
     if max_drop is not None and task.test is None:
         raise DataError("max_drop needs a test set to be judged on; give labelled data, or leave it out")
@@ -143,7 +145,8 @@ def _run_steps(journal: Journal, original: nn.Module, task: Task, say: Callable[
         say(f"[bold]{index}/{len(journal.steps)}[/bold] {step.name}")
         started = time.monotonic()
         folder = journal.training_folder(index, step.name)
-        model, plan = step.run(model, dataclasses.replace(task, folder=folder))
+        with remembering(journal.steps, original):
+            model, plan = step.run(model, dataclasses.replace(task, folder=folder))
         task = step.task_after(task, plan)
         found = {"seconds": round(time.monotonic() - started, 2)}
         if task.test is not None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.errors import DataError, NoEffect, SettingsError
+from tersenet.named import remembering
 from tersenet.step import Chain, Plan, Step
 from tersenet.task import Task, batch_input, batches_at, score_model
 
@@ -56,6 +57,7 @@ class Repeat(Step):
     family: ClassVar[str] = "chain"
     summary: ClassVar[str] = "repeats its steps until a given drop in points of score, and keeps the last good round"
     serves: ClassVar[tuple[str, ...]] = ("what its steps serve",)
+    chooses_layers: ClassVar[bool] = False
 
     steps: tuple[Step, ...] = ()
     until_drop: float | None = 0.5
@@ -99,10 +101,11 @@ class Repeat(Step):
         """
         judged_by, lost = ("nothing", None) if self.until_drop is None else _judge(model, task, self.images)
         say = _sayer(task.quiet)
+        start = model
         rounds: list[Plan] = []
         ended_by = f"{self.at_most} rounds were asked for"
         for number in range(1, self.at_most + 1):
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), remembering(self.steps, start):
                 if rounds:  # to find nothing more is how a repetition ends, and no news
                     warnings.simplefilter("ignore", NoEffect)
                 candidate, plan = Chain(steps=self.steps).run(copy.deepcopy(model), task)

@@ -41,6 +41,7 @@ class Resize(Step):
     serves: ClassVar[tuple[str, ...]] = ("networks without a written input size",)
     changes_structure: ClassVar[bool] = False
     changes_task: ClassVar[bool] = True
+    chooses_layers: ClassVar[bool] = False
 
     sizes: tuple[str | int, ...]
 

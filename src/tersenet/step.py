@@ -8,7 +8,6 @@ A chain of steps is a step. The idea of a group of parts being a part is that of
 from __future__ import annotations
 
 import copy
-import fnmatch
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tersenet.errors import NoEffect, SettingsError, TersenetError
+from tersenet.named import check_names, foresee_names, hits, is_layer, remembering
 from tersenet.task import Task
 
 Plan = dict[str, Any]
@@ -35,7 +35,7 @@ class Step:
     Args:
         only: act only on layers that match one of these; empty means all.
         skip: leave layers that match one of these alone. A pattern is a layer's path ("layer1.0.conv1"), a path with
-            wildcards ("layer1.*"), or a layer type ("linear", "Conv2d").
+            wildcards ("layer1.*"), or a layer type ("linear", "Conv2d"). One that is about no layer is refused.
     """
 
     family: ClassVar[str] = ""
@@ -46,6 +46,8 @@ class Step:
     special_runtime: ClassVar[bool] = False
     changes_structure: ClassVar[bool] = True
     changes_task: ClassVar[bool] = False  # what follows has another task: `task_after`
+    chooses_layers: ClassVar[bool] = True  # whether it follows `only` and `skip`
+    makes_layers: ClassVar[bool] = False  # of paths or types that the model did not have
 
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
@@ -55,6 +57,8 @@ class Step:
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
                 raise SettingsError(f"{name} must be a list of patterns, got {value!r}; write {name}: [{value}]")
+            if value and not self.chooses_layers:
+                raise SettingsError(f"{name} is {list(value)!r}, but {self.name} takes the model as a whole; leave it out")
             object.__setattr__(self, name, tuple(value))
 
     @property
@@ -65,16 +69,24 @@ class Step:
         """The fields as they stand, in order of definition."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """Setting -> the patterns in it, each of which must be about a layer of the model."""
+        return {"only": self.only, "skip": self.skip}
+
+    def can_name(self, module: nn.Module) -> bool:
+        """Whether the settings may be about this module; a pattern must be about one of them. Most steps ask for layers:
+        the path of what only holds layers would leave all of them out."""
+        return is_layer(module)
+
     def data_needed(self) -> str:
         """What this step needs of the data with these settings; most need what `needs` says."""
         return self.needs
 
     def matches(self, path: str, module: nn.Module) -> bool:
         """Whether `only` and `skip` leave this layer to the step."""
-        kinds = {cls.__name__.lower() for cls in type(module).__mro__ if issubclass(cls, nn.Module)}
 
         def hit(pattern: str) -> bool:
-            return pattern.lower() in kinds or path == pattern or fnmatch.fnmatchcase(path, pattern)
+            return hits(pattern, path, module)
 
         return (not self.only or any(map(hit, self.only))) and not any(map(hit, self.skip))
 
@@ -145,8 +157,14 @@ class Step:
         return None
 
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
-        """plan, apply and fit. Warns `NoEffect` when the step changes structure and found nothing to change."""
+        """plan, apply and fit. Warns `NoEffect` when the step changes structure and found nothing to change.
+
+        Raises:
+            SettingsError: among others, when a setting names a layer that there is not.
+        """
         try:
+            for gone in check_names(self, model):
+                warnings.warn(gone, NoEffect, stacklevel=2)
             plan = self.plan(model, task)
             if self.changes_structure and not plan:
                 warnings.warn(f"{self.name} matched no layer and left the model as it was", NoEffect, stacklevel=2)
@@ -167,6 +185,7 @@ class Chain(Step):
 
     family: ClassVar[str] = "chain"
     summary: ClassVar[str] = "runs its steps one after another"
+    chooses_layers: ClassVar[bool] = False
 
     steps: tuple[Step, ...] = ()
 
@@ -195,10 +214,12 @@ class Chain(Step):
 
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
         plans = []
-        for step in self.steps:
-            model, plan = step.run(model, task)
-            task = step.task_after(task, plan)
-            plans.append({"step": step.name, "plan": plan})
+        with remembering(self.steps, model):
+            foresee_names(self.steps, model)
+            for step in self.steps:
+                model, plan = step.run(model, task)
+                task = step.task_after(task, plan)
+                plans.append({"step": step.name, "plan": plan})
         return model, {"steps": plans} if any(entry["plan"] for entry in plans) else {}
 
 
@@ -215,6 +236,14 @@ class Companion:
     def settings(self) -> dict[str, Any]:
         """The fields as they stand, in order of definition."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """Setting -> the patterns in it, as in `Step.names`."""
+        return {name: getattr(self, name) for name in ("only", "skip") if hasattr(self, name)}
+
+    def can_name(self, module: nn.Module) -> bool:
+        """As `Step.can_name`."""
+        return is_layer(module)
 
     def opened(self, task: Task) -> Companion:
         """The companion with what it names opened, such as the files of teachers, so that a training is known by these

@@ -93,7 +93,7 @@ def test_what_a_skipped_layer_reads_is_left_alone() -> None:
     model, task = mixed()
     assert PruneActivations(skip=("gate",)).plan(model, task) == {}
     with pytest.warns(NoEffect, match="prune_activations matched no layer"):
-        PruneActivations(only=("head",)).run(copy.deepcopy(model), task)
+        PruneActivations(skip=("gate",)).run(copy.deepcopy(model), task)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])

@@ -267,7 +267,7 @@ def test_matching_nothing_after_weights_leaves_the_weights() -> None:
     weights, _ = Quantize(activations=None).run(residual(), task_of())
     before = weights(X)
     with pytest.warns(NoEffect):
-        after, _ = Quantize(only=("no such layer",)).run(weights, task_of())
+        after, _ = Quantize(skip=("*",)).run(weights, task_of())
     assert torch.equal(before, after(X))
 
 

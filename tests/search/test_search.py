@@ -302,6 +302,8 @@ def test_only_and_skip_hold_for_the_steps_with_choices() -> None:
     found = Search(steps=STEPS, macs="0.9x", images=0, skip=("first", "first.*")).solve(model, residual_task(model))
     assert all(not place.startswith("first") for places in found.picks.values() for place in places)
     with pytest.raises(SettingsError, match="no step of the search has a choice in this model"):
+        Search(steps=STEPS, macs="0.9x", only=("BatchNorm2d",)).solve(model, residual_task(model))
+    with pytest.raises(SettingsError, match=r"search: only names 'nothing\.\*', and no layer"):
         Search(steps=STEPS, macs="0.9x", only=("nothing.*",)).solve(model, residual_task(model))
 
 

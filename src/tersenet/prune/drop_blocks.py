@@ -68,6 +68,12 @@ class DropBlocks(Step):
         if self.blocks and self.count:
             raise SettingsError(f"blocks names {len(self.blocks)} and count is {self.count}; give one of the two")
 
+    def names(self) -> dict[str, tuple[str, ...]]:
+        return {**super().names(), "blocks": self.blocks}
+
+    def can_name(self, module: nn.Module) -> bool:
+        return True  # blocks hold layers
+
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"dropped": [paths], "activations": {path: what stays of it}}; see graph/blocks.py.
 

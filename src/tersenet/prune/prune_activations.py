@@ -68,6 +68,7 @@ class PruneActivations(Step):
     serves: ClassVar[tuple[str, ...]] = ("activation function in front of conv or linear",)
     needs: ClassVar[str] = "inputs"
     special_runtime: ClassVar[bool] = True
+    makes_layers: ClassVar[bool] = True
 
     sparsity: float = 0.6
     share: str = "error"

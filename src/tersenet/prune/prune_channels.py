@@ -132,6 +132,9 @@ class PruneChannels(Step):
                 raise SettingsError(f"widths must be whole numbers of at least 1 channel, got {wrong[0]}")
             object.__setattr__(self, "widths", dict(self.widths))
 
+    def names(self) -> dict[str, tuple[str, ...]]:
+        return {**super().names(), "widths": tuple(self.widths or ()), "keep": tuple(self.keep or ())}
+
     def data_needed(self) -> str:
         if self.keep is not None:
             return self.needs

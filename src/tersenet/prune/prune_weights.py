@@ -97,6 +97,9 @@ class PruneWeights(Step):
         if self.samples < 1:
             raise SettingsError(f"samples must be at least 1, got {self.samples}")
 
+    def names(self) -> dict[str, tuple[str, ...]]:
+        return {**super().names(), "layers": tuple(self.layers or ())}
+
     def data_needed(self) -> str:
         needed = DATA[self.importance]
         return "inputs" if self.refit and needed == "nothing" else needed

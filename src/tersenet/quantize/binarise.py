@@ -56,6 +56,7 @@ class Binarise(Step):
     summary: ClassVar[str] = "prepares a training with binary weights and activations (BNN, BWN, XNOR, ReActNet)"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear (bwn)")
     needs: ClassVar[str] = "inputs"
+    makes_layers: ClassVar[bool] = True
 
     method: Literal["bnn", "bwn", "xnor", "react"] = "react"
     stage: Literal["both", "activations", "weights"] = "both"

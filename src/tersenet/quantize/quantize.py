@@ -75,6 +75,7 @@ class Quantize(Step):
     summary: ClassVar[str] = "quantizes weights, and activations to integers, after training"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
     needs: ClassVar[str] = "inputs"
+    makes_layers: ClassVar[bool] = True
 
     weights: str = "int8"
     activations: str | None = "int8"

@@ -44,6 +44,7 @@ class QuantizeAware(Step):
     summary: ClassVar[str] = "prepares a training in 2 to 8 bits, with learned step sizes"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
     needs: ClassVar[str] = "inputs"
+    makes_layers: ClassVar[bool] = True
 
     weights: str = "int4"
     activations: str | None = "int4"

@@ -36,6 +36,7 @@ class Ternarise(Step):
     family: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "prepares a training with ternary weights (TWN, TTQ)"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
+    makes_layers: ClassVar[bool] = True
 
     method: Literal["twn", "twn_exact", "ttq"] = "twn"
     granularity: Literal["channel", "tensor"] = "channel"

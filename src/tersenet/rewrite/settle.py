@@ -16,12 +16,14 @@ from tersenet.task import Task
 class Settle(Step):
     """Makes masks and rounding permanent. Outputs stay equal; what is settled can no longer be trained.
 
-    `only` and `skip` are not followed: a model is settled as a whole.
+    A model is settled as a whole: `only` and `skip` are refused.
     """
 
     family: ClassVar[str] = "settle"
     summary: ClassVar[str] = "makes masks and rounding permanent"
     serves: ClassVar[tuple[str, ...]] = ("any layer with a mask or rounding",)
+    chooses_layers: ClassVar[bool] = False
+    makes_layers: ClassVar[bool] = True
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         found = attached(model)

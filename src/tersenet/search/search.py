@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tersenet.cache import cache_folder
 from tersenet.errors import NoEffect, SettingsError
+from tersenet.named import foresee_names, hits
 from tersenet.search.bench import check_runtime, images_of, working_folder
 from tersenet.search.between import between
 from tersenet.search.costs import Costs
@@ -164,6 +165,9 @@ class Search(Step):
         kind = next(name for name in _UNITS if getattr(self, name) is not None)
         return (kind, *amount(kind, str(getattr(self, kind))))
 
+    def can_name(self, module: nn.Module) -> bool:
+        return any(step.can_name(module) for step in self.steps if step.tunable)
+
     def data_needed(self) -> str:
         needs = {step.data_needed() for step in self.steps}
         return "labels" if "labels" in needs else "inputs" if "inputs" in needs else "nothing"
@@ -175,8 +179,9 @@ class Search(Step):
             SettingsError: when no step can pick anything in this model, or the table serves another device or model.
         """
         started = time.monotonic()
+        foresee_names((self,), model)
         say = _sayer(task.quiet)
-        steps = tuple(dataclasses.replace(step, **_inside(self, step)) for step in self.steps)
+        steps = tuple(dataclasses.replace(step, **_inside(self, step, model)) for step in self.steps)
         images = images_of(task, 2 * self.images) if self.images else None
         with working_folder() as folder:
             answers, note = self._all(steps, model, task, images, folder, say)
@@ -345,11 +350,18 @@ def picked(steps: tuple[Step, ...], picks: Picks) -> list[Step]:
     return configured(steps, {index: picks.get(index, {}) for index, step in enumerate(steps) if step.tunable})
 
 
-def _inside(search: Search, step: Step) -> dict[str, Any]:
-    """`only` and `skip` of the search hold for its steps with choices."""
+def _inside(search: Search, step: Step, model: nn.Module) -> dict[str, Any]:
+    """`only` and `skip` of the search hold for its steps with choices: those of the patterns that can be about what the
+    step changes, since blocks are no layers."""
     if not step.tunable or not (search.only or search.skip):
         return {}
-    return {"only": step.only or search.only, "skip": (*step.skip, *search.skip)}
+
+    def about(pattern: str) -> bool:
+        return any(hits(pattern, path, module) and step.can_name(module) for path, module in model.named_modules())
+
+    skip = (*step.skip, *(pattern for pattern in search.skip if about(pattern)))
+    # Where none is about its places, the step has no choice: all are kept, so that it takes none.
+    return {"only": step.only or tuple(filter(about, search.only)) or search.only, "skip": skip}
 
 
 def _sayer(quiet: bool) -> Any:
