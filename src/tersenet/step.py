@@ -58,7 +58,9 @@ class Step:
             if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
                 raise SettingsError(f"{name} must be a list of patterns, got {value!r}; write {name}: [{value}]")
             if value and not self.chooses_layers:
-                raise SettingsError(f"{name} is {list(value)!r}, but {self.name} takes the model as a whole; leave it out")
+                raise SettingsError(
+                    f"{name} is {list(value)!r}, but {self.name} takes the model as a whole; leave it out"
+                )
             object.__setattr__(self, name, tuple(value))
 
     @property
@@ -74,8 +76,8 @@ class Step:
         return {"only": self.only, "skip": self.skip}
 
     def can_name(self, module: nn.Module) -> bool:
-        """Whether the settings may be about this module; a pattern must be about one of them. Most steps ask for layers:
-        the path of what only holds layers would leave all of them out."""
+        """Whether the settings may be about this module; a pattern must be about one that they may. Most steps ask for
+        layers: the path of what only holds layers is about none of them."""
         return is_layer(module)
 
     def data_needed(self) -> str:
