@@ -71,7 +71,11 @@ KNOWN = [
 JOBS = ("int8", "half", "pack")
 HALF = {"schema": 1, "steps": [{"prune_channels": {"sparsity": 0.5, "residual": True}}, {"fold_batch_norm": {}}]}
 FLOAT_TOLERANCE = 2e-3  # of the largest output: float32 in another order, through up to 200 layers
-INT8_SHARE = 0.5  # a file may differ from its simulation by half of what quantization itself changes, in rms
+# In rms, as shares of what quantization itself changes. A rounding that ties flips by a step, and many layers of random
+# numbers amplify that: the simulation itself moves by 0.3 (efficientvit_m0) or 0.5 (pit_ti_224) when its input moves
+# by a millionth. So a file may differ from its simulation by half, or by twice what the simulation differs from itself;
+# and it may not be further from the original than a quarter more than the simulation is.
+INT8_SHARE, OWN_FACTOR, FURTHER = 0.5, 2.0, 1.25
 
 
 class Wrong(Exception):
@@ -123,13 +127,17 @@ def _int8(name: str) -> dict[str, Any]:
         run, model, _, x = _compressed(name, recipe, Path(folder))
         simulated = settle(run.model)
         reference, before = _outputs(simulated, x), _outputs(model, x)
-        added = _outputs(as_openvino_adds(simulated, x[:2]), x)
+        expected = {"onnxruntime": reference, "openvino": _outputs(as_openvino_adds(simulated, x[:2]), x)}
         changed = max(_rms(reference, before), 1e-6 * float(np.abs(before).max()))
-        shares = {
-            "onnxruntime": _rms(_onnxruntime(Path(folder) / "model.onnx", x), reference) / changed,
-            "openvino": _rms(_openvino(Path(folder) / "model.onnx", x), added) / changed,
-        }
-        return _held(shares, INT8_SHARE, "of what quantization changes", _floats(run, folder, model, x))
+        noise = 1e-6 * torch.randn(x.shape, generator=torch.Generator().manual_seed(8))
+        own = _rms(_outputs(simulated, x + noise), reference) / changed
+        files = {run_in.__name__[1:]: run_in(Path(folder) / "model.onnx", x) for run_in in (_onnxruntime, _openvino)}
+        shares = {where: _rms(file, expected[where]) / changed for where, file in files.items()}
+        further = {f"{where} to the original": _rms(file, before) / changed for where, file in files.items()}
+        made = _held(shares, max(INT8_SHARE, OWN_FACTOR * own), "of what quantization changes", {})
+        made["differs"] |= _held(further, FURTHER, "of what quantization changes", {})["differs"]
+        made["differs"] |= _held({}, 0, "", _floats(run, folder, model, x))["differs"]
+        return {**made, "own": float(f"{own:.3g}")}
 
 
 def _half(name: str) -> dict[str, Any]:
