@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import logging
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,12 @@ from torch.nn.utils import parametrize
 
 from tersenet.bricks.brick import Brick
 from tersenet.bricks.evaluating import evaluating
+from tersenet.bricks.plain import has_hooks
 from tersenet.errors import TraceError
+from tersenet.graph.agreement import check
+from tersenet.graph.functional import functional
+from tersenet.graph.lifted import layer_of, weight_of
+from tersenet.graph.open_batch import is_open, open_size, sizes_kept, why_fixed
 
 aten = torch.ops.aten
 Example = Tensor | tuple[Tensor, ...]  # what a model is called with
@@ -48,27 +55,88 @@ def export(model: nn.Module, example: Example, dynamic_batch: bool = True) -> Ex
     Raises:
         TraceError: when the forward cannot be captured; says where.
     """
+    return _export(model, example, dynamic_batch, Calls(model))[0]
+
+
+def _export(
+    model: nn.Module, example: Example, dynamic_batch: bool, calls: Calls
+) -> tuple[ExportedProgram, str | None]:
+    """The program, and in words where the forward fixes the batch that was to stay open; None when it does not."""
+    _refuse_wrapped(model)
     plain = example if isinstance(example, tuple) else (example,)
     inputs = inputs_of(example) if dynamic_batch else plain
-    shapes = tuple({0: Dim.AUTO} for _ in inputs) if dynamic_batch else None
+    program = _attempt(model, inputs, dynamic_batch, calls)
+    if not dynamic_batch or is_open(program):
+        return program, None
+    with contextlib.suppress(TraceError), sizes_kept(model):
+        again = _attempt(model, inputs, dynamic_batch, calls)
+        if is_open(again):
+            return again, None
+    where = why_fixed(program)
+    return program, (
+        f"the forward of {type(model).__name__} fixes the batch at {len(inputs[0])}{where}; use x.shape[0] for the "
+        "size of the batch, and no range(), comparison or loop over it"
+    )
+
+
+def _attempt(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, calls: Calls) -> ExportedProgram:
+    shapes = _open_shapes(model, inputs) if dynamic_batch else None
     try:
-        with evaluating(model), torch.no_grad(), _silence(), _attributes_kept(model):
+        with evaluating(model), torch.no_grad(), _silence(), _attributes_kept(model), calls.watching():
             return torch.export.export(model, inputs, dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises many kinds; each becomes one sentence
         raise TraceError(_why(model, error)) from error
 
 
+def _open_shapes(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """Which sizes are open, by input; inputs that a forward takes as *args are one argument."""
+    sizes: tuple[Any, ...] = tuple({0: Dim.AUTO} for _ in inputs)
+    names = [] if isinstance(model, fx.GraphModule) else list(inspect.signature(model.forward).parameters.values())
+    plain = [one for one in names if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    if any(one.kind is one.VAR_POSITIONAL for one in names):
+        return (*sizes[: len(plain)], sizes[len(plain) :])
+    return sizes
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Raises for what only wraps a model; `bricks/opened.py` takes the wrappers off where a model comes in."""
+    kept = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            "the model is TorchScript, whose layers cannot be changed; build the model's own class and load the "
+            "weights of the script into it, model.load_state_dict(script.state_dict())"
+        )
+    if name in kept and type(model).__module__.startswith("torch."):
+        raise TraceError(f"the model is wrapped in {name}; give what it wraps, model.{kept[name]}")
+
+
 def trace(model: nn.Module, example: Example) -> fx.GraphModule:
-    """The model as a graph of its own layers.
+    """The model as a graph of its own layers, held against the model (graph/agreement.py).
 
     Every node has `meta["shape"]` (batch as in `example`, at least 2), `meta["dtype"]` and `meta["path"]`, the
-    path of the module whose forward made it. Layers and parameters are shared with `model`, not copied.
+    path of the module whose forward made it. Layers and parameters are shared with `model`, not copied. No operator
+    writes into a tensor that another one reads.
 
     Raises:
-        TraceError: when the forward cannot be captured; says where.
+        TraceError: when the forward cannot be captured, or the graph would compute something else; says where.
     """
-    program = export(model, example)
-    return _Folder(model, program).graph_module()
+    calls = Calls(model)
+    program, fixed = _export(model, example, True, calls)
+    try:
+        with _silence():
+            program = functional(program)
+    except Exception as error:  # torch's decomposition raises many kinds
+        raise TraceError(_why(model, error)) from error
+    graph = _Folder(model, program, calls).graph_module()
+    graph.meta["fixed"] = fixed
+    check(model, graph, inputs_of(example), fixed is None)
+    return graph
+
+
+def fixed_batch(graph: fx.GraphModule) -> str | None:
+    """Why a traced graph takes one size of batch only, in one sentence; None when it takes any."""
+    return graph.meta.get("fixed")
 
 
 def said_input(example: Tensor) -> dict[str, Any]:
@@ -90,9 +158,10 @@ def has_open_batch(graph: fx.GraphModule) -> bool:
 class _Folder:
     """Turns one exported program into a graph of layers."""
 
-    def __init__(self, model: nn.Module, program: ExportedProgram) -> None:
+    def __init__(self, model: nn.Module, program: ExportedProgram, calls: Calls) -> None:
         self.model = model
         self.program = program
+        self.seen = calls
         self.modules = dict(model.named_modules(remove_duplicate=False))
         signature = program.graph_signature
         self.parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -109,10 +178,13 @@ class _Folder:
         calls = self._calls()
         last = {members[-1]: (path, feed) for path, members, feed in calls}
         folded = {node for _, members, _ in calls for node in members}
+        self.root = {path: self.modules[path] for path, _, _ in calls}
+        place = {node: i for i, node in enumerate(self.program.graph.nodes)}
         for node in self.program.graph.nodes:
             if node in last:
                 path, feed = last[node]
-                self.root[path] = self.modules[path]
+                if any(place[user] > place[node] for user in feed.users):
+                    path = self._not_in_place(path)
                 new = self.graph.call_module(path, (self._get(feed),))
             elif node in folded or (node.op == "call_function" and _is_assertion(node)):
                 continue
@@ -121,9 +193,14 @@ class _Folder:
                     continue  # fetched where it is used
                 new = self.graph.placeholder(node.name)
             elif node.op == "output":
-                outputs = fx.map_arg(node.args[0], self._get)
+                outputs = fx.map_arg(self._outputs(node), self._get)
                 self.graph.output(outputs[0] if len(outputs) == 1 else outputs)
                 continue
+            elif node.op == "get_attr":
+                raise TraceError(
+                    f"the forward of {type(self.model).__name__} has control flow that depends on the values of a "
+                    f"tensor ({_line(node) or node.target}); use torch.where, or move the decision outside"
+                )
             else:
                 new = self._lift(node) or self.graph.call_function(
                     node.target, fx.map_arg(node.args, self._get), fx.map_arg(node.kwargs, self._get)
@@ -131,6 +208,8 @@ class _Folder:
             self.env[node] = new
             self._describe(new, node)
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        self._refuse_memory()
+        self._unnest()
         module = fx.GraphModule(self.root, self.graph, class_name="Graph")
         module.training = self.model.training
         spec = self.program.call_spec.out_spec  # the graph itself gives a flat list
@@ -148,7 +227,7 @@ class _Folder:
                     groups.setdefault(key, (path, []))[1].append(node)
                     break
         found = []
-        for path, members in groups.values():
+        for key, (path, members) in groups.items():
             inside = set(members)
             feeds = {
                 arg
@@ -159,9 +238,58 @@ class _Folder:
             # The batch size may be read outside of the layer; it is the input's own, so it is no second input.
             feeds = {feed for feed in feeds if feed.target is not aten.sym_size.int}
             outputs = [node for node in members if any(user not in inside for user in node.users)]
-            if len(feeds) == 1 and len(outputs) == 1 and outputs[0] is members[-1]:
+            alone = len(feeds) == 1 and len(outputs) == 1 and outputs[0] is members[-1]
+            if alone and self.seen.plain(self.modules[path], key):
                 found.append((path, members, feeds.pop()))
         return found
+
+    def _outputs(self, node: fx.Node) -> list[Any]:
+        """The outputs that the model gives; what it writes into buffers and inputs is left out."""
+        kind = torch.export.graph_signature.OutputKind.USER_OUTPUT
+        specs = self.program.graph_signature.output_specs
+        return [value for spec, value in zip(specs, node.args[0], strict=True) if spec.kind == kind]  # type: ignore[arg-type]
+
+    def _refuse_memory(self) -> None:
+        """A buffer that the forward changes may not decide what it gives: a file has no memory of earlier calls."""
+        changed = set(self.program.graph_signature.buffers_to_mutate.values())
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and node.target in changed:
+                raise TraceError(
+                    f"the forward of {type(self.model).__name__} changes its buffer {node.target} and computes with "
+                    "it, so that what it gives depends on earlier calls, and a file has no memory of them; change it "
+                    "in training only, behind `if self.training`"
+                )
+
+    def _not_in_place(self, path: str) -> str:
+        """The layer for an input that others read afterwards: it must not write into it."""
+        layer = self.modules[path]
+        if not getattr(layer, "inplace", False):
+            return path
+        self.root[path] = copy.copy(layer)
+        self.root[path].inplace = False
+        return path
+
+    def _unnest(self) -> None:
+        """A layer that lies inside of another layer gets a name of its own: each is one node, and holds no other."""
+        layers = [path for path, value in self.root.items() if isinstance(value, nn.Module)]
+        for outer in sorted(layers, key=len):
+            inside = [path for path in self.root if path.startswith(outer + ".") and outer in self.root]
+            for path in inside:
+                leaf = path[len(outer) + 1 :]
+                value, layer = self.root[path], self.root[outer]
+                if isinstance(value, Tensor) and {**layer._parameters, **layer._buffers}.get(leaf) is value:
+                    continue
+                new = self._free(f"{outer}_{leaf.replace('.', '_')}")
+                self.root[new] = self.root.pop(path)
+                for node in self.graph.nodes:
+                    if node.op in ("call_module", "get_attr") and node.target == path:
+                        node.target = new
+
+    def _free(self, path: str) -> str:
+        """The path, or with a number behind it where it is taken."""
+        taken = {*self.root, *self.modules}
+        names = (path, *(f"{path}_{i}" for i in range(1, 1 + len(taken) + 1)))
+        return next(name for name in names if name not in taken)
 
     def _get(self, node: fx.Node) -> Any:
         if node in self.env:
@@ -172,9 +300,7 @@ class _Folder:
             target = "constant_" + target.replace(".", "_")
         else:
             target = self.parameters[node.name]
-            value = self.program.state_dict.get(target, self.program.constants.get(target))
-            owner, _, leaf = target.rpartition(".")
-            value = getattr(self.modules[owner], leaf, value) if owner in self.modules else value
+            value = self._parameter(node)
         self.root[target] = value
         new = self.graph.get_attr(target)
         self.env[node] = new
@@ -183,35 +309,43 @@ class _Folder:
 
     def _lift(self, node: fx.Node) -> fx.Node | None:
         """A convolution, linear or norm operator on plain parameters becomes the layer that it is."""
-        place = 2 if node.target in (aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default) else 1
-        weight = node.args[place] if len(node.args) > place else None
+        weight = weight_of(node)
         if not isinstance(weight, fx.Node) or weight.name not in self.parameters:
             return None
         path, _, leaf = self.parameters[weight.name].rpartition(".")
-        inside = [owner for owner, _ in (node.meta.get("nn_module_stack") or {}).values()]
-        own = self.modules.get(path)
-        if leaf != "weight" or not path or (own is not None and is_leaf(own) and path in inside):
+        if leaf != "weight" or not path or node.meta["val"].dtype != weight.meta["val"].dtype:
             return None
         others = [arg for arg in node.args[1:] if isinstance(arg, fx.Node)]
         if any(arg.name not in self.parameters for arg in others):
             return None  # such as a bias that is computed
-        layer = _layer_of(node, self._parameter)
+        layer = layer_of(node, self._parameter)
         if layer is None or any(
             not self.parameters[arg.name].startswith(path + ".")
             for arg in node.all_input_nodes
             if arg.name in self.parameters
         ):
             return None
+        own = self.modules.get(path)
         if own is not None and is_leaf(own):  # used by another module's forward, like the last layer of an attention
-            alike = isinstance(own, type(layer)) and own.extra_repr() == layer.extra_repr()
-            if not alike or parametrize.is_parametrized(own):  # such as its weight without its bias
+            if parametrize.is_parametrized(own):
                 return None
-            layer = own
-        self.root.setdefault(path, layer)
+            if isinstance(own, type(layer)) and own.extra_repr() == layer.extra_repr():
+                layer = own
+            elif _parameters_of(own) != _parameters_of(layer):
+                return None  # such as its weight without its bias
+        known = self.root.get(path)
+        if known is not None and known is not layer:
+            if type(known) is not type(layer) or known.extra_repr() != layer.extra_repr():
+                path = self._free(path)
+            else:
+                layer = known
+        self.root[path] = layer
         return self.graph.call_module(path, (self._get(node.args[0]),))  # type: ignore[arg-type]
 
     def _parameter(self, node: Any) -> Any:
         if not isinstance(node, fx.Node):
+            return node
+        if node.name not in self.parameters:
             return node
         target = self.parameters[node.name]
         value = self.program.state_dict.get(target, self.program.constants.get(target))
@@ -223,61 +357,79 @@ class _Folder:
         if isinstance(value, Tensor):
             new.meta["shape"] = tuple(_hint(size) for size in value.shape)
             new.meta["dtype"] = value.dtype
-            new.meta["open"] = value.dim() > 0 and _is_open(value.shape[0])
+            new.meta["open"] = value.dim() > 0 and open_size(value.shape[0])
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         new.meta["path"] = stack[-1][0] if stack and stack[-1][0] in self.modules else ""
-        if node.meta.get("stack_trace"):
-            new.meta["line"] = node.meta["stack_trace"].strip().splitlines()[-1].strip()
+        if _line(node):
+            new.meta["line"] = _line(node)
+
+
+def _line(node: fx.Node) -> str:
+    """The line of the forward that made a node; "" when it is not known."""
+    lines = (node.meta.get("stack_trace") or "").strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def _parameters_of(layer: nn.Module) -> set[str]:
+    return {name for name, value in layer._parameters.items() if value is not None}
 
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether the graph shows this module as one node: childless torch.nn layers, bricks, parametrized layers."""
-    if isinstance(module, Brick) or parametrize.is_parametrized(module):
+    if isinstance(module, Brick):
+        return True
+    if has_hooks(module) or "forward" in vars(module):
+        return False  # it computes what they make of it
+    if parametrize.is_parametrized(module):
         return True
     if type(module) is nn.Module:  # a bare holder of parameters, as in an exported program
         return False
     return type(module).__module__.startswith("torch.nn.modules") and next(module.children(), None) is None
 
 
-def _layer_of(node: fx.Node, value: Any) -> nn.Module | None:
-    """The torch.nn layer with the same parameters as an aten operator."""
-    args: list[Any] = [value(arg) if i else None for i, arg in enumerate(node.args)]
-    layer: nn.Module
-    if node.target is aten.conv2d.default:
-        weight, bias, stride, padding, dilation, groups = (args + [None] * 7)[1:7]
-        groups = 1 if groups is None else groups
-        with torch.device("meta"):
-            layer = nn.Conv2d(
-                weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), tuple(stride or (1, 1)),
-                tuple(padding or (0, 0)), tuple(dilation or (1, 1)), groups, bias=bias is not None,
-            )  # fmt: skip
-    elif node.target is aten.linear.default:
-        weight, bias = (args + [None] * 3)[1:3]
-        with torch.device("meta"):
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    elif node.target is aten.batch_norm.default:
-        weight, bias, mean, variance, _, momentum, eps = args[1:8]
-        if bias is None or mean is None or len(node.meta["val"].shape) != 4:
-            return None
-        layer = nn.BatchNorm2d(len(weight), eps=eps, momentum=momentum)
-        layer.running_mean, layer.running_var = mean, variance
-    elif node.target is aten.layer_norm.default:
-        shape, weight, bias, eps = (args + [None] * 5)[1:5]
-        layer = nn.LayerNorm(shape, eps=1e-5 if eps is None else eps, bias=bias is not None)
-    elif node.target is aten.group_norm.default:
-        groups, weight, bias, eps = (args + [None] * 5)[1:5]
-        if bias is None:
-            return None
-        layer = nn.GroupNorm(groups, len(weight), eps=1e-5 if eps is None else eps)
-    elif node.target is aten.rms_norm.default:
-        shape, weight, eps = (args + [None] * 4)[1:4]
-        layer = nn.RMSNorm(shape, eps=eps)
-        layer.weight = weight
-        return layer.eval()
-    else:
-        return None
-    layer.weight, layer.bias = weight, bias
-    return layer.eval()  # an exported program was captured in evaluation mode
+def _casts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+class Calls:
+    """Which calls of a model's layers, while it is captured, had one input and one output, and nothing else.
+
+    Only those can be told again as a call of the layer; another argument, or a context that changes what an operator
+    computes, would be lost.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+        self.leaves = [module for module in model.modules() if is_leaf(module)]
+        self.made: dict[int, list[bool]] = {}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        self.made.clear()
+        handles = [leaf.register_forward_hook(self._hook(id(leaf)), with_kwargs=True) for leaf in self.leaves]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, identity: int) -> Any:
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given = [*args, *kwargs.values()]
+            named = all(key in ("input", "x") for key in kwargs)
+            one = len(given) == 1 and isinstance(given[0], Tensor) and isinstance(output, Tensor) and named
+            plain = one and not _casts(output.device.type)
+            self.made.setdefault(identity, []).append(plain)
+
+        return note
+
+    def plain(self, module: nn.Module, key: str) -> bool:
+        """Whether the call of a layer that torch knows by this key ("...@2" is the third) was of that kind."""
+        made = self.made.get(id(module), [])
+        if self.names[id(module)] != 1:
+            return bool(made) and all(made)  # torch counts the calls under each name
+        number = int(key.rpartition("@")[2]) if "@" in key else 0
+        return number < len(made) and made[number]
 
 
 @contextlib.contextmanager
@@ -326,11 +478,6 @@ def _silence() -> Iterator[None]:
 def _is_assertion(node: fx.Node) -> bool:
     name = str(node.target)
     return "_assert" in name or "sym_constrain_range" in name
-
-
-def _is_open(size: Any) -> bool:
-    """Whether a size can be any number; one that a forward turned into an int, as len() does, is fixed."""
-    return not isinstance(size, int) and size.node.maybe_as_int() is None
 
 
 def _hint(size: Any) -> int:
