@@ -1,4 +1,4 @@
-"""Every error that tersenet raises on purpose, and its one warning.
+"""Every error that tersenet raises on purpose, and its warnings.
 
 TersenetError
 ├── SettingsError     a setting outside what is allowed
@@ -68,6 +68,10 @@ class MissingExtra(TersenetError, ImportError):
 
 class NoEffect(UserWarning):
     """A step matched nothing and left the model as it was."""
+
+
+class InputWarning(UserWarning):
+    """A model, weights or data are used in a way that the user should know of."""
 
 
 def require(package: str, extra: str, purpose: str) -> ModuleType:

@@ -132,7 +132,7 @@ def open_task(
         data, preparation, batch_size=batch_size, seed=seed, columns=columns, on_bad_image=on_bad_image,
         validate=validate, quiet=quiet,
     )  # fmt: skip
-    labels = preparation.labels or found.labels
+    labels = found.labels or preparation.labels
 
     def open_named(spec: str) -> nn.Module:
         return _of_same_inputs(spec, preparation)

@@ -1,17 +1,12 @@
-"""Encoded images to 8-bit arrays of one size, and the cache of what was decoded.
+"""Encoded images to 8-bit arrays of one size.
 
-Decoding CIFAR-10's 50,000 images takes longer than scoring a small network on them, so it is done once: the arrays lie
-under `$TERSENET_CACHE`, else in the XDG cache folder, under a name made of what they came from. Images that cannot be
-read are named; nothing is replaced by a blank.
+Decoding CIFAR-10's 50,000 images takes longer than scoring a small network on them, so it is done once: `image_cache`
+keeps the arrays. Images that cannot be read are named; nothing is replaced by a blank.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from tersenet.cache import cache_folder
+from tersenet.data import image_cache
+from tersenet.data.image_cache import Pixels
 from tersenet.errors import DataError, SettingsError, require
 from tersenet.task import Preparation
 
@@ -35,13 +31,13 @@ class Encoded:
         names: what to call each image in a message: its file, or its row.
         read: index -> a path, or the bytes of a file (for the digits: an array).
         labels: (N,) class numbers.
-        key: changes whenever the images do; None means that nothing is cached.
+        key: a hash of the images' bytes, made when it is asked for; None means that nothing is cached.
     """
 
     names: Sequence[str]
     read: Callable[[int], Any]
     labels: np.ndarray
-    key: Any
+    key: Callable[[], str] | None
 
 
 @dataclass(frozen=True)
@@ -101,21 +97,23 @@ def decode(
         raise SettingsError(f"on_bad_image must be 'stop' or 'skip', got {on_bad_image!r}")
     if preparation.channels not in MODES:
         raise DataError(f"images are read with 1 or 3 channels, but the preparation has {preparation.channels}")
-    folder = _cached(encoded, preparation)
-    found = _load(folder)
+    place = None if encoded.key is None else image_cache.place_of(encoded.key(), preparation.size, preparation.channels)
+    found = None if place is None else image_cache.load(place, len(encoded.names))
     if found is None:
         found = _decode(encoded, preparation, what, on_bad_image, quiet)
-        _store(folder, found)
-    if found.bad and on_bad_image == "stop":
-        raise DataError(_unreadable(what, found.bad[0], ""))
-    if found.bad:
-        warnings.warn(f"{len(found.bad)} unreadable images of {what} were left out, first {found.bad[0]}", stacklevel=2)
+        if place is not None:
+            image_cache.store(place, found)
+    bad = tuple(encoded.names[index] for index in found.bad)
+    if bad and on_bad_image == "stop":
+        raise DataError(_unreadable(what, bad[0], ""))
+    if bad:
+        warnings.warn(f"{len(bad)} unreadable images of {what} were left out, first {bad[0]}", stacklevel=2)
     if len(found.images) == 0:
         raise DataError(f"{what} has no image that can be read (0 samples); give at least one")
-    return found
+    return Decoded(found.images, np.delete(encoded.labels, np.asarray(found.bad, np.int64)).astype(np.int64), bad)
 
 
-def _decode(encoded: Encoded, preparation: Preparation, what: str, on_bad_image: str, quiet: bool) -> Decoded:
+def _decode(encoded: Encoded, preparation: Preparation, what: str, on_bad_image: str, quiet: bool) -> Pixels:
     from rich.console import Console
     from rich.progress import track
 
@@ -136,10 +134,10 @@ def _decode(encoded: Encoded, preparation: Preparation, what: str, on_bad_image:
                 # PIL would tell the address of the bytes in memory.
                 why = "" if isinstance(error, pillow.UnidentifiedImageError) else f" ({error})"
                 raise DataError(_unreadable(what, encoded.names[index], why)) from error
-            bad.append(encoded.names[index])
+            bad.append(index)
             continue
         good.append(index)
-    return Decoded(images[good] if bad else images, encoded.labels[good].astype(np.int64), tuple(bad))
+    return Pixels(images[good] if bad else images, tuple(bad))
 
 
 def _unreadable(what: str, name: str, why: str) -> str:
@@ -147,44 +145,3 @@ def _unreadable(what: str, name: str, why: str) -> str:
         f"{name} of {what} is not an image that can be read{why}; mend or remove it, "
         "or skip such images (--on-bad-image skip)"
     )
-
-
-def _cached(encoded: Encoded, preparation: Preparation) -> Path | None:
-    if encoded.key is None:
-        return None
-    key = json.dumps([encoded.key, preparation.size, preparation.channels, "decoded 1"], sort_keys=True)
-    return cache_folder() / "images" / hashlib.sha256(key.encode()).hexdigest()[:32]
-
-
-def _load(folder: Path | None) -> Decoded | None:
-    if folder is None or not folder.is_dir():
-        return None
-    try:
-        # "c": read on demand and never written back, so a large set need not fit into memory.
-        images = np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False)
-        labels = np.load(folder / "labels.npy", allow_pickle=False)
-        bad = tuple(json.loads((folder / "bad.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, EOFError):
-        return None  # damaged: decoded and written again
-    return Decoded(images, labels, bad) if len(images) == len(labels) else None
-
-
-def _store(folder: Path | None, decoded: Decoded) -> None:
-    """Written beside its place and renamed, so that a folder with the name is whole."""
-    if folder is None:
-        return
-    scratch = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
-        np.save(scratch / "images.npy", decoded.images)
-        np.save(scratch / "labels.npy", decoded.labels)
-        (scratch / "bad.json").write_text(json.dumps(decoded.bad), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # only ever a damaged one
-        scratch.rename(folder)
-    except OSError as error:
-        # A cache is a convenience: a full disk or a read-only home must not stop the work.
-        warnings.warn(f"decoded images could not be cached in {folder.parent} ({error})", stacklevel=2)
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)

@@ -6,7 +6,9 @@ user names one, and only data that comes without a test set (digits, a folder of
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tersenet.data import readers
+from tersenet.data import readers, tables
 from tersenet.data.batches import TensorBatches
+from tersenet.data.classes import Labels, in_model_order, is_counted, listed, translated
 from tersenet.data.decode import Decoded, decode, pixels
 from tersenet.data.readers import Found
-from tersenet.errors import DataError, SettingsError, require
+from tersenet.errors import DataError, InputWarning, SettingsError, require
 from tersenet.task import Preparation
 
 FORMS = "digits, parquet:DIR, folder:DIR, hf:NAME, random:CxHxW"
@@ -87,10 +90,12 @@ def open_data(
             raise DataError(f"{spec} has no labels, so a validation set {validate!r} has no use; leave it out")
         return _noise(spec, preparation, batch_size, seed)
     found = _found(spec, columns)
-    labels = _class_names(found, spec, preparation)
+    own = in_model_order(found.labels, preparation.labels, spec) if found.labels else ()
+    found = _in_one_list(found, spec, own, preparation.labels)
+    labels = found.labels
     decoded = _decoded(spec, found, preparation, on_bad_image, limit, quiet)
     if validate is not None:
-        held = _held_out(validate, columns, labels, preparation)
+        held = _held_out(validate, columns, labels)
         decoded["validate"] = _decoded(validate, held, preparation, on_bad_image, limit, quiet)["test"]
 
     def batches(split: str, shuffle: bool = False, augment: str | None = None) -> TensorBatches | None:
@@ -119,9 +124,9 @@ def _found(spec: str, columns: Sequence[str] | None, split: bool = True) -> Foun
     if kind == "folder" and place:
         return readers.folder(Path(place).expanduser(), split)
     if kind == "parquet" and place:
-        return readers.parquet(Path(place).expanduser(), columns)
+        return tables.parquet(Path(place).expanduser(), columns)
     if kind == "hf" and place:
-        return readers.hub(place, columns)
+        return tables.hub(place, columns)
     raise DataError(f"the data {spec!r} is of no known form; write one of {FORMS}")
 
 
@@ -142,44 +147,54 @@ def _noise(spec: str, preparation: Preparation, batch_size: int, seed: int) -> S
     return Sources(None, TensorBatches(images, None, batch_size, preparation, seed=seed), None, None, 0, ())
 
 
-def _class_names(found: Found, spec: str, preparation: Preparation) -> tuple[str, ...]:
-    """The names of the classes, after checking every label of every set."""
-    numbers = {split: encoded.labels for split, encoded in found.splits.items()}
-    for split, values in numbers.items():
-        if len(values) == 0:
+def _in_one_list(found: Found, spec: str, own: tuple[str, ...], given: tuple[str, ...]) -> Found:
+    """The data with its labels counted in one list of names, after checking every label of every set.
+
+    Args:
+        own: names that the labels are counted in, where the data has names for the same classes; () where it is free.
+        given: names of classes where the data has numbers only.
+    """
+    labels = own or found.labels
+    splits = {}
+    for split, encoded in found.splits.items():
+        numbers = encoded.labels
+        if len(numbers) == 0:
             raise DataError(f"the {split} set of {spec} is empty (0 samples); give at least one image")
-        allowed = len(found.labels) or len(preparation.labels)
-        if values.min() < 0 or (allowed and values.max() >= allowed):
+        if found.labels and numbers.min() >= 0 and numbers.max() < len(found.labels):
+            numbers = translated(Labels(numbers, found.labels), labels)
+        allowed = len(labels or given)
+        if numbers.min() < 0 or (allowed and numbers.max() >= allowed):
             top = f"there are {allowed} classes (0 to {allowed - 1})" if allowed else "labels start at 0"
             raise DataError(
-                f"the labels of the {split} set of {spec} run from {values.min()} to {values.max()}, but {top}; "
+                f"the labels of the {split} set of {spec} run from {numbers.min()} to {numbers.max()}, but {top}; "
                 "check the label column"
             )
-    if "train" in numbers:
-        for split in numbers:
-            new = np.setdiff1d(numbers[split], numbers["train"])
-            if len(new):
-                raise DataError(
-                    f"the {split} set of {spec} has the label {new[0]}, which the training set has not; "
-                    "add images of it to the training set or remove it"
+        splits[split] = dataclasses.replace(encoded, labels=numbers)
+    if "train" in splits:
+        for split, encoded in splits.items():
+            new = np.setdiff1d(encoded.labels, splits["train"].labels)
+            if len(new) and not labels:  # of classes with names it was said before
+                warnings.warn(
+                    f"the {split} set of {spec} has the label {new[0]}, which the training set has not, so nothing can "
+                    "learn it",
+                    InputWarning,
+                    stacklevel=3,
                 )
-    count = max(int(values.max()) for values in numbers.values()) + 1
-    return found.labels or preparation.labels or tuple(map(str, range(count)))
+    count = max(int(encoded.labels.max()) for encoded in splits.values()) + 1
+    return Found(splits, labels or given or tuple(map(str, range(count))))
 
 
-def _held_out(spec: str, columns: Sequence[str] | None, labels: tuple[str, ...], preparation: Preparation) -> Found:
+def _held_out(spec: str, columns: Sequence[str] | None, labels: tuple[str, ...]) -> Found:
     """The set that `validate` names, as a test set: its own test set, else all of it."""
     found = _found(spec, columns, split=False)
-    names = _class_names(found, spec, preparation)
-    if found.labels and names != labels:
+    strange = [name for name in found.labels if name not in labels]
+    if strange and not is_counted(found.labels):
         raise DataError(
-            f"the validation set {spec} has the classes {names[:10]}, but the data has {labels[:10]}; make them equal"
+            f"the validation set {spec} has the classes {listed(strange)}, which the data has not; it has "
+            f"{listed(labels)}"
         )
+    found = _in_one_list(found, spec, labels, labels)
     encoded = next(found.splits[split] for split in ("test", "validate", "train") if split in found.splits)
-    if encoded.labels.max() >= len(labels):
-        raise DataError(
-            f"the validation set {spec} has the label {encoded.labels.max()}, but the data has {len(labels)} classes"
-        )
     return Found({"test": encoded}, labels)
 
 
