@@ -27,6 +27,7 @@ from tersenet.bricks.coded import StoredLayer
 from tersenet.bricks.quantized import Int8Conv2d, Int8Layer, Int8Linear
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.deploy.folded import folded_graph
+from tersenet.deploy.int8_rewrites import rewrite_for_int8
 from tersenet.deploy.onnx_packing import make_floats_once, pack_constants
 from tersenet.deploy.onnx_weights import StoredAsOnnx, unpack_weights
 from tersenet.errors import ExportError, require
@@ -65,6 +66,7 @@ def export_onnx(
     """
     graph = folded_graph(model, example)
     drop_repeated_clips(graph)
+    rewrite_for_int8(graph)
     to_onnx_operators(graph)
     return write_onnx(graph, example, path, preparation, metadata, type(model).__name__, pack)
 
