@@ -16,8 +16,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path
 
-from tersenet.errors import DataError
+from tersenet.errors import DataError, ModelError
 from tersenet.numerics.intervals import wilson
 
 
@@ -77,16 +78,53 @@ class Score:
     top5: float | None = None
 
 
-def default_forward(model: nn.Module, batch: Any) -> Any:
-    return model(batch_input(batch))
+Inputs = Tensor | tuple[Tensor, ...]  # what a model is called with: one input, or all of them by order
+_LOGITS = ("logits", "out")  # what a dict of outputs may call its class scores; "out" as torchvision does
+
+
+def default_forward(model: nn.Module, batch: Any) -> Tensor:
+    """The class scores of a batch; of several outputs those that `scored_output` names."""
+    outputs = model(*inputs_of(batch))
+    return outputs if isinstance(outputs, Tensor) else scored_output(outputs)[1]
+
+
+def scored_output(outputs: Any) -> tuple[str, Tensor]:
+    """(name, class scores) of a model with several outputs: what a dict calls "logits" or "out", else the only one of
+    shape (N, classes).
+
+    Raises:
+        ModelError: when none or several could be meant; lists them.
+    """
+    found = {
+        "".join(map(str, path)).strip("[]'") or "output": leaf
+        for path, leaf in tree_flatten_with_path(outputs)[0]
+        if isinstance(leaf, Tensor)
+    }
+    named = [name for name in _LOGITS if isinstance(outputs, dict) and isinstance(outputs.get(name), Tensor)]
+    shaped = [name for name, leaf in found.items() if leaf.ndim == 2 and leaf.is_floating_point()]
+    chosen = named[:1] or (shaped if len(shaped) == 1 else [])
+    if not chosen:
+        listed = ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in found.items()) or "none"
+        raise ModelError(
+            f"the outputs of the model are {listed}; which of them are the class scores is not clear, so pass "
+            "Task(forward=...) that returns them, such as lambda model, batch: model(batch[0])[0]"
+        )
+    return chosen[0], found[chosen[0]]
 
 
 def default_loss(outputs: Any, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(outputs, batch_target(batch))
 
 
+def inputs_of(batch: Any) -> tuple[Tensor, ...]:
+    """All inputs of a batch by order."""
+    inputs: Any = batch_input(batch)
+    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+
+
 def batch_input(batch: Any) -> Tensor:
-    """The input of a batch: first of a pair, or the dict's "image", "input" or "pixel_values"."""
+    """The input of a batch: first of a pair, or the dict's "image", "input" or "pixel_values". Several inputs stand
+    there as a tuple, in the order in which the model takes them."""
     if isinstance(batch, dict):
         for key in ("image", "input", "pixel_values", "x"):
             if key in batch:
@@ -192,6 +230,7 @@ def score(
             values.append(metric(outputs, batch).double().flatten())
             continue
         target = batch_target(batch)
+        _check_logits(outputs, target)
         classes = outputs.shape[-1]
         if len(target) and not 0 <= int(target.min()) <= int(target.max()) < classes:
             raise DataError(
@@ -212,6 +251,21 @@ def score(
         half = 1.96 * float(hits.std()) / n**0.5 if n > 1 else 0.0
         low, high = mean - half, mean + half
     return Score(mean, low, high, n, float(torch.cat(top5).mean()) if top5 else None)
+
+
+def _check_logits(outputs: Any, target: Any) -> None:
+    """Top-1 accuracy of anything else would be a number that means nothing."""
+    tensors = isinstance(outputs, Tensor) and isinstance(target, Tensor)
+    if tensors and outputs.ndim == 2 and target.shape == outputs.shape[:1] and not target.is_floating_point():
+        return
+    shapes = [
+        f"{tuple(each.shape)} of {each.dtype}" if isinstance(each, Tensor) else f"a {type(each).__name__}"
+        for each in (outputs, target)
+    ]
+    raise DataError(
+        f"accuracy needs logits (N, classes) and whole labels (N,), got {shapes[0]} and {shapes[1]}; pass "
+        "Task(metric=...) for another score, or Task(forward=...) to say which output is scored"
+    )
 
 
 def score_model(model: nn.Module, task: Task, data: Iterable[Any]) -> Score:

@@ -24,7 +24,8 @@ from tersenet.deploy import graph_json
 from tersenet.deploy.lazy import keep_coded
 from tersenet.deploy.runner import Input
 from tersenet.errors import ExportError, FileError, SettingsError
-from tersenet.graph.trace import trace
+from tersenet.graph.outputs import describe, output_of, return_flat, return_nested
+from tersenet.graph.trace import Example, trace
 from tersenet.task import Preparation
 
 _KIND = "model"
@@ -33,7 +34,7 @@ _MAX_RANK = 16
 
 def save_terse(
     model: nn.Module,
-    example: Tensor,
+    example: Example,
     path: str | Path,
     preparation: Preparation | None = None,
     provenance: dict[str, Any] | None = None,
@@ -42,8 +43,8 @@ def save_terse(
     """Writes a model, settled (on a copy), as one file; whole or not at all.
 
     Args:
-        model: any module of one input that `trace` can capture.
-        example: (N, ...); its values are used once, to see that what the file holds computes the same.
+        model: any module that `trace` can capture.
+        example: (N, ...), or all inputs; their values are used once, to see that what the file holds computes the same.
         provenance: where the model came from; JSON. The versions of tersenet and torch are added.
         plan: the plan of the steps that made it; JSON.
     Raises:
@@ -51,22 +52,28 @@ def save_terse(
         ExportError: when the model holds a layer or operator that a file cannot, or the file would compute otherwise.
     """
     settled = settle(copy.deepcopy(model)).cpu()
-    example = example.detach().cpu()
-    graph = trace(settled, example)
+    inputs = tuple(x.detach().cpu() for x in (example if isinstance(example, tuple) else (example,)))
+    graph = trace(settled, inputs)
+    shapes = [_open_shape(node) for node in describe(output_of(graph).args[0])[0]]
+    structure = return_flat(graph)
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
+    signature = [
+        {"name": name, "shape": [None, *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch.")}
+        for name, x in zip(names, inputs, strict=True)
+    ]
     tensors = {name: _without_signed_zeros(value.detach()) for name, value in graph.state_dict().items()}
     manifest: dict[str, Any] = {
         "kind": _KIND,
         "graph": graph_json.to_json(graph),
-        "input": {"shape": [None, *example.shape[1:]], "dtype": str(example.dtype).removeprefix("torch.")},
-        "outputs": [
-            [None, *node.meta["shape"][1:]] if "shape" in node.meta else None
-            for node in next(node for node in graph.graph.nodes if node.op == "output").all_input_nodes
-        ],
+        "input": {key: signature[0][key] for key in ("shape", "dtype")},
+        **({"inputs": signature} if len(signature) > 1 else {}),
+        "outputs": shapes,
+        **({} if structure == 0 else {"structure": structure}),
         "preparation": None if preparation is None else dataclasses.asdict(preparation),
         "plan": plan if plan is not None else {},
         "provenance": {"tersenet": metadata.version("tersenet"), "torch": torch.__version__, **(provenance or {})},
     }
-    _check_rebuilt(settled, manifest["graph"], tensors, example)
+    _check_rebuilt(settled, manifest, tensors, inputs)
     container.write(path, manifest, tensors)
     return Path(path)
 
@@ -91,14 +98,14 @@ def load_terse(path: str | Path, max_bytes: int | None = None, lazy: bool = Fals
     else:
         manifest, tensors = container.read(path, max_bytes, threads)
     try:
-        shape = _input_shape(manifest)
-        model = graph_json.from_json(manifest.get("graph"), tensors)
+        inputs = _inputs(manifest)
+        model = _rebuilt(manifest, tensors)
     except (ValueError, RuntimeError, RecursionError) as error:
         raise _bad(path, str(error) or "it is nested too deeply") from error
     if lazy:
         keep_coded(model, stored.tensor)
-    model.input_shape = shape  # type: ignore[assignment]
-    model.inputs = (Input("input", shape, manifest["input"]["dtype"]),)  # type: ignore[assignment]
+    model.input_shape = inputs[0].shape  # type: ignore[assignment]
+    model.inputs = inputs  # type: ignore[assignment]
     return model
 
 
@@ -146,7 +153,9 @@ def unpack(path: str | Path, out: str | Path) -> Path:
         )
     model = load_terse(path)
     manifest = container.inspect(path).manifest
-    example = torch.zeros([2, *model.input_shape[1:]], dtype=graph_json.DTYPES[manifest["input"]["dtype"]])  # type: ignore[index]
+    given: Any = model.inputs
+    zeros = tuple(torch.zeros([2, *each.shape[1:]], dtype=graph_json.DTYPES[each.dtype]) for each in given)
+    example = zeros if len(zeros) > 1 else zeros[0]
     preparation = terse_preparation(path) if manifest.get("preparation") is not None else None
     if out.suffix == ".onnx":
         from tersenet.deploy.onnx import export_onnx
@@ -162,15 +171,33 @@ def _without_signed_zeros(value: Tensor) -> Tensor:
     return value + 0.0 if value.is_floating_point() else value
 
 
-def _check_rebuilt(model: nn.Module, graph: dict[str, Any], tensors: dict[str, Tensor], example: Tensor) -> None:
+def _open_shape(node: fx.Node) -> list[int | None] | None:
+    return [None, *node.meta["shape"][1:]] if "shape" in node.meta else None
+
+
+def _rebuilt(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModule:
+    """The model of a manifest. Raises ValueError where it is malformed."""
+    graph = graph_json.from_json(manifest.get("graph"), tensors)
+    if "structure" in manifest:
+        return_nested(graph, manifest["structure"])
+    return graph
+
+
+def _check_rebuilt(
+    model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], inputs: tuple[Tensor, ...]
+) -> None:
     """What the file will hold must compute what the model computes."""
     try:
-        rebuilt = graph_json.from_json(graph, {name: value.clone() for name, value in tensors.items()})
+        rebuilt = _rebuilt(manifest, {name: value.clone() for name, value in tensors.items()})
     except ValueError as error:
         raise ExportError(f"{type(model).__name__} cannot be written as a .terse file: {error}") from error
     with evaluating(model), torch.no_grad():
-        pairs = zip(pytree.tree_leaves(model(example)), pytree.tree_leaves(rebuilt(example)), strict=True)
+        pairs = zip(pytree.tree_leaves(model(*inputs)), pytree.tree_leaves(rebuilt(*inputs)), strict=True)
     for expected, found in pairs:
+        if not isinstance(expected, Tensor):
+            continue  # a constant of the graph
+        wide = torch.promote_types(expected.dtype, torch.float32)  # booleans and integers too
+        expected, found = expected.to(wide), found.to(wide)
         if not torch.allclose(
             expected, found, rtol=1e-4, atol=1e-5 * max(1.0, float(expected.abs().max())), equal_nan=True
         ):
@@ -193,6 +220,23 @@ def _input_shape(manifest: dict[str, Any]) -> tuple[int | None, ...]:
     if not all(type(size) is int and 0 < size < 2**31 for size in shape[1:]):
         raise ValueError("the shape of its input is malformed")
     return tuple(shape)
+
+
+def _inputs(manifest: dict[str, Any]) -> tuple[Input, ...]:
+    """All inputs by order. Raises ValueError where they are malformed."""
+    first = _input_shape(manifest)
+    listed = manifest.get("inputs", [{"name": "input", **manifest["input"]}])
+    if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
+        raise ValueError("its inputs are malformed")
+    found = []
+    for each in listed:
+        shape = _input_shape({**manifest, "input": each})
+        if not isinstance(each.get("name"), str):
+            raise ValueError("an input has no name")
+        found.append(Input(each["name"], shape, each["dtype"]))
+    if not found or found[0].shape != first:
+        raise ValueError("its inputs do not agree")
+    return tuple(found)
 
 
 def _preparation(found: Any) -> Preparation:

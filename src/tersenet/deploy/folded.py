@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from tersenet.bricks.settle import settle
 from tersenet.graph.fold import fold_all
-from tersenet.graph.trace import trace
+from tersenet.graph.trace import Example, trace
 
 
-def folded_graph(model: nn.Module, example: Tensor) -> fx.GraphModule:
+def folded_graph(model: nn.Module, example: Example) -> fx.GraphModule:
     """The model's graph in evaluation mode, norms folded and bricks settled; the model is left as it was.
 
     Raises:

@@ -12,9 +12,10 @@ and W becomes GlobalAveragePool, for which ONNX Runtime has an integer kernel an
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from tersenet.deploy.int8_rewrites import rewrite_for_int8
 from tersenet.deploy.onnx_packing import make_floats_once, pack_constants
 from tersenet.deploy.onnx_weights import StoredAsOnnx, unpack_weights
 from tersenet.errors import ExportError, require
+from tersenet.graph.outputs import OUTPUTS, names, return_flat
 from tersenet.graph.points import clip_bounds, is_global_pool, signed_quantizers
-from tersenet.graph.trace import export
+from tersenet.graph.trace import Example, export
 from tersenet.task import Preparation
 
 OPSET = 20  # what torch 2.13 writes by itself; both runtimes read it
@@ -41,7 +43,7 @@ _LARGEST = 2**31 - 2**20  # a protobuf file must stay under 2 GiB
 
 def export_onnx(
     model: nn.Module,
-    example: Tensor,
+    example: Example,
     path: str | Path,
     preparation: Preparation | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -49,11 +51,12 @@ def export_onnx(
 ) -> Path:
     """Writes a model as one ONNX file with a dynamic batch; the model is left as it was.
 
-    The input is called "input"; the output "output", further ones "output_1" and so on.
+    The input is called "input"; of several, each as in the forward. The output is called "output", further ones
+    "output_1" and so on; those that stand in a dict by their keys. How they stand is kept as metadata tersenet.outputs.
 
     Args:
-        model: any module of one input; quantized by us or not.
-        example: (N, ...) input, of the type and shape that the file will take.
+        model: any module; quantized by us or not.
+        example: (N, ...) input, or all inputs, of the type and shape that the file will take.
         path: where to; written whole or not at all.
         preparation: stored as metadata tersenet.mean, .std, .size and .labels, each as JSON.
         metadata: more metadata, stored under its own names.
@@ -72,15 +75,16 @@ def export_onnx(
 
 
 def write_onnx(
-    graph: nn.Module,
-    example: Tensor,
+    graph: fx.GraphModule,
+    example: Example,
     path: str | Path,
     preparation: Preparation | None,
     metadata: Mapping[str, str] | None,
     name: str,
     pack: bool = False,
 ) -> Path:
-    """Writes a graph as it is, nothing folded or replaced; the rest as in `export_onnx`.
+    """Writes a graph as it is, nothing folded or replaced, which returns its outputs flat afterwards; the rest as in
+    `export_onnx`.
 
     Args:
         name: of the model, for errors.
@@ -88,18 +92,23 @@ def write_onnx(
     """
     onnx = require("onnx", "onnx", "write ONNX files")
     require("onnxscript", "onnx", "write ONNX files")
+    structure = return_flat(graph)
+    inputs = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
+    inputs = ["input"] if len(inputs) == 1 else inputs
     program = export(graph, example)
+    given = example if isinstance(example, tuple) else (example,)
     with _silence():
         try:
             made = torch.onnx.export(
-                program, (example,), dynamo=True, opset_version=OPSET, verbose=False, input_names=["input"]
+                program, given, dynamo=True, opset_version=OPSET, verbose=False, input_names=inputs
             )
             assert made is not None
             proto = made.model_proto
         except Exception as error:  # the exporter raises many kinds; each becomes one sentence
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ExportError(f"{name} could not be written as ONNX: {reason}") from error
-    _finish(onnx, proto, {**_prepared(preparation), **(metadata or {})}, pack)
+    own = {} if structure == 0 else {OUTPUTS: json.dumps(structure)}
+    _finish(onnx, proto, names(structure), {**_prepared(preparation), **own, **(metadata or {})}, pack)
     if proto.ByteSize() > _LARGEST:
         raise ExportError(f"the ONNX file would have {proto.ByteSize()} bytes; one file can hold less than 2 GiB")
     onnx.checker.check_model(proto, full_check=True)
@@ -242,10 +251,15 @@ def _dequantize_linear(q: Tensor, scale: Tensor, zero_point: Tensor | None = Non
     return torch.onnx.ops.symbolic("DequantizeLinear", inputs, attrs={"axis": 0}, dtype=scale.dtype, shape=q.shape)
 
 
-def _finish(onnx: Any, proto: Any, metadata: Mapping[str, str], pack: bool) -> None:
+def _finish(onnx: Any, proto: Any, called: Sequence[str], metadata: Mapping[str, str], pack: bool) -> None:
     """Names, metadata, and one batch dimension called "batch"; what the exporter left for debugging is dropped."""
     graph = proto.graph
-    outputs = {value.name: "output" if i == 0 else f"output_{i}" for i, value in enumerate(graph.output)}
+    own = [value.name for value in graph.output]
+    others = {value.name for value in (*graph.input, *graph.initializer)}
+    others |= {name for node in graph.node for name in node.output if name not in own}
+    if others & set(called):
+        called = ["output" if i == 0 else f"output_{i}" for i in range(len(own))]
+    outputs = dict(zip(own, called, strict=True))
     for node in graph.node:
         node.input[:] = [outputs.get(name, name) for name in node.input]
         node.output[:] = [outputs.get(name, name) for name in node.output]

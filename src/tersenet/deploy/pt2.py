@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tersenet.atomic import writing
 from tersenet.deploy.runner import Input
 from tersenet.errors import FileError
-from tersenet.graph.trace import export
+from tersenet.graph.outputs import OUTPUTS, structure_of
+from tersenet.graph.trace import Example, export
 
 _METADATA = "metadata.json"
 # The operators of a captured forward. from_file is left out: it touches the disk.
@@ -44,12 +45,12 @@ _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float1
 _FREE_TEXT = {"metadata", "guards_code", "torch_version"}  # never evaluated: guards are not built (check_guards=False)
 
 
-def export_pt2(model: nn.Module, example: Tensor, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
+def export_pt2(model: nn.Module, example: Example, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
     """Writes the model as a program that `torch.export.load(path).module()` runs, with an open batch.
 
     Args:
-        model: any module of one input.
-        example: (N, ...); only its shape is used, its values do not get into the file.
+        model: any module.
+        example: (N, ...), or all inputs; only their shapes are used, their values do not get into the file.
         path: ends in .pt2. Written whole or not at all.
         metadata: strings to keep beside the program.
     Raises:
@@ -98,7 +99,10 @@ def read_pt2(path: str | Path) -> tuple[nn.Module, tuple[int | None, ...], dict[
         raise FileError(f"{path} is not a readable .pt2 file: {said}; write it again") from error
     metadata = json.loads(extra[_METADATA] or "{}")
     module.inputs = inputs = _inputs(path, graph)  # type: ignore[assignment]
-    return module, inputs[0].shape, {str(key): str(value) for key, value in metadata.items()}
+    metadata = {str(key): str(value) for key, value in metadata.items()}
+    if (structure := structure_of(program)) != 0:
+        metadata[OUTPUTS] = json.dumps(structure)
+    return module, inputs[0].shape, metadata
 
 
 def _inspect(path: Path, data: bytes) -> dict[str, Any]:

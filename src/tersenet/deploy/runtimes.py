@@ -196,9 +196,12 @@ def _read_module(path: Path) -> tuple[Any, tuple[Input, ...], dict[str, str]]:
     """The module of a .pt2 or .terse file, its inputs and what it says about itself."""
     if path.suffix.lower() == ".terse":
         from tersenet.deploy.artifact import load_terse
+        from tersenet.graph.outputs import OUTPUTS, describe, output_of
 
         model = load_terse(path)
-        return model, model.inputs, _terse_metadata(path)  # type: ignore[return-value]
+        structure = describe(output_of(model).args[0])[1]
+        said = _terse_metadata(path) | ({} if structure == 0 else {OUTPUTS: json.dumps(structure)})
+        return model, model.inputs, said  # type: ignore[return-value]
     from tersenet.deploy.pt2 import read_pt2
 
     program, _, metadata = read_pt2(path)

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tersenet.deploy.runtimes import Runner, open_module
+from tersenet.deploy.stand_in import StandIn
 from tersenet.errors import DataError, ExportError
 from tersenet.task import Score, Task, batch_input, score
 
@@ -101,8 +101,5 @@ def score_file(runner: Runner, task: Task, data: Iterable[Any]) -> Score:
         DataError: on no data, labels out of range, or inputs that do not fit the file.
     """
 
-    def predict(x: Tensor) -> Tensor:
-        return torch.from_numpy(runner.run(np.asarray(x.detach().cpu().float())))
-
-    # A forward takes the model to be called; the file stands in for it.
-    return score(lambda batch: task.forward(predict, batch), data, task.metric)  # type: ignore[arg-type]
+    file: Any = StandIn(runner)  # a forward takes the model to be called
+    return score(lambda batch: task.forward(file, batch), data, task.metric)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from tersenet.graph.coupling import read
 from tersenet.graph.literals import resize
@@ -33,13 +33,5 @@ def recut(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
     known = read(graph, model)
     found = known.rewrites(known.removed(plan["kept"]))
     cut(graph, plan["kept"])
-    _nest(graph)
     resize(graph, found)
     return graph
-
-
-def _nest(graph: fx.GraphModule) -> None:
-    """Gives a graph's outputs the structure that the model's have: a dict, a tuple, or one tensor."""
-    output = next(iter(reversed(graph.graph.nodes)))
-    flat = output.args[0] if isinstance(output.args[0], tuple | list) else [output.args[0]]
-    output.args = (torch.utils._pytree.tree_map(lambda place: flat[place], graph.meta["outputs"]),)

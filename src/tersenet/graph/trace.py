@@ -33,6 +33,7 @@ from tersenet.graph.agreement import check
 from tersenet.graph.functional import functional
 from tersenet.graph.lifted import layer_of, weight_of
 from tersenet.graph.open_batch import is_open, open_size, sizes_kept, why_fixed
+from tersenet.graph.outputs import in_plain_containers, nested
 
 aten = torch.ops.aten
 Example = Tensor | tuple[Tensor, ...]  # what a model is called with
@@ -83,9 +84,10 @@ def _attempt(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, 
     shapes = _open_shapes(model, inputs) if dynamic_batch else None
     try:
         with evaluating(model), torch.no_grad(), _silence(), _attributes_kept(model), calls.watching():
-            return torch.export.export(model, inputs, dynamic_shapes=shapes)
+            program = torch.export.export(model, inputs, dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises many kinds; each becomes one sentence
         raise TraceError(_why(model, error)) from error
+    return in_plain_containers(program)
 
 
 def _open_shapes(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
@@ -193,8 +195,9 @@ class _Folder:
                     continue  # fetched where it is used
                 new = self.graph.placeholder(node.name)
             elif node.op == "output":
-                outputs = fx.map_arg(self._outputs(node), self._get)
-                self.graph.output(outputs[0] if len(outputs) == 1 else outputs)
+                flat = fx.map_arg(self._outputs(node), self._get)
+                spec = self.program.call_spec.out_spec
+                self.graph.output(nested(list(flat), spec, type(self.model).__name__))  # type: ignore[arg-type]
                 continue
             elif node.op == "get_attr":
                 raise TraceError(
@@ -212,8 +215,6 @@ class _Folder:
         self._unnest()
         module = fx.GraphModule(self.root, self.graph, class_name="Graph")
         module.training = self.model.training
-        spec = self.program.call_spec.out_spec  # the graph itself gives a flat list
-        module.meta["outputs"] = torch.utils._pytree.tree_unflatten(range(spec.num_leaves), spec)
         return module
 
     def _calls(self) -> list[tuple[str, list[fx.Node], fx.Node]]:

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from tersenet.graph.coupling import Bundle, Coupling
 from tersenet.numerics.divergence import divergence
+from tersenet.numerics.outputs import joined
 from tersenet.prune.reconstruction import losses
 
 _CHUNK = 64  # images that run together: their activations stay in the processor's cache
@@ -58,7 +59,7 @@ def compared(original: nn.Module, changed: nn.Module, images: Tensor) -> float:
     """Divergence of one evaluating model's outputs from another's."""
     with torch.no_grad():
         pairs = [(original(part), changed(part)) for part in images.split(_CHUNK)]
-    return divergence(torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
+    return divergence(joined([a for a, _ in pairs]), joined([b for _, b in pairs]))
 
 
 class Suffixes:
@@ -100,14 +101,13 @@ class Suffixes:
                 self.graph.get_submodule(path).weight = weight
         return divergence(self.original, found)
 
-    def _outputs(self, parts: Sequence[dict[fx.Node, Any]]) -> Tensor:
-        """(N, classes), from copies of what is held, because an operator may write into its input."""
+    def _outputs(self, parts: Sequence[dict[fx.Node, Any]]) -> list[Tensor]:
+        """(N, ...) each, from copies of what is held, because an operator may write into its input."""
         found = []
         for part in parts:
             copied = {node: value.clone() if isinstance(value, Tensor) else value for node, value in part.items()}
-            result = self._go(copied, self.at, len(self.nodes))[self.nodes[-1]]
-            found.append(result if isinstance(result, Tensor) else result[0])
-        return torch.cat(found)
+            found.append(self._go(copied, self.at, len(self.nodes))[self.nodes[-1]])
+        return joined(found)
 
     @torch.no_grad()
     def _go(self, values: dict[fx.Node, Any], start: int, end: int) -> dict[fx.Node, Any]:

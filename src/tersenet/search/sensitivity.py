@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tersenet.atomic import writing
 from tersenet.numerics.divergence import divergence
+from tersenet.numerics.outputs import joined
 from tersenet.search.costs import gone
 from tersenet.search.sites import Site
 from tersenet.step import Step
@@ -30,14 +31,14 @@ from tersenet.task import Task
 Losses = dict[tuple[int, str], list[float]]
 
 
-def outputs_of(model: nn.Module, images: Tensor) -> Tensor:
-    """(N, K) logits in evaluation mode, in pieces of 64."""
+def outputs_of(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """All outputs of floating point (N, ...) in evaluation mode, in pieces of 64."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
         with torch.inference_mode():
-            return torch.cat([model(part).float() for part in images.split(64)])
+            return [each.float() for each in joined([model(part) for part in images.split(64)])]
     finally:
         for module in training:
             module.training = True
