@@ -67,6 +67,11 @@ def test_a_finished_run_says_what_it_is(finished: Path) -> None:
         "original", "1. prune_channels", "2. train", "3. fold_batch_norm", "4. quantize",
     ]  # fmt: skip
     assert run.rows[-1]["param_bytes"] < run.rows[0]["param_bytes"] / 3
+    assert run.rows[1]["left_alone"][0]["reasons"][-1]["layers"] == ["linear"]
+    assert "residual: true would allow" in run.rows[1]["left_alone"][0]["advice"]
+    assert "left_alone" not in run.rows[0]
+    for name in ("report.html", "README.md"):
+        assert "the model's output" in (finished / name).read_text().replace("&#39;", "'")
     assert set(run.rows[-1]["scores"]) == {"pytorch", "onnxruntime"}
     for name, entry in run.report["files"].items():
         assert run.file(name).stat().st_size == entry["bytes"]

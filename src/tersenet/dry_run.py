@@ -14,9 +14,11 @@ from torch import nn
 from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.machine import machine
 from tersenet.graph.costs import totals
+from tersenet.left_alone import listening
 from tersenet.named import foresee_names, remembering
 from tersenet.recipe import Recipe
 from tersenet.repeat import Repeat
+from tersenet.report.terminal import notes
 from tersenet.report.words import bytes_text, count_text, percent
 from tersenet.search.search import Search
 from tersenet.ship import READS, check_runtimes, peaks, ship, slower_in_integers, time_files
@@ -65,10 +67,12 @@ def dry_run(
     steps = [kept for kept in map(without_training, whole) if kept is not None]
     left_out = [step.name for step in whole if without_training(step) is None]
     with tempfile.TemporaryDirectory() as folder:
+        left: dict[str, list[dict[str, Any]]] = {}
         names, models, tasks = ["original"], [copy.deepcopy(model).eval()], [task]
         for index, step in enumerate(steps, start=1):
-            with remembering(steps, model):
+            with remembering(steps, model), listening() as heard:
                 changed, plan = step.run(copy.deepcopy(models[-1]), tasks[-1])
+            left[f"{index}. {step.name}"] = [each.to_json(name) for name, each in heard]
             names.append(f"{index}. {step.name}")
             models.append(changed.eval())
             tasks.append(step.task_after(tasks[-1], plan))
@@ -89,7 +93,8 @@ def dry_run(
             row: dict[str, Any] = {
                 "step": name, "params": cost.params, "macs": cost.macs, "file_bytes": shipped[index].file_bytes,
                 "latency_ms": {runtime: found.latency(name) for runtime, found in timed.items()},
-                "peak_bytes": peaks(timed, name), "notes": [],
+                "peak_bytes": peaks(timed, name), "notes": list(shipped[index].notes),
+                **({"left_alone": left[name]} if left.get(name) else {}),
             }  # fmt: skip
             if index:
                 for runtime, found in timed.items():
@@ -97,7 +102,7 @@ def dry_run(
                     row["latency_ms"][runtime]["left_of_previous"] = [ratio.ratio, ratio.low, ratio.high]
                     row["notes"] += _verdict(row, rows[-1], runtime, ratio)
                 if rounds_activations(each) and not rounds_activations(models[index - 1]):
-                    row["notes"] += [*shipped[index].notes, *slower_in_integers(timed, name, names[index - 1])]
+                    row["notes"] += [*slower_in_integers(timed, name, names[index - 1])]
             rows.append(row)
     targets = judged(target if target.given else aim_of(recipe.steps), rows, runtimes[0])
     return {
@@ -127,16 +132,14 @@ def dry_run_table(found: dict[str, Any]) -> Group:
     runtimes = list(rows[0]["latency_ms"])
     caption = f"not run: {', '.join(found['left_out'])}" if found["left_out"] else None
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption=caption, caption_justify="left")
-    for title in ("step", "params", "MACs", "bytes", *(f"ms in {runtime}" for runtime in runtimes), ""):
-        table.add_column(title, justify="left" if title in ("step", "") else "right", no_wrap=title == "step")
+    for title in ("step", "params", "MACs", "bytes", *(f"ms in {runtime}" for runtime in runtimes)):
+        table.add_column(title, justify="left" if title == "step" else "right", no_wrap=title == "step")
     for row in rows:
         times = [f"{row['latency_ms'][name]['median']:.3f}" for name in runtimes]
         size = bytes_text(row["file_bytes"].get("onnx", row["file_bytes"]["terse"]))
-        table.add_row(
-            row["step"], count_text(row["params"]), count_text(row["macs"]), size, *times, "; ".join(row["notes"])
-        )
-    lines = [*(search_lines(found["search"]) if found["search"] else ()), *map(_target_line, found["targets"])]
-    return Group(table, *(Text(line) for line in lines))
+        table.add_row(row["step"], count_text(row["params"]), count_text(row["macs"]), size, *times)
+    said = [*(search_lines(found["search"]) if found["search"] else ()), *map(_target_line, found["targets"])]
+    return Group(table, *map(Text, notes(found)), *map(Text, said))
 
 
 def _target_line(target: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 
 from tersenet import __version__
 from tersenet.errors import DataError, RecipeError
+from tersenet.left_alone import lines, listening
 from tersenet.named import foresee_names, remembering
 from tersenet.prove import prove
 from tersenet.recipe import Recipe
@@ -145,10 +146,15 @@ def _run_steps(journal: Journal, original: nn.Module, task: Task, say: Callable[
         say(f"[bold]{index}/{len(journal.steps)}[/bold] {step.name}")
         started = time.monotonic()
         folder = journal.training_folder(index, step.name)
-        with remembering(journal.steps, original):
+        with remembering(journal.steps, original), listening() as heard:
             model, plan = step.run(model, dataclasses.replace(task, folder=folder))
         task = step.task_after(task, plan)
-        found = {"seconds": round(time.monotonic() - started, 2)}
+        found: dict[str, Any] = {"seconds": round(time.monotonic() - started, 2)}
+        if heard:
+            found["left_alone"] = [left.to_json(name) for name, left in heard]
+        for name, left in heard:
+            inner = "" if name == step.name else f"{name}: "
+            say("\n".join(f"    {text}" for text in (inner + lines(left)[0], *lines(left)[1:])), markup=False)
         if task.test is not None:
             found["score"] = score_model(model, task, task.test).value
             say(f"    score in PyTorch {100 * found['score']:.2f} %")

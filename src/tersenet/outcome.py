@@ -68,7 +68,7 @@ def file_line(name: str, value: dict[str, Any]) -> str:
 
 def finish(run: Any, as_json: bool) -> None:
     """Prints a finished run; exit code 1 when a target was missed."""
-    from tersenet.report.terminal import table
+    from tersenet.report.terminal import notes, table
 
     if as_json:
         print(json.dumps({"run": str(run.folder), **run.report}))
@@ -79,6 +79,8 @@ def finish(run: Any, as_json: bool) -> None:
         console.print(table(run.report))
         for name, value in run.report["files"].items():
             console.print(file_line(name, value), markup=False)
+        for note in notes(run.report):
+            console.print(note, markup=False)
         for part in ("zeros", "stages"):
             if found := run.report["settings"].get(part):
                 console.print(f"\n{found['said']}", markup=False, soft_wrap=True)

@@ -179,6 +179,7 @@ def _row(
             }
             for layer in costs(model, task.example)
         ],
+        left_alone=recorded.get("left_alone"),
         seconds=recorded.get("seconds"),
     )
 

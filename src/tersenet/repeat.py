@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.errors import DataError, NoEffect, SettingsError
+from tersenet.left_alone import LeftAlone, listening, tell
 from tersenet.named import remembering
 from tersenet.step import Chain, Plan, Step
 from tersenet.task import Task, batch_input, batches_at, score_model
@@ -103,9 +104,10 @@ class Repeat(Step):
         say = _sayer(task.quiet)
         start = model
         rounds: list[Plan] = []
+        left: list[tuple[str, LeftAlone]] = []
         ended_by = f"{self.at_most} rounds were asked for"
         for number in range(1, self.at_most + 1):
-            with warnings.catch_warnings(), remembering(self.steps, start):
+            with warnings.catch_warnings(), remembering(self.steps, start), listening() as heard:
                 if rounds:  # to find nothing more is how a repetition ends, and no news
                     warnings.simplefilter("ignore", NoEffect)
                 candidate, plan = Chain(steps=self.steps).run(copy.deepcopy(model), task)
@@ -118,11 +120,13 @@ class Repeat(Step):
                 if drop > self.until_drop:  # type: ignore[operator]
                     ended_by = f"round {number} lost {drop:.2f} points"
                     break
-            model = candidate
+            model, left = candidate, heard
             rounds.append({"plan": plan, "drop": drop})
         if not rounds:
             warnings.warn(f"repeat left the model as it was: {ended_by}", NoEffect, stacklevel=2)
             return model, {}
+        for name, found in left:
+            tell(name, found)
         return model, {"judged_by": judged_by, "rounds": rounds, "ended_by": ended_by}
 
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tersenet.errors import NoEffect, SettingsError, TersenetError
+from tersenet.left_alone import LeftAlone, is_heard, tell, trying
 from tersenet.named import check_names, foresee_names, hits, is_layer, remembering
 from tersenet.task import Task
 
@@ -158,8 +159,17 @@ class Step:
         """This step with more choices, for budgets that its ordinary ones do not reach; None when there are no more."""
         return None
 
+    def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        """What this step could not touch with this plan, and why; None where there is nothing to be said.
+
+        Args:
+            model: as it was planned for, before `apply`.
+        """
+        return None
+
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
-        """plan, apply and fit. Warns `NoEffect` when the step changes structure and found nothing to change.
+        """plan, apply and fit. Says what was left alone (left_alone.py), and warns `NoEffect` when the step changes
+        structure and found nothing to change.
 
         Raises:
             SettingsError: among others, when a setting names a layer that there is not.
@@ -167,11 +177,15 @@ class Step:
         try:
             for gone in check_names(self, model):
                 warnings.warn(gone, NoEffect, stacklevel=2)
-            plan = self.plan(model, task)
+            with trying():
+                plan = self.plan(model, task)
             if self.changes_structure and not plan:
                 warnings.warn(f"{self.name} matched no layer and left the model as it was", NoEffect, stacklevel=2)
-            model = self.apply(model, plan)
-            self.fit(model, task)
+            left = self.left_alone(model, plan, task) if is_heard() else None
+            with trying():
+                model = self.apply(model, plan)
+                self.fit(model, task)
+            tell(self.name, left)
         except TersenetError as error:
             # Said once, at the door: which step it was. The innermost step names itself, chains stay silent.
             if not getattr(error, "step", None):

@@ -7,6 +7,7 @@ take over: Jacob et al., "Quantization and training of neural networks", arXiv:1
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,29 +27,43 @@ def foldable(graph: fx.GraphModule) -> list[tuple[str, str]]:
     The norm must be the only user of the layer, both must be called once, and the norm must keep running statistics.
     A layer with a mask keeps it; one with another parametrization is left alone: settle it first.
     """
+    return [(str(node.args[0].target), str(node.target)) for node, why in _norms(graph) if why is None]
+
+
+def why_not_foldable(graph: fx.GraphModule) -> dict[str, str]:
+    """Path of every other batch norm that is called -> why it cannot be folded."""
+    return {str(node.target): why for node, why in _norms(graph) if why is not None}
+
+
+def _norms(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, str | None]]:
+    """Every call of a batch norm, and why it cannot be folded."""
     calls = Counter(node.target for node in graph.graph.nodes if node.op == "call_module")
-    found = []
     for node in graph.graph.nodes:
-        if node.op != "call_module" or not isinstance(node.args[0], fx.Node):
-            continue
-        before = node.args[0]
-        if before.op != "call_module" or len(before.users) != 1 or calls[node.target] != 1 or calls[before.target] != 1:
-            continue
-        layer, norm = graph.get_submodule(str(before.target)), graph.get_submodule(str(node.target))
-        if _fits(layer, norm) and not (isinstance(layer, nn.Linear) and len(before.meta["shape"]) != 2):
-            found.append((str(before.target), str(node.target)))
-    return found
+        if node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), _BatchNorm):
+            yield node, _why_not(graph, node, calls)
 
 
-def _fits(layer: nn.Module, norm: nn.Module) -> bool:
-    return (
-        isinstance(layer, _ConvNd | nn.Linear)
-        and (not isinstance(layer, Brick) or isinstance(layer, FewBitLayer))
-        and isinstance(norm, _BatchNorm)
-        and norm.running_mean is not None
-        and at_most_masked(layer)
-        and not parametrize.is_parametrized(norm)
-    )
+def _why_not(graph: fx.GraphModule, node: fx.Node, calls: Mapping[Any, int]) -> str | None:
+    norm: Any = graph.get_submodule(str(node.target))
+    before = node.args[0] if node.args else None
+    if not isinstance(before, fx.Node) or before.op != "call_module":
+        return "have no layer right before them"
+    layer: Any = graph.get_submodule(str(before.target))
+    if not isinstance(layer, _ConvNd | nn.Linear):
+        return f"stand behind {type(layer).__name__}, which is no convolution or linear layer"
+    if calls[node.target] != 1 or calls[before.target] != 1:
+        return "are called more than once, or their layer is"
+    if len(before.users) != 1:
+        return "stand behind a layer whose output is used elsewhere, too"
+    if norm.running_mean is None:
+        return "keep no running statistics"
+    if isinstance(layer, Brick) and not isinstance(layer, FewBitLayer):
+        return "stand behind a quantized layer"
+    if not at_most_masked(layer) or parametrize.is_parametrized(norm):
+        return "have a parametrization, or their layer has; settle it first"
+    if isinstance(layer, nn.Linear) and len(before.meta["shape"]) != 2:
+        return "stand behind a linear layer over more than one dimension"
+    return None
 
 
 def fold(layer: Any, norm: Any) -> None:

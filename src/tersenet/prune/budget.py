@@ -58,17 +58,27 @@ def name_of(bundle: Bundle) -> str:
     return makers[0] if makers else next(path for path, role in (*bundle.members, *bundle.tensors) if role != "in")
 
 
+def positions_of(known: Coupling, bundle: Bundle) -> dict[tuple[str, str], int]:
+    """Slot -> how many of its channels one class of a bundle stands for."""
+    return {
+        slot: int(np.isin(known.slots[slot], bundle.classes).sum()) // len(bundle.classes)
+        for slot in (*bundle.members, *bundle.tensors)
+    }
+
+
+def unit_of(positions: Mapping[tuple[str, str], int], multiple_of: int) -> int:
+    """How many classes of a bundle make a width that is a multiple."""
+    width = max(count for (_, role), count in positions.items() if role != "in")
+    return multiple_of // math.gcd(multiple_of, max(width, 1))
+
+
 def rank(subject: Subject, importance: str, multiple_of: int) -> list[Candidate]:
     """The bundles of a subject with their channels in order, by an importance of channel_scores.py."""
     found = []
     for bundle, (order, scores) in zip(subject.bundles, ranked(subject, importance), strict=True):
         name = name_of(bundle)
-        positions = {
-            slot: int(np.isin(subject.known.slots[slot], bundle.classes).sum()) // len(bundle.classes)
-            for slot in (*bundle.members, *bundle.tensors)
-        }
-        width = max(count for (_, role), count in positions.items() if role != "in")
-        unit = multiple_of // math.gcd(multiple_of, max(width, 1))
+        positions = positions_of(subject.known, bundle)
+        unit = unit_of(positions, multiple_of)
         maker = next(slot for slot in positions if slot[0] == name and slot[1] != "in")
         found.append(Candidate(name, bundle, bundle.classes[order], scores[order], max(1, positions[maker]), unit))
     return found

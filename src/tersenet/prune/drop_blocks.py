@@ -23,6 +23,7 @@ from tersenet.errors import SettingsError
 from tersenet.graph.blocks import Blocks, drop, paths_within
 from tersenet.graph.surgery import Cut
 from tersenet.graph.trace import is_leaf, trace
+from tersenet.left_alone import LEFT_OUT, LeftAlone, gathered, weights_of
 from tersenet.numerics.divergence import divergence
 from tersenet.prune.known import known_blocks
 from tersenet.prune.repair import repair
@@ -99,6 +100,27 @@ class DropBlocks(Step):
             dropped = [path for path in allowed if path in least]
         stays = {path: known.found[path] for path in dropped if known.found[path] is not None}
         return {"dropped": dropped, "activations": stays} if dropped else {}
+
+    def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        """What lies in no block that can be dropped, by the block or the layer that it is."""
+        if not self.blocks and not self.count:
+            return None
+        known = known_blocks(model, task.example)
+        sizes: dict[str, int] = {}
+        found: dict[str, str] = {}
+        for path, size in weights_of(model).items():
+            parts = path.split(".")
+            around = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+            block = next((outer for outer in around if outer in known.found), None)
+            at = block or (around[0] if around else path)
+            sizes[at] = sizes.get(at, 0) + size
+            if block is not None and not self.matches(block, model.get_submodule(block)):
+                found[at] = LEFT_OUT
+            elif block is None:
+                found[at] = (
+                    f"are no such blocks: {known.refused[at]}" if around and at in known.refused else "are in no block"
+                )
+        return gathered(sizes, found)
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Raises SurgeryError when the plan is another model's; the model is then as it was."""

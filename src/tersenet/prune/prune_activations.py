@@ -23,9 +23,10 @@ from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.threshold import Threshold
 from tersenet.errors import DataError, ModelError, SettingsError
 from tersenet.graph.trace import said_input, trace, trace_with
+from tersenet.left_alone import LEFT_OUT, LeftAlone, another_kind, by_layer
 from tersenet.numerics.divergence import divergence
 from tersenet.numerics.magnitudes import Magnitudes, equal_marginals
-from tersenet.prune.activation_sites import PLACES, activation_sites, insert_thresholds, thresholds_at
+from tersenet.prune.activation_sites import PLACES, READERS, activation_sites, insert_thresholds, thresholds_at
 from tersenet.prune.repair import repair
 from tersenet.step import Plan, Step
 from tersenet.task import Task, batch_input, to_device
@@ -97,6 +98,22 @@ class PruneActivations(Step):
         if not sites:
             return {}
         return {"input": said_input(task.example), "sites": sites}
+
+    def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        """Layers whose inputs are not cut."""
+        sites = activation_sites(trace(model, task.example), self.places, self.per_channel, Step())
+        could = {path for site in sites.values() for path in site["readers"]}
+        cut = {path for site in plan.get("sites", {}).values() for path in site["readers"]}
+        wanted = {"relu": "what a ReLU makes", "activations": "what an activation function makes", "inputs": "a layer"}
+
+        def why(path: str, layer: nn.Module) -> str | None:
+            if path in cut:
+                return None
+            if not isinstance(layer, READERS):
+                return another_kind(layer)
+            return LEFT_OUT if path in could else f"do not read {wanted[self.places]}"
+
+        return by_layer(model, why)
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Inserts the thresholds, all of them 0 until `fit` has run or a state dict is loaded.

@@ -23,16 +23,19 @@ from tersenet.errors import SettingsError
 from tersenet.graph.costs import totals
 from tersenet.graph.coupling import Bundle, Coupling
 from tersenet.graph.recut import recut
+from tersenet.left_alone import LEFT_OUT, LeftAlone, gathered, share_text
 from tersenet.prune.budget import (
     Candidate,
     LayerMacs,
     above,
     cheapest,
     chosen_counts,
+    positions_of,
     rank,
     removed,
     shares,
     sparsity_for,
+    unit_of,
 )
 from tersenet.prune.by_data import CALIBRATION, images_of
 from tersenet.prune.channel_scores import FROM_WEIGHTS, SCORES
@@ -41,6 +44,7 @@ from tersenet.prune.known import known_coupling
 from tersenet.prune.reconstruction import folded
 from tersenet.prune.repair import repair
 from tersenet.prune.sensitivity import compared, divergences
+from tersenet.prune.standing import RESIDUAL, standing
 from tersenet.prune.subject import Subject
 from tersenet.step import Plan, Step
 from tersenet.task import Task
@@ -209,9 +213,11 @@ class PruneChannels(Step):
         return [bundle for bundle in known.bundles if self._serves(model, bundle)]
 
     def _serves(self, model: nn.Module, bundle: Bundle) -> bool:
+        return self._wanted(model, bundle) and (self.residual or not bundle.residual)
+
+    def _wanted(self, model: nn.Module, bundle: Bundle) -> bool:
         makers = [path for path, role in bundle.members if role == "out"]
-        wanted = all(self.matches(path, model.get_submodule(path)) for path in makers)
-        return wanted and (self.residual or not bundle.residual)
+        return all(self.matches(path, model.get_submodule(path)) for path in makers)
 
     def _ranked(self, model: nn.Module, known: Coupling, bundles: list[Bundle], task: Task) -> list[Candidate]:
         return rank(Subject(model, known, bundles, task, self.balance), self.importance, self.multiple_of)
@@ -266,6 +272,31 @@ class PruneChannels(Step):
         step = dataclasses.replace(self, widths={name: width}, scope="layer")
         cut, _ = step.run(copy.deepcopy(model), dataclasses.replace(task, calibrate=[images]))
         return compared(model, cut, images)
+
+    def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        known = known_coupling(model, task.example)
+        named = self.keep if self.keep is not None else self.widths
+        served = {id(bundle) for bundle in self._bundles(model, known)}
+
+        def why(bundle: Bundle) -> str | None:
+            if self.keep is not None or self.widths is not None:
+                makers = {path for path, role in (*bundle.members, *bundle.tensors) if role != "in"}
+                if makers & set(named or ()):
+                    return None
+                if self.keep is not None or id(bundle) in served:
+                    return f"are not named in {'widths' if self.keep is None else 'keep'}"
+            if id(bundle) not in served:
+                return RESIDUAL if bundle.residual and self._wanted(model, bundle) else LEFT_OUT
+            if unit_of(positions_of(known, bundle), self.multiple_of) >= len(bundle.classes):
+                return f"have no smaller width that is a multiple of {self.multiple_of}"
+            return None
+
+        sizes, found = standing(model, known, why)
+        held = sum(
+            sizes[path] * share for path, parts in found.items() for reason, share in parts if reason == RESIDUAL
+        )
+        more = f"residual: true would allow {share_text(held / sum(sizes.values()))} more" if held else ""
+        return gathered(sizes, found, advice=more)
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Raises SurgeryError when the plan is another model's or was edited into one that cannot be; the model is then

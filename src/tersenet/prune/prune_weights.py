@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tersenet.bricks.mask import attach, masked_layers, stored_weight
 from tersenet.errors import ModelError, SettingsError
+from tersenet.left_alone import LEFT_OUT, LeftAlone, another_kind, by_layer
 from tersenet.numerics.patterns import Pattern, can_lose, parse
 from tersenet.numerics.sparse_bytes import foretold
 from tersenet.prune.choose import Cutoff, Scope, Scored, choose, output_first
@@ -115,6 +116,21 @@ class PruneWeights(Step):
         if missing:
             raise SettingsError(f"layers names {missing[0]!r}, which is no layer here that can be masked; see the plan")
         return {"masks": found} if found else {}
+
+    def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        def why(path: str, layer: nn.Module) -> str | None:
+            if path in plan.get("masks", {}):
+                return None
+            if not isinstance(layer, _ConvNd | nn.Linear):
+                return another_kind(layer)
+            if not _has_weight(layer):
+                return "are frozen (requires_grad is off) or whole numbers"
+            if not self.matches(path, layer):
+                return LEFT_OUT
+            pattern = self._pattern(path)
+            return "are not named in layers" if pattern is None else f"are too small for the pattern {pattern.name}"
+
+        return by_layer(model, why)
 
     @property
     def tunable(self) -> bool:

@@ -17,9 +17,10 @@ from tersenet.bricks.brick import Brick
 from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.few_bits import FewBitConv2d, FewBitLayer, few_bit_kind
 from tersenet.errors import SettingsError
+from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
 from tersenet.quantize.learned_graph import edges_of
 from tersenet.quantize.quantize_aware import few_bit_twin
-from tersenet.quantize.ternarise import start_layers
+from tersenet.quantize.ternarise import EDGES, no_few_bits, start_layers
 from tersenet.step import Plan, Step, replace
 from tersenet.task import Task, to_device
 
@@ -97,6 +98,22 @@ class Binarise(Step):
         if few_bit_kind(module) is None or path in edges or not self.matches(path, module):
             return False
         return self.method == "bwn" or (isinstance(module, nn.Conv2d) and not isinstance(module, Brick))
+
+    def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        def why(path: str, layer: nn.Module) -> str | None:
+            if path in plan.get("layers", {}) or path in plan.get("rules", {}):
+                return None
+            if not self.matches(path, layer):
+                return LEFT_OUT
+            if reason := no_few_bits(layer):
+                return reason
+            if self.stage == "weights":
+                return "have no binary activations from a stage before"
+            if self.method != "bwn" and not isinstance(layer, nn.Conv2d):
+                return "are no convolutions; only bwn takes linear layers"
+            return "are the first and last layers"
+
+        return by_layer(model, why, EDGES if self.edges == "float" and self.stage != "weights" else "")
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Swaps the bricks in. Raises SettingsError when the plan is another model's."""

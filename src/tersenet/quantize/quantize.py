@@ -21,6 +21,7 @@ from tersenet.bricks.coded import RoundedLayer
 from tersenet.bricks.quantized import QuantizedLayer, quantized_kind
 from tersenet.errors import ModelError, SettingsError
 from tersenet.graph.trace import trace
+from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
 from tersenet.numerics.ranges import weight_scales
 from tersenet.quantize.calibrate import calibrate
 from tersenet.quantize.equalise import equalise
@@ -203,6 +204,21 @@ class Quantize(Step):
                 else:
                     layers[path] = entry
         return {"layers": layers, **({"float": floats} if floats else {})} if layers else {}
+
+    def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        """The layers with weights that stay float."""
+
+        def why(path: str, layer: nn.Module) -> str | None:
+            if path in plan.get("layers", {}):
+                return None
+            if path in plan.get("float", {}):
+                said = str(plan["float"][path])
+                return LEFT_OUT if said == "left out by only or skip" else f"stay float: {said}"
+            if quantized_kind(layer) is not None and not self.matches(path, layer):
+                return LEFT_OUT
+            return f"stay float: there is no integer kernel for {type(layer).__name__}"
+
+        return by_layer(model, why)
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Swaps the bricks in. Until `fit` has run (or a state dict is loaded) the scales are placeholders."""

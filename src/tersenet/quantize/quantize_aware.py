@@ -15,6 +15,7 @@ from torch import nn
 from tersenet.bricks.few_bits import FewBitLayer, few_bit_kind
 from tersenet.bricks.weight_rules import RULES
 from tersenet.errors import SettingsError
+from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
 from tersenet.step import Plan, Step, replace
 from tersenet.task import Task
 
@@ -91,6 +92,18 @@ class QuantizeAware(Step):
             if few_bit_kind(module) and self.matches(path, module) and not (path in edges and self.edges == "float"):
                 found[path] = self.scheme(path in edges)
         return {"layers": found} if found else {}
+
+    def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        def why(path: str, layer: nn.Module) -> str | None:
+            if path in plan.get("layers", {}):
+                return None
+            if path in plan.get("float", {}):
+                return f"stay float: {plan['float'][path]}"
+            if few_bit_kind(layer) is None:
+                return f"have no twin of few bits ({type(layer).__name__}, or its padding)"
+            return "are the first and last layers" if self.matches(path, layer) else LEFT_OUT
+
+        return by_layer(model, why, "edges: same takes the first and last layers, too" if self.edges == "float" else "")
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Swaps the bricks in. Until `fit` has run (or a state dict is loaded) their numbers are placeholders."""

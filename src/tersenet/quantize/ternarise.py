@@ -11,8 +11,10 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
+from tersenet.bricks.brick import Brick
 from tersenet.bricks.few_bits import FewBitLayer, few_bit_kind
 from tersenet.errors import ModelError, SettingsError
+from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
 from tersenet.quantize.learned_graph import edges_of
 from tersenet.quantize.quantize_aware import few_bit_twin
 from tersenet.step import Plan, Step, replace
@@ -62,6 +64,14 @@ class Ternarise(Step):
         }
         return {"layers": found} if found else {}
 
+    def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        def why(path: str, layer: nn.Module) -> str | None:
+            if path in plan.get("layers", {}):
+                return None
+            return no_few_bits(layer) or ("are the first and last layers" if self.matches(path, layer) else LEFT_OUT)
+
+        return by_layer(model, why, EDGES if self.edges == "float" else "")
+
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Swaps the bricks in. Raises SettingsError when the plan is another model's."""
         layers = plan.get("layers", {})
@@ -70,6 +80,18 @@ class Ternarise(Step):
     def fit(self, model: nn.Module, task: Task) -> None:
         """First scales, of least squared error. Raises ModelError on weights that are not finite."""
         start_layers(model, ("twn", "twn_exact", "ttq"))
+
+
+EDGES = "edges: same takes the first and last layers, too"
+
+
+def no_few_bits(layer: nn.Module) -> str | None:
+    """Why a layer has no twin of few bits; None where it has one."""
+    if few_bit_kind(layer) is not None:
+        return None
+    if isinstance(layer, Brick):
+        return "are of few bits already"
+    return f"have no twin of few bits ({type(layer).__name__}, or its padding)"
 
 
 def start_layers(model: nn.Module, rules: tuple[str, ...]) -> None:

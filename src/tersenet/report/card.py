@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tersenet.atomic import writing
+from tersenet.left_alone import share_text, some
 from tersenet.report.headline import first_runtime, headline_bytes, original_bytes
 from tersenet.report.report import validate
 from tersenet.report.words import (
@@ -112,6 +113,7 @@ def facts(report: dict[str, Any]) -> dict[str, Any]:
         "terminal": next((name for name in report["files"] if Path(name).suffix in SNIPPETS), None),
         "machine": machine_text(report["machine"]),
         "warnings": report.get("warnings", []),
+        "left_alone": [left_text(left) for row in report["rows"] for left in row.get("left_alone", [])],
     }
 
 
@@ -139,6 +141,12 @@ def file_facts(name: str, file: dict[str, Any]) -> dict[str, str]:
         "error": "" if error is None else f"{error:.2g}",
         "sha256": file["sha256"],
     }
+
+
+def left_text(left: dict[str, Any]) -> str:
+    """What one step left alone, in a sentence."""
+    why = "; ".join(f"{share_text(each['share'])} {each['why']} ({some(each['layers'])})" for each in left["reasons"])
+    return f"{left['step']} left {share_text(left['share'])} of the {left['of']} alone: {why}."
 
 
 def snippets(name: str, shape: list[int] | None) -> list[dict[str, str]]:

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from tersenet.atomic import writing
 from tersenet.errors import FileError, require
+from tersenet.left_alone import share_text, some
 from tersenet.report import words
 from tersenet.report.headline import (
     drop,
@@ -92,6 +93,7 @@ def environment() -> Environment:
         "plain": words.plain,
         "unbroken": unbroken,
     }
+    found.filters |= {"share_text": share_text, "some": some}
     found.filters |= {
         "runtime_name": words.runtime_name,
         "factor_text": words.factor_text,
@@ -225,6 +227,14 @@ class Drawn:
 
     def missed_by(self, target: dict[str, Any]) -> str | None:
         return None if target["met"] or target["got"] is None else missed_by(target)
+
+    def left_alone(self) -> list[tuple[str, dict[str, Any]]]:
+        """(row, what one of its steps left alone), of all rows; a step within another is named beside it."""
+        return [
+            (row["step"] if row["step"].endswith(left["step"]) else f"{row['step']}: {left['step']}", left)
+            for row in self.rows
+            for left in row.get("left_alone", [])
+        ]
 
     def layers(self) -> list[dict[str, Any]]:
         """The layers of what ships, each with its share of all MACs and what is left of the original layer's MACs."""

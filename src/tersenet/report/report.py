@@ -37,6 +37,7 @@ def row(
     peak_bytes: Mapping[str, int] | None = None,
     layers: Sequence[Mapping[str, Any]] | None = None,
     notes: Sequence[str] | None = None,
+    left_alone: Sequence[Mapping[str, Any]] | None = None,
     seconds: float | None = None,
 ) -> dict[str, Any]:
     """One row of a report: the model after a step. What is not known is left out; flops are 2 x macs.
@@ -53,6 +54,8 @@ def row(
         peak_bytes: by runtime, memory beyond the runtime's own while the file runs.
         layers: per layer {"path", "kind", "params", "macs", "bytes", "note"}.
         notes: what the step's plan says, in words.
+        left_alone: what the step, or each of those in it, could not touch: {"step", "of", "share", "reasons": [{"why",
+            "layers", "share"}], "advice"} (left_alone.py).
         seconds: what the step took.
     """
     known: dict[str, Any] = {
@@ -71,6 +74,7 @@ def row(
         "peak_bytes": None if not peak_bytes else dict(peak_bytes),
         "layers": None if layers is None else [dict(layer) for layer in layers],
         "notes": None if notes is None else list(notes),
+        "left_alone": None if not left_alone else [dict(each) for each in left_alone],
         "seconds": seconds,
     }
     return {key: value for key, value in known.items() if value is not None}

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from tersenet.left_alone import LeftAlone, lines
 from tersenet.report.headline import Change, drop, first_runtime, latency_change, original_bytes
 from tersenet.report.words import (
     both_ways,
@@ -40,6 +41,18 @@ def table(report: dict[str, Any]) -> Table:
         shipped = index == len(rows) - 1 and index > 0
         grid.add_row(Text(row["step"], style="bold" if shipped else ""), *cells, end_section=index == 0)
     return grid
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """What a reader must know beside the figures: what each step left alone, its notes, then the warnings."""
+    said = []
+    for row in report["rows"]:
+        for left in row.get("left_alone", []):
+            head = row["step"] if row["step"].endswith(left["step"]) else f"{row['step']}: {left['step']}"
+            first, *rest = lines(LeftAlone.of_json(left))
+            said += [f"{head}: {first}", *rest]
+        said += [f"{row['step']}: {note}" for note in row.get("notes", [])]
+    return [*said, *(f"mind: {warning}" for warning in report.get("warnings", []))]
 
 
 def caption(report: dict[str, Any], runtime: str | None) -> str:

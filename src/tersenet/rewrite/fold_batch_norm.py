@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from tersenet.graph.fold import fold, foldable
+from tersenet.graph.fold import fold, foldable, why_not_foldable
 from tersenet.graph.trace import trace
+from tersenet.left_alone import LEFT_OUT, LeftAlone, gathered
 from tersenet.step import Plan, Step, replace
 from tersenet.task import Task
 
@@ -34,6 +36,15 @@ class FoldBatchNorm(Step):
             if layer in here and norm in here and self.matches(layer, here[layer])
         ]
         return {"pairs": pairs} if pairs else {}
+
+    def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        norms = {path: norm.num_features for path, norm in model.named_modules() if isinstance(norm, _BatchNorm)}
+        folded = {norm for _, norm in plan.get("pairs", [])}
+        graph = trace(model, task.example)
+        why = {path: LEFT_OUT for _, path in foldable(graph) if path not in folded}
+        why |= why_not_foldable(graph)
+        unused = {path: "are not called" for path in norms if path not in folded}
+        return gathered(norms, {**unused, **why}, of="channels of batch norms")
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         for layer, norm in plan.get("pairs", []):

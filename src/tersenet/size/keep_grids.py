@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from tersenet.bricks.grid import grids, put_under
 from tersenet.bricks.mask import at_most_masked, release
 from tersenet.codec.values import grid_of
+from tersenet.left_alone import LEFT_OUT, LeftAlone, another_kind, by_layer
 from tersenet.step import Plan, Step
 from tersenet.task import Task
 
@@ -48,6 +49,16 @@ class KeepGrids(Step):
                 on = {name: each for name, each in rows.items() if each is not None}
                 found |= {path: on} if on else {}
         return {"grids": found} if found else {}
+
+    def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        def why(path: str, layer: nn.Module) -> str | None:
+            if "weight" in plan.get("grids", {}).get(path, {}):
+                return None
+            if not isinstance(layer, _ConvNd | nn.Linear):
+                return another_kind(layer)
+            return "are on no grid" if self.matches(path, layer) else LEFT_OUT
+
+        return by_layer(model, why)
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         for path, entry in plan.get("grids", {}).items():

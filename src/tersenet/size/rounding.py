@@ -204,6 +204,18 @@ def _round_blindly(layer: Any, sensitivity: Tensor, price: float, width: float) 
         layer.bias.copy_(_bias(layer.bias.double(), sensitivity, price, width))
 
 
+def why_not_rounded(graph: fx.GraphModule, path: str, layer: nn.Module) -> str | None:
+    """Why a layer is left alone; None for one that is rounded."""
+    calls = sum(node.op == "call_module" and node.target == path for node in graph.graph.nodes)
+    if isinstance(layer, Brick):
+        return "are quantized already"
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
+        return f"are no 2-d convolutions or linear layers, but {type(layer).__name__}"
+    if not _readable(layer):
+        return "have another parametrization, or a padding that is not zeros"
+    return None if calls == 1 else f"are called {calls} times"
+
+
 def _calls(graph: fx.GraphModule) -> dict[fx.Node, str]:
     """node -> path of the layers that are called once and compute what their weight, under its mask, says."""
     nodes: dict[str, list[fx.Node]] = {}

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from tersenet.bricks.mask import at_most_masked, release, stored_weight
 from tersenet.bricks.shared import share, shared_of
 from tersenet.errors import ModelError, SettingsError
+from tersenet.left_alone import LEFT_OUT, LeftAlone, another_kind, by_layer
 from tersenet.numerics.codebooks import nearest_codes, optimal_codebook
 from tersenet.step import Plan, Step
 from tersenet.task import Task
@@ -56,6 +57,16 @@ class ShareWeights(Step):
                 zero = self.keep_zeros and bool((layer.weight == 0).any())
                 found[path] = {"values": 2**self.bits - zero, "zero": zero}
         return {"shared": found} if found else {}
+
+    def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        def why(path: str, layer: nn.Module) -> str | None:
+            if path in plan.get("shared", {}):
+                return None
+            if not isinstance(layer, _ConvNd | nn.Linear):
+                return another_kind(layer)
+            return LEFT_OUT if _shareable(layer) else "are frozen, whole numbers, or have another parametrization"
+
+        return by_layer(model, why)
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         for path, entry in plan.get("shared", {}).items():

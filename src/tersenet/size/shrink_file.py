@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from tersenet.bricks.settle import settle
 from tersenet.codec import container
 from tersenet.errors import SettingsError
+from tersenet.graph.trace import trace
+from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
 from tersenet.size.judge import Judge
-from tersenet.size.rounding import Pricer
-from tersenet.step import Step
+from tersenet.size.rounding import Pricer, why_not_rounded
+from tersenet.step import Plan, Step
 from tersenet.task import Task, batch_input
 
 # Divergence in nats per bit: from what no network noticed to what left nothing of any.
@@ -87,6 +89,14 @@ class ShrinkFile(Step):
 
     def data_needed(self) -> str:
         return "nothing" if self.max_drop is None else "inputs"
+
+    def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        graph = trace(model, task.example)
+
+        def why(path: str, layer: nn.Module) -> str | None:
+            return why_not_rounded(graph, path, layer) or (None if self.matches(path, layer) else LEFT_OUT)
+
+        return by_layer(model, why)
 
     def fit(self, model: nn.Module, task: Task) -> None:
         """Rounds the weights in place.

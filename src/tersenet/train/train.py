@@ -14,7 +14,8 @@ from torch import nn
 
 from tersenet import augmentation
 from tersenet.errors import SettingsError
-from tersenet.step import Companion, Step
+from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
+from tersenet.step import Companion, Plan, Step
 from tersenet.task import Task
 
 Optimizer = Literal["sgd", "adam", "adamw"]
@@ -126,6 +127,18 @@ class Train(Step):
 
     def data_needed(self) -> str:
         return "labels" if self.label_weight > 0 else "inputs"
+
+    def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        """Layers with weights that do not learn."""
+
+        def why(path: str, layer: nn.Module) -> str | None:
+            if not self.matches(path, layer):
+                return LEFT_OUT
+            if not any(weight.requires_grad for weight in layer.parameters() if weight.dim() > 1):
+                return "are frozen (requires_grad is off) or whole numbers"
+            return None
+
+        return by_layer(model, why)
 
     def check(self, task: Task) -> None:
         for companion in self.companions:
