@@ -17,7 +17,13 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-Weights = Annotated[Path | None, typer.Option(help="weights: .safetensors, or .pt/.pth read without running code")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="weights: .safetensors, .pt, .pth, .ckpt or .bin, read without running code; FILE#NAME takes one of "
+        "several sets in it"
+    ),
+]
 Data = Annotated[
     str | None, typer.Option(help="digits, parquet:DIR, folder:DIR, hf:NAME (downloads) or random:3x224x224")
 ]

@@ -6,11 +6,13 @@ Files (.pt2, .terse) are opened by `tersenet.open_model`, which calls this for e
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,12 +22,14 @@ import torch
 from torch import nn
 
 from tersenet import models
-from tersenet.errors import MissingExtra, ModelError
-from tersenet.models.weights import load_weights
+from tersenet.errors import InputWarning, MissingExtra, ModelError
+from tersenet.models.weights import OtherClasses, load_weights
 from tersenet.task import Preparation
 
 FORMS = "a name such as resnet56, timm:NAME, torchvision:NAME, package.module:factory, FILE.pt2 or FILE.terse"
 _NETWORK = "check the name; the weights of a tag are downloaded, so for those check the network too"
+# Endings of files that people keep weights in.
+WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar", ".safetensors", ".safetensors.index.json", ".bin.index.json")
 _log = logging.getLogger(__name__)
 # Declared operators live as long as this does.
 _DECLARED: list[torch.library.Library] = []
@@ -46,38 +50,70 @@ def open_model(spec: str, weights: str | os.PathLike[str] | None = None) -> tupl
         FileError: when the weights cannot be read.
         MissingExtra: when timm or torchvision is needed and not installed.
     """
-    family, colon, name = spec.partition(":")
-    if spec in models.REFERENCES:
-        model, preparation = models.build(spec), models.reference(spec).preparation
-    elif family == "timm" and colon:
-        model, preparation = _from_timm(name, pretrained="." in name and weights is None)
-    elif family == "torchvision" and colon:
-        model, preparation = _from_torchvision(name, pretrained="." in name and weights is None)
-    elif Path(spec).suffix and (os.sep in spec or Path(spec).exists() or not colon):
-        raise ModelError(f"{spec} is not a kind of file that a model can be read from; a model is {FORMS}")
-    elif family and name:
-        model, preparation = _from_user(family, name)
-    else:
-        near = difflib.get_close_matches(spec, models.REFERENCES, n=3)
-        names = f"near names are {', '.join(near)}" if near else f"the known names are {', '.join(models.REFERENCES)}"
-        raise ModelError(f"there is no model {spec!r}; a model is {FORMS}; {names}")
+    classes = None
+    if weights is not None:
+        try:
+            model, preparation = _built(spec, False)
+            load_weights(model, weights)
+            return model, preparation
+        except OtherClasses as error:
+            if not _is_named(spec):
+                raise
+            classes = error.classes
+            warnings.warn(
+                f"the weights in {weights} are of {classes} classes, so {spec} is built with {classes}",
+                InputWarning,
+                stacklevel=3,
+            )
+    model, preparation = _built(spec, weights is None, classes)
     if weights is not None:
         load_weights(model, weights)
+    if classes is not None and len(preparation.labels) != classes:
+        preparation = dataclasses.replace(preparation, labels=())
     return model, preparation
 
 
-def _from_timm(name: str, pretrained: bool) -> tuple[nn.Module, Preparation]:
+def _is_named(spec: str) -> bool:
+    """Whether the model is built here, and so can be built with another number of classes."""
+    return spec in models.REFERENCES or spec.startswith(("timm:", "torchvision:"))
+
+
+def _built(spec: str, may_download: bool, classes: int | None = None) -> tuple[nn.Module, Preparation]:
+    """The model that `spec` names; `classes` is for named ones, None leaves their default."""
+    family, colon, name = spec.partition(":")
+    other: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    if spec in models.REFERENCES:
+        return models.build(spec, **other), models.reference(spec).preparation
+    if family == "timm" and colon:
+        return _from_timm(name, "." in name and may_download, other)
+    if family == "torchvision" and colon:
+        return _from_torchvision(name, "." in name and may_download, other)
+    if Path(spec).suffix and (os.sep in spec or Path(spec).exists() or not colon):
+        if Path(spec).name.endswith(WEIGHTS):
+            raise ModelError(
+                f"{spec} holds weights (or TorchScript) and not a model that can be changed; name the model and give "
+                f"the file with --weights {spec}"
+            )
+        raise ModelError(f"{spec} is not a kind of file that a model can be read from; a model is {FORMS}")
+    if family and name:
+        return _from_user(family, name)
+    near = difflib.get_close_matches(spec, models.REFERENCES, n=3)
+    names = f"near names are {', '.join(near)}" if near else f"the known names are {', '.join(models.REFERENCES)}"
+    raise ModelError(f"there is no model {spec!r}; a model is {FORMS}; {names}")
+
+
+def _from_timm(name: str, pretrained: bool, other: dict[str, Any]) -> tuple[nn.Module, Preparation]:
     timm = _optional("timm")
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         raise ModelError(f"timm has no model {architecture!r}{_near(architecture, timm.list_models())}")
-    model = _attempt(lambda: timm.create_model(name, pretrained=pretrained), f"timm:{name}", _NETWORK)
+    model = _attempt(lambda: timm.create_model(name, pretrained=pretrained, **other), f"timm:{name}", _NETWORK)
     config = timm.data.resolve_model_data_config(model)
     size: Any = tuple(config["input_size"][1:])
     return model, Preparation(size, tuple(config["mean"]), tuple(config["std"]))
 
 
-def _from_torchvision(name: str, pretrained: bool) -> tuple[nn.Module, Preparation]:
+def _from_torchvision(name: str, pretrained: bool, other: dict[str, Any]) -> tuple[nn.Module, Preparation]:
     torchvision = _optional("torchvision")
     architecture, _, tag = name.partition(".")
     known = torchvision.models.list_models()
@@ -89,7 +125,7 @@ def _from_torchvision(name: str, pretrained: bool) -> tuple[nn.Module, Preparati
         raise ModelError(f"torchvision's {architecture} has no weights {tag!r}; its tags are {', '.join(tags)}")
     chosen = published[tag] if pretrained else None
     model = _attempt(
-        lambda: torchvision.models.get_model(architecture, weights=chosen), f"torchvision:{name}", _NETWORK
+        lambda: torchvision.models.get_model(architecture, weights=chosen, **other), f"torchvision:{name}", _NETWORK
     )
     preset = published.DEFAULT.transforms() if chosen is None else chosen.transforms()
     crop = getattr(preset, "crop_size", None) or models.IMAGENET.size
@@ -130,6 +166,14 @@ def _from_user(module: str, factory: str) -> tuple[nn.Module, Preparation]:
     if not isinstance(made, nn.Module):
         raise ModelError(
             f"{module}:{factory} returned an object of type {type(made).__name__}; it must return a torch.nn.Module"
+        )
+    kinds = {str(value.dtype) for value in made.parameters() if value.is_floating_point()} - {"torch.float32"}
+    if kinds:
+        made = made.float()
+        warnings.warn(
+            f"{module}:{factory} computes in {', '.join(sorted(kinds))} and was converted to torch.float32",
+            InputWarning,
+            stacklevel=5,
         )
     own = getattr(made, "preparation", None)
     return made, own if isinstance(own, Preparation) else Preparation()

@@ -1,20 +1,17 @@
 """Reads and writes the numbers of a model, and refuses what does not fit it.
 
-A file is checked as a whole before one number is copied, so a model is never left half loaded. Pickles are read with
-torch's `weights_only`, which executes nothing. Tensors that share their memory are written once: the file's metadata
-has an entry "shared", JSON that maps each other name to the name that is kept.
+A file is checked as a whole before one number is copied, so a model is never left half loaded. Files are read by
+`checkpoints`, which executes nothing, and what is in them is put under the model's names by `fitting`. Tensors that
+share their memory are written once: the file's metadata has an entry "shared", JSON that maps each other name to the
+name that is kept.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
-import pickletools
-import re
 import warnings
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.atomic import writing
-from tersenet.errors import FileError, ModelError
+from tersenet.errors import InputWarning, ModelError
+from tersenet.models.checkpoints import read_checkpoint
+from tersenet.models.fitting import aliases, fitting
 
-# What training scripts put around a state dict, and what DataParallel and torch.compile put before its names.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-_PREFIXES = ("module.", "_orig_mod.")
+
+class OtherClasses(ModelError):
+    """Weights that fit but for their number of classes, which is `classes`."""
+
+    def __init__(self, message: str, classes: int) -> None:
+        super().__init__(message)
+        self.classes = classes
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -34,18 +37,28 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: of any device and float type; the numbers are converted to it.
-        path: .safetensors, or .pt / .pth (read with `weights_only=True`: no code in it is executed). The usual
-            wrappers ({"state_dict": ...}, {"model": ...}) and prefixes ("module.") are taken off.
+        path: a file for `checkpoints.read_checkpoint`, whose wrappers ({"state_dict": ...}) and prefixes ("module.",
+            "model.") are taken off. Where several sets of weights in it fit, an averaged one (EMA) is taken, and it is
+            said; "FILE#NAME" takes the one that is called NAME.
     Raises:
         FileError: when the file is missing, of another kind, damaged, or a pickle with code in it.
         ModelError: when names or shapes differ from the model's, or a weight is NaN or infinite.
     """
-    path = Path(path)
+    path, part = _with_part(os.fspath(path))
     own = model.state_dict()
-    state = _fitting_names(_read(path), own, path)
+    state = fitting(read_checkpoint(path), own, path, part)
     _check(state, own, path)
+    _say_types(state, own, path)
     # Everything was checked, and the names that are still missing are counters or aliases.
     model.load_state_dict(state, strict=False)
+
+
+def _with_part(text: str) -> tuple[Path, str]:
+    """The file and the name after "#"; a file whose own name has a "#" stays whole."""
+    if Path(text).exists() or "#" not in text:
+        return Path(text), ""
+    name, _, part = text.rpartition("#")
+    return Path(name), part
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -64,7 +77,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"{key} cannot be stored: it is {_describe(value)}, and only dense tensors with numbers can be; "
                 "keep it out of the state dict"
             )
-    kept = _aliases(state)
+    kept = aliases(state)
     tensors = {key: state[key].detach().contiguous() for key in state if key not in kept}
     seen: set[int] = set()
     for key, tensor in tensors.items():
@@ -79,125 +92,30 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         temporary.write_bytes(save(tensors, metadata=metadata))
 
 
-def _aliases(state: Mapping[str, Any]) -> dict[str, str]:
-    """Each name whose tensor is the very memory of an earlier one, with that earlier name."""
-    first: dict[tuple[Any, ...], str] = {}
-    found = {}
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or value.numel() == 0 or value.is_meta:
-            continue
-        place = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
-        if place in first:
-            found[key] = first[place]
-        else:
-            first[place] = key
-    return found
+def _other_classes(state: Mapping[str, Tensor], own: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The numbers of classes of a file and of the model, where the last layer's outputs are all that differs.
 
-
-def _read(path: Path) -> Mapping[str, Any]:
-    """The state dict in a file, without its wrappers; names as they are in the file."""
-    kind = path.suffix.lower()
-    if kind not in (".safetensors", ".pt", ".pth"):
-        raise FileError(f"weights cannot be read from {path}: give a .safetensors file, or a state dict in .pt or .pth")
-    if not path.is_file():
-        raise FileError(f"there is no weights file {path}; give the path of a .safetensors, .pt or .pth file")
-    state: Any = _read_safetensors(path) if kind == ".safetensors" else _read_pickle(path)
-    while isinstance(state, Mapping):
-        wrapper = next((key for key in _WRAPPERS if isinstance(state.get(key), Mapping)), None)
-        if wrapper is None:
-            break
-        state = state[wrapper]
-    if not isinstance(state, Mapping):
-        raise ModelError(
-            f"{path} holds {_describe(state)} and no state dict; write it with "
-            "safetensors.torch.save_file(model.state_dict(), ...)"
-        )
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ModelError(
-                f"{path} is no state dict: its entry {key!r} is {_describe(value)}, and every entry must be a tensor; "
-                "save model.state_dict() alone, or under the key 'state_dict'"
-            )
-    return state
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-            shared = json.loads((file.metadata() or {}).get("shared", "{}"))
-            return state | {alias: state[kept] for alias, kept in shared.items()}
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise FileError(f"{path} is damaged or no safetensors file ({error}); copy or download it again") from error
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle protocol, which says nothing to our users
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        said = str(error)
-        # torch names the global that it met, except in pickles of newer protocols.
-        named = re.search(r"GLOBAL ([\w.]*\w)", said)
-        if named is None and not zipfile.is_zipfile(path) and not _is_pickle(path):
-            raise FileError(f"{path} is damaged or no file of torch.save; copy or download it again") from error
-        raise FileError(
-            f"{path} was refused and nothing in it was executed: it is a pickle that calls "
-            f"{named[1] if named else 'code'}, and only tensors are read; write the weights with "
-            "safetensors.torch.save_file(model.state_dict(), ...)"
-        ) from error
-    except Exception as error:
-        # A damaged file makes torch.load raise nearly anything; the first sentence of what it said is enough.
-        said = re.split(r"\.\s|\n", str(error).strip())[0] or type(error).__name__
-        raise FileError(f"{path} is damaged or no file of torch.save ({said}); copy or download it again") from error
-
-
-def _is_pickle(path: Path) -> bool:
-    """Whether the file reads as pickle instructions up to the end; they are only listed, not followed."""
-    try:
-        return any(instruction.name == "STOP" for instruction, _, _ in pickletools.genops(path.read_bytes()))
-    except Exception:  # noqa: BLE001 - pickletools raises many kinds on what is no pickle
-        return False
-
-
-def _fitting_names(state: Mapping[str, Tensor], own: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The state dict under the model's names. Raises ModelError when the names are not the model's."""
-    fitting = dict(state)
-    for prefix in _PREFIXES * 2:  # either may be outside of the other
-        if (
-            fitting
-            and all(key.startswith(prefix) for key in fitting)
-            and not any(key.startswith(prefix) for key in own)
-        ):
-            fitting = {key.removeprefix(prefix): value for key, value in fitting.items()}
-    same = _aliases(own)
-    groups: dict[str, list[str]] = {}
-    for key in own:
-        groups.setdefault(same.get(key, key), []).append(key)
-    present = {kept for kept, group in groups.items() if any(key in fitting for key in group)}
-    missing = [
-        key
-        for key in own
-        # The count of batches is not part of older files, and only matters to norms without a momentum.
-        if key not in fitting and same.get(key, key) not in present and not key.endswith("num_batches_tracked")
-    ]
-    unexpected = [key for key in fitting if key not in own]
-    if missing or unexpected:
-        parts = [f"missing {_first(missing)}"] if missing else []
-        parts += [f"unexpected {_first(unexpected)}"] if unexpected else []
-        raise ModelError(
-            f"the weights in {path} are not this model's: {'; '.join(parts)}; give the weights of this architecture"
-        )
-    return fitting
+    Only the last layer can have other outputs and leave every other shape as it is.
+    """
+    wrong = [key for key, value in state.items() if value.shape != own[key].shape]
+    if not all(state[key].dim() and own[key].dim() and state[key].shape[1:] == own[key].shape[1:] for key in wrong):
+        return None
+    sizes = {(len(state[key]), len(own[key])) for key in wrong}
+    return next(iter(sizes)) if len(sizes) == 1 else None
 
 
 def _check(state: Mapping[str, Tensor], own: Mapping[str, Any], path: Path) -> None:
     """Shapes, kinds and values. Raises ModelError at the first that does not fit."""
     wrong = [key for key, value in state.items() if value.shape != own[key].shape]
     if wrong:
+        classes = _other_classes(state, own)
+        if classes is not None:
+            raise OtherClasses(
+                f"{path} has {classes[0]} classes and the model has {classes[1]} ({wrong[0]} has shape "
+                f"{tuple(state[wrong[0]].shape)} in the file but {tuple(own[wrong[0]].shape)} in the model), and all "
+                f"else fits; build the model with {classes[0]} classes",
+                classes[0],
+            )
         key, rest = wrong[0], len(wrong) - 1
         others = f", and {rest} more differ" if rest else ""
         raise ModelError(
@@ -217,10 +135,17 @@ def _check(state: Mapping[str, Tensor], own: Mapping[str, Any], path: Path) -> N
             raise ModelError(f"{key} in {path} has {kind} values in {_describe(target)}; give weights that are finite")
 
 
-def _first(keys: Iterable[str], count: int = 3) -> str:
-    keys = list(keys)
-    rest = f" and {len(keys) - count} more" if len(keys) > count else ""
-    return ", ".join(keys[:count]) + rest
+def _say_types(state: Mapping[str, Tensor], own: Mapping[str, Any], path: Path) -> None:
+    """Warns where floats are stored in another type than the model computes in."""
+    kinds = {
+        (str(value.dtype).removeprefix("torch."), str(own[key].dtype).removeprefix("torch."))
+        for key, value in state.items()
+        if value.is_floating_point() and value.dtype != own[key].dtype
+    }
+    for stored, computed in sorted(kinds):
+        warnings.warn(
+            f"the weights in {path} are {stored} and were converted to {computed}", InputWarning, stacklevel=3
+        )
 
 
 def _describe(value: Any) -> str:
