@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tersenet.data.decode import pixels
+from tersenet.data.pixels import pixels
 from tersenet.deploy.runtimes import open_file
 from tersenet.errors import DataError, require
 from tersenet.files import preparation_of
@@ -30,7 +30,10 @@ def predict_images(
     std = np.asarray(preparation.std, dtype=np.float32)[:, None, None]
     found = {}
     for path in images:
-        scaled = pixels(_image(path), preparation).astype(np.float32) / 255  # (C, H, W)
+        try:
+            scaled = pixels(_image(path), preparation).astype(np.float32) / 255  # (C, H, W)
+        except ValueError as error:  # more than 8 bits, and of no known range
+            raise DataError(f"{path} cannot be read: {str(error).replace('its set', 'it')}") from error
         logits = runner.run(((scaled - mean) / std)[None])[0].astype(np.float64)
         shares = np.exp(logits - logits.max())
         shares /= shares.sum()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ import numpy as np
 
 from tersenet.data import image_cache
 from tersenet.data.image_cache import Pixels
-from tersenet.errors import DataError, SettingsError, require
+from tersenet.data.pixels import MODES, Span, is_grey, is_transparent, pixels, span_of, wide_values
+from tersenet.errors import DataError, InputWarning, SettingsError, require
 from tersenet.task import Preparation
-
-MODES = {1: "L", 3: "RGB"}
 
 
 @dataclass(frozen=True)
@@ -47,35 +46,6 @@ class Decoded:
     images: np.ndarray
     labels: np.ndarray
     bad: tuple[str, ...]
-
-
-def pixels(image: Any, preparation: Preparation) -> np.ndarray:
-    """(C, H, W) uint8 of a PIL image, in the size and channels of `preparation`.
-
-    An image that is at least as large both ways is scaled until it just covers the size, and its middle is cut out;
-    any other is stretched to the size. Both are bilinear. The turn that a camera wrote down (EXIF) is made.
-    """
-    pillow = require("PIL.Image", "data", "decode images")
-    image = require("PIL.ImageOps", "data", "decode images").exif_transpose(image)
-    if image.mode.startswith("I;16"):  # PIL would cut 16-bit greys off at 255
-        image = pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode == "P":
-        image = image.convert("RGBA")
-    image = image.convert(MODES[preparation.channels])
-    height, width = preparation.size
-    if image.size != (width, height):
-        if image.width >= width and image.height >= height:
-            scale = max(width / image.width, height / image.height)
-            image = image.resize(
-                (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
-                pillow.Resampling.BILINEAR,
-            )
-            left, top = (image.width - width) // 2, (image.height - height) // 2
-            image = image.crop((left, top, left + width, top + height))
-        else:
-            image = image.resize((width, height), pillow.Resampling.BILINEAR)
-    array = np.asarray(image, dtype=np.uint8)
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def decode(
@@ -110,7 +80,33 @@ def decode(
         warnings.warn(f"{len(bad)} unreadable images of {what} were left out, first {bad[0]}", stacklevel=2)
     if len(found.images) == 0:
         raise DataError(f"{what} has no image that can be read (0 samples); give at least one")
-    return Decoded(found.images, np.delete(encoded.labels, np.asarray(found.bad, np.int64)).astype(np.int64), bad)
+    for sentence in _sentences(found.facts, encoded, preparation, what):
+        warnings.warn(sentence, InputWarning, stacklevel=2)
+    kept = np.delete(encoded.labels, np.asarray(found.bad, np.int64))
+    return Decoded(found.images, kept.astype(np.int64), bad)
+
+
+def _sentences(facts: dict[str, Any], encoded: Encoded, preparation: Preparation, what: str) -> Iterator[str]:
+    """What was seen while decoding and changes what a model gets to see."""
+    if "transparent" in facts:
+        yield (
+            f"{encoded.names[facts['transparent']]} and perhaps more images of {what} have transparent pixels, whose "
+            "hidden colors are read as they are"
+        )
+    if "colour" in facts and preparation.channels == 1:
+        yield (
+            f"{encoded.names[facts['colour']]} and perhaps more images of {what} have colors and are turned to grey, "
+            "because the model takes 1 channel"
+        )
+    if facts.get("grey") and preparation.channels == 3:
+        yield f"all images of {what} are grey, and are repeated over the 3 channels that the model takes"
+    if "span" in facts:
+        span = Span(*facts["span"])
+        dark = "; that leaves them dark: scale them to the whole range" if 255 < span.high < 16384 else ""
+        yield (
+            f"{what} has images of more than 8 bits with values from {span.low:g} to {span.high:g}, of which "
+            f"{span.white:g} is taken for white{dark}"
+        )
 
 
 def _decode(encoded: Encoded, preparation: Preparation, what: str, on_bad_image: str, quiet: bool) -> Pixels:
@@ -121,14 +117,18 @@ def _decode(encoded: Encoded, preparation: Preparation, what: str, on_bad_image:
     count = len(encoded.names)
     images = np.empty((count, preparation.channels, *preparation.size), np.uint8)
     good, bad = [], []
+    facts: dict[str, Any] = {}
+    span = None
     console = Console(stderr=True)
     hidden = quiet or not console.is_terminal  # a log would get an empty line of it
     numbers = track(range(count), f"decoding {what}", console=console, transient=True, disable=hidden)
     for index in numbers:
         try:
-            source = encoded.read(index)
-            data = source if isinstance(source, bytes) else Path(source).read_bytes()
-            images[index] = pixels(pillow.open(io.BytesIO(data)), preparation)
+            image = opened(encoded.read(index))
+            if span is None and wide_values(image) is not None:
+                span = _span(encoded)
+            images[index] = pixels(image, preparation, span)
+            _note(facts, image, index)
         except Exception as error:  # PIL's decoders raise many kinds on damaged files
             if on_bad_image == "stop":
                 # PIL would tell the address of the bytes in memory.
@@ -137,7 +137,49 @@ def _decode(encoded: Encoded, preparation: Preparation, what: str, on_bad_image:
             bad.append(index)
             continue
         good.append(index)
-    return Pixels(images[good] if bad else images, tuple(bad))
+    if span is not None:
+        facts["span"] = [span.low, span.high, span.fractions]
+    # Of one channel all of them: equal channels are no surprise.
+    facts["grey"] = "grey" in facts and "colour" not in facts and "equal" not in facts
+    return Pixels(images[good] if bad else images, tuple(bad), facts)
+
+
+def opened(source: Any) -> Any:
+    """A PIL image of a path or of bytes; an array stays what it is."""
+    if isinstance(source, np.ndarray):
+        return source
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    if not data:
+        raise ValueError("it is empty, 0 bytes")
+    image = require("PIL.Image", "data", "decode images").open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+def _note(facts: dict[str, Any], image: Any, index: int) -> None:
+    """Keeps the first image with colors and the first with transparent pixels; looks no further then."""
+    one_channel = not isinstance(image, np.ndarray) and len(image.getbands()) < 3 and image.mode not in ("P", "PA")
+    if one_channel:
+        facts["grey"] = True
+    elif "colour" not in facts and not is_grey(image):
+        facts["colour"] = index
+    elif "colour" not in facts:
+        facts["equal"] = True
+    if "transparent" not in facts and is_transparent(image):
+        facts["transparent"] = index
+
+
+def _span(encoded: Encoded) -> Span | None:
+    """The values of all images of more than 8 bits. What cannot be read is named when its turn comes."""
+    span = None
+    for index in range(len(encoded.names)):
+        try:
+            values = wide_values(opened(encoded.read(index)))
+        except Exception:  # noqa: BLE001 - as above
+            continue
+        if values is not None:
+            span = span_of(values).joined(span)
+    return span
 
 
 def _unreadable(what: str, name: str, why: str) -> str:

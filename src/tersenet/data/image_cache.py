@@ -23,7 +23,7 @@ from tersenet.cache import cache_folder
 from tersenet.errors import require
 
 # Changes whenever `decode` makes other pixels of the same bytes.
-DECODER = "decoded 2: turned by EXIF, bilinear, covering, middle cut out"
+DECODER = "decoded 3: turned by EXIF, bilinear, covering, middle cut out"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import torch
 from tersenet.data import readers, tables
 from tersenet.data.batches import TensorBatches
 from tersenet.data.classes import Labels, in_model_order, is_counted, listed, translated
-from tersenet.data.decode import Decoded, decode, pixels
+from tersenet.data.decode import Decoded, decode
+from tersenet.data.pixels import pixels
 from tersenet.data.readers import Found
 from tersenet.errors import DataError, InputWarning, SettingsError, require
 from tersenet.task import Preparation
