@@ -103,10 +103,11 @@ def _sentences(facts: dict[str, Any], encoded: Encoded, preparation: Preparation
     if "span" in facts:
         span = Span(*facts["span"])
         dark = "; that leaves them dark: scale them to the whole range" if 255 < span.high < 16384 else ""
-        yield (
-            f"{what} has images of more than 8 bits with values from {span.low:g} to {span.high:g}, of which "
-            f"{span.white:g} is taken for white{dark}"
-        )
+        if span.high < 16384:  # else they fill their 16 bits, and nothing else could be meant
+            yield (
+                f"{what} has images of more than 8 bits with values from {span.low:g} to {span.high:g}, of which "
+                f"{span.white:g} is taken for white{dark}"
+            )
 
 
 def _decode(encoded: Encoded, preparation: Preparation, what: str, on_bad_image: str, quiet: bool) -> Pixels:
