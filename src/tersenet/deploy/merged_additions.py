@@ -47,7 +47,11 @@ def as_openvino_adds(model: nn.Module, example: Tensor) -> fx.GraphModule:
     Raises:
         TraceError: when the forward cannot be captured.
     """
-    graph = folded_graph(model, example)
+    return merge_additions(folded_graph(model, example))
+
+
+def merge_additions(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same on a captured graph with folded norms, in place."""
     for node, _ in rounded_for_addition(graph, Quantizer):
         quantizer = graph.get_submodule(str(node.target))
         assert isinstance(quantizer, Quantizer)

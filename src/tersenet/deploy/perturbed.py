@@ -1,0 +1,88 @@
+"""A captured graph computed with noise: how far rounding alone may take a right file from its model.
+
+No fixed number serves as a tolerance: a deep network enlarges the last digit of a float32 as it enlarges a rounding that
+falls to the other side, and a shallow one does not. So the model is asked itself. Each operator's result gets noise
+as large as float32 arithmetic in another order has (Monte Carlo arithmetic: Parker, Computer Science Department,
+UCLA, CSD-970002, 1997), and what comes out differs by what an honest runtime may differ. In front of each quantizer half
+a step more is added: rounded values then fall to either side at random, which is what the whole of them may at most do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tersenet.bricks.quantizer import Quantizer
+
+aten = torch.ops.aten
+
+# Of the largest value of a result: a sum of a few hundred products in float32 differs by this when its order does.
+ROUNDING = 2.0**-21
+# Results that are whole by definition; noise on them would be cut off by an index or a conversion that follows.
+_WHOLE = {
+    each
+    for name in ("round", "floor", "ceil", "trunc", "sign", "fix", "heaviside", "floor_divide", "one_hot")
+    if hasattr(aten, name)
+    for packet in (getattr(aten, name),)
+    for each in (getattr(packet, overload) for overload in packet.overloads())
+}
+
+
+class Perturbed(fx.Interpreter):
+    """Runs a captured graph with noise behind every operator that computes in floats.
+
+    Args:
+        graph: from `graph.trace.trace`, in evaluation mode; it is left as it was.
+        seed: of the noise.
+        rounding: the noise, as a share of the largest value of each result; 0 computes as the graph does.
+        steps: uniform noise of up to this many steps in front of each quantizer.
+        keep: names of the nodes whose values are kept in `kept`.
+    """
+
+    def __init__(
+        self, graph: fx.GraphModule, seed: int, rounding: float = ROUNDING, steps: float = 0.0, keep: Any = ()
+    ) -> None:
+        super().__init__(graph)
+        self.rounding, self.steps = rounding, steps
+        self.generator = torch.Generator().manual_seed(seed)
+        self.keep, self.kept = frozenset(keep), dict[str, Tensor]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if self.rounding and _computes(n) and isinstance(value, Tensor) and value.is_floating_point():
+            finite = value[value.isfinite()] if not bool(value.isfinite().all()) else value
+            if finite.numel():
+                value = value + self._noise(value) * (self.rounding * finite.abs().max())
+        if n.name in self.keep:
+            self.kept[n.name] = value
+        return value
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        if isinstance(module, Quantizer):
+            return self.quantize(str(target), module, args[0])
+        return super().call_module(target, args, kwargs)
+
+    def quantize(self, path: str, quantizer: Quantizer, x: Tensor) -> Tensor:
+        """One call of a quantizer; what computes it otherwise stands in for this."""
+        if self.steps:
+            x = x + self._noise(x) * (self.steps * quantizer.scale.abs())
+        return quantizer(x)
+
+    def _noise(self, like: Tensor) -> Tensor:
+        """Uniform in -1..1."""
+        return (torch.rand(like.shape, generator=self.generator) * 2 - 1).to(like)
+
+
+def flat_outputs(graph: nn.Module, value: Any) -> list[Tensor]:
+    """The outputs of a captured graph, in order."""
+    return [each for each in torch.utils._pytree.tree_leaves(value) if isinstance(each, Tensor)]
+
+
+def _computes(node: fx.Node) -> bool:
+    """Whether rounding happens in a node: it reads floats of the graph, and its result is not whole by definition."""
+    if node.op not in ("call_function", "call_module") or node.target in _WHOLE:
+        return False
+    return any(source.meta.get("dtype", torch.float32).is_floating_point for source in node.all_input_nodes)

@@ -1,0 +1,154 @@
+"""An int8 ONNX file compared with its simulation quantizer by quantizer, in steps of each grid.
+
+At the outputs of a deep int8 network a whole step of error in one layer cannot be told from roundings that fell to the
+other side (see `Reference.tolerances`). At a quantizer it can: the simulation computes each one from the integers that
+the file itself had before it, not from its own. Then a right file's integer is the simulation's value rounded: within
+half a step of it, up to float32. This finds a zero point that is off by one, and in which layer it is. Every integer is
+an output of a copy of the file; that keeps some operators from being merged (OpenVINO's additions), so the file itself
+is compared at its outputs as well (`verify.compare`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from tersenet.bricks.quantizer import Quantizer
+from tersenet.deploy.perturbed import ROUNDING, Perturbed
+from tersenet.deploy.reference import Reference, difference, run
+from tersenet.deploy.runner import Array
+from tersenet.deploy.runtimes import open_file
+from tersenet.errors import ExportError, require
+from tersenet.graph.points import signed_quantizers
+
+# Beyond half a step: float32 sums of a few thousand products are off by less than a thousandth of a step.
+SLACK = 0.05
+# Integers of one quantizer are compared up to this many, spread evenly; some outputs of a file are large.
+_OUTPUT_FACTOR, _FLOOR = 16.0, 1e-5
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How far a file is from its simulation at the quantizers.
+
+    Args:
+        beyond: largest distance of an integer from the unrounded value of the simulation beyond half a step, in steps.
+        share: of the integers that are beyond by more than `SLACK`, at the first quantizer where one is; 0 to 1.
+        node: that quantizer, or "output"; empty when there is none.
+        quantizers: how many were compared.
+    """
+
+    beyond: float
+    share: float
+    node: str
+    quantizers: int
+
+
+def stepwise(path: Path, runtime: str, reference: Reference) -> Steps:
+    """Compares a file at each of its quantizers, and at its outputs behind them.
+
+    Args:
+        path: an .onnx file of an int8 model.
+        runtime: one that reads it.
+    Raises:
+        ExportError: when the file has more or fewer quantizers than the model, or the runtime cannot open the copy.
+    """
+    onnx = require("onnx", "onnx", "read ONNX files")
+    proto = onnx.load(str(path))
+    places = list(_integers(proto.graph))
+    graph = reference.graph
+    nodes = [node for node in graph.graph.nodes if _quantizer(graph, node) is not None]
+    if len(places) != len(nodes):
+        raise ExportError(f"{path} rounds activations at {len(places)} places, the model at {len(nodes)}")
+    outputs = len(proto.graph.output)
+    for name in places:
+        proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        copy.write_bytes(proto.SerializeToString())
+        runner = open_file(copy, runtime)
+        found = [runner.run_all(batch) for batch in reference.batches]
+    forced = _Forced(graph)
+    noise = _Forced(graph, ROUNDING)
+    missed: list[bool] = []
+    for batch, values in zip(reference.batches, found, strict=True):
+        forced.give(values[outputs:])
+        expected = run(forced, batch)
+        noise.give(values[outputs:])
+        for plain, noisy, output in zip(expected, run(noise, batch), values[:outputs], strict=True):
+            error = difference(plain, output.reshape(plain.shape))
+            finite = np.abs(plain[np.isfinite(plain)]).max(initial=0.0)
+            allowed = _OUTPUT_FACTOR * difference(plain, noisy).max(initial=0.0) + _FLOOR * finite
+            missed.append(bool(error.max(initial=0.0) > allowed))
+    beyond = max((each.beyond for each in forced.seen.values()), default=0.0)
+    for node in nodes:  # in the order of the forward
+        if (seen := forced.seen[node.name]).beyond > SLACK:
+            return Steps(beyond, seen.share, node.name, len(nodes))
+    return Steps(beyond, 0.0, "output" if any(missed) else "", len(nodes))
+
+
+def _integers(graph: Any) -> Iterator[str]:
+    """Names of the rounded activations of a file, in order: of QuantizeLinear, or of the Clip behind it."""
+    clips = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "Clip"}
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear":
+            yield clips.get(node.output[0], node.output[0])
+
+
+def _quantizer(graph: fx.GraphModule, node: fx.Node) -> Quantizer | None:
+    module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if isinstance(module, Quantizer) else None
+
+
+@dataclass
+class _Seen:
+    beyond: float = 0.0
+    count: int = 0
+    off: int = 0
+
+    @property
+    def share(self) -> float:
+        return self.off / max(1, self.count)
+
+
+class _Forced(Perturbed):
+    """Computes every quantizer from the integers of a file, and keeps how far they are from its own values."""
+
+    def __init__(self, graph: fx.GraphModule, rounding: float = 0.0) -> None:
+        super().__init__(graph, 0, rounding)
+        self.signed = signed_quantizers(graph)
+        self.seen: dict[str, _Seen] = {}
+        self.given: Iterator[Array] = iter(())
+        self.name = ""
+
+    def give(self, values: tuple[Array, ...]) -> None:
+        self.given = iter(values)
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.name = n.name
+        return super().run_node(n)
+
+    def quantize(self, path: str, quantizer: Quantizer, x: Tensor) -> Tensor:
+        q = torch.from_numpy(np.ascontiguousarray(next(self.given))).double()
+        zero, scale = int(quantizer.zero_point), quantizer.scale.abs().double()
+        if path in self.signed and quantizer.bits == 8 and zero == 128:
+            q = q + 128  # written as int8 around 0
+        seen = self.seen.setdefault(self.name, _Seen())
+        if q.shape != x.shape:
+            if q.numel() != x.numel():
+                seen.beyond, seen.count, seen.off = float("inf"), seen.count + x.numel(), seen.off + x.numel()
+                return quantizer(x)
+            q = q.reshape(x.shape)
+        value = (x.double() / scale + zero).clamp(quantizer.low, quantizer.high)
+        beyond = torch.where(value.isnan(), 0.0, (value - q).abs() - 0.5)
+        seen.beyond = max(seen.beyond, float(beyond.max()) if beyond.numel() else 0.0)
+        seen.count += beyond.numel()
+        seen.off += int((beyond > SLACK).sum())
+        return ((q - zero) * scale).to(x.dtype)
