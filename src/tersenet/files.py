@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from tersenet.data import open_data
 from tersenet.deploy.artifact import load_terse, save_terse, terse_preparation
+from tersenet.deploy.checked import checked
 from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.left_in_float import left_in_float
 from tersenet.deploy.measure import measure_files as measure_in_runtimes
 from tersenet.deploy.measure import serving
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.pt2 import export_pt2
+from tersenet.deploy.reference import Reference
 from tersenet.deploy.runtimes import Runner, open_file
 from tersenet.deploy.tensorrt import broken_rules, export_tensorrt, symmetric
-from tersenet.deploy.verify import score_file, verify
+from tersenet.deploy.verify import score_file
 from tersenet.errors import SettingsError, require
 from tersenet.graph.costs import totals
 from tersenet.report.words import (
@@ -201,10 +203,10 @@ def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> 
         if path.name not in own or not path.is_file():
             _write(model, example, preparation, path, name)
         meant = symmetric(model, example) if name == "tensorrt" else model
-        agreement = verify(open_file(path, runtime), meant, [example])
+        agreement = checked(path, [runtime], Reference(meant, example, [example]))[runtime]
         weights = path.with_suffix(".bin")
         size = path.stat().st_size + (weights.stat().st_size if suffix == ".xml" else 0)
-        found[str(path)] = {"bytes": size, "max_abs_error": agreement.max_abs_error}
+        found[str(path)] = {"bytes": size, **agreement.to_json()}
         if rounds_activations(model) and name not in ("torch", "litert-fp16"):
             left = broken_rules(path) if name == "tensorrt" else left_in_float(path, runtime)
             found[str(path)]["left_in_float"] = left
@@ -242,7 +244,9 @@ def pack(source: str, output: Path, weights: Path | None = None) -> dict[str, An
         model, preparation, _ = _source(source)
     else:
         model, preparation = open_model(source, weights)
-    save_terse(model, example_of(preparation), output, preparation)
+    example = example_of(preparation)
+    save_terse(model, example, output, preparation)
+    agreement = checked(output, ["pytorch"], Reference(model, example, [example]))["pytorch"]
     cost = totals(model, example_of(preparation))
     size = output.stat().st_size
-    return {"file": str(output), "bytes": size, "float32_bytes": 4 * cost.params, "ratio": 4 * cost.params / size}
+    return {"file": str(output), "bytes": size, "float32_bytes": 4 * cost.params, "ratio": 4 * cost.params / size, **agreement.to_json()}

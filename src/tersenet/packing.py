@@ -15,9 +15,12 @@ from typing import Any
 from torch import nn
 
 from tersenet.deploy.artifact import load_terse, save_terse
+from tersenet.deploy.checked import checked
+from tersenet.deploy.reference import Reference
 from tersenet.errors import DataError, NoEffect, SettingsError
 from tersenet.graph.costs import totals
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
+from tersenet.ship import inputs
 from tersenet.size.judge import Judge
 from tersenet.size.shrink_file import ShrinkFile, coded_bytes, wanted_bytes
 from tersenet.task import Task, score_model
@@ -62,6 +65,7 @@ def pack_within(
         save_terse(made, task.example, output, task.preparation)
     else:
         made = _within_bytes(folded, task, output, wanted_bytes(bytes, whole))
+    checked(output, ["pytorch"], Reference(made, task.example, inputs(task), task.seed))
     size = output.stat().st_size
     found: dict[str, Any] = {
         "file": str(output), "bytes": size, "float32_bytes": whole, "ratio": whole / size,

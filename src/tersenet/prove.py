@@ -14,13 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from tersenet.deploy.artifact import load_terse
+from tersenet.deploy.checked import checked
 from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.machine import machine
 from tersenet.deploy.pt2 import export_pt2
-from tersenet.deploy.runtimes import open_file, open_module
 from tersenet.deploy.timings import Measurement
-from tersenet.deploy.verify import verify
 from tersenet.graph.costs import costs, totals
 from tersenet.prune.worth import table, worth
 from tersenet.report.card import write_card
@@ -31,7 +29,6 @@ from tersenet.ship import (
     READS,
     Shipped,
     describe_file,
-    inputs,
     peaks,
     preparation_dict,
     ship,
@@ -193,15 +190,16 @@ def _final_files(folder: Path, shipped: Shipped, task: Task, runtimes: Sequence[
         shutil.copyfile(source, path)
         runtime = next((name for name in runtimes if READS[name] == kind), None)
         if kind == "terse":
-            agreement = verify(open_module(load_terse(path)), shipped.model, inputs(task))
-            found[path.name] = describe_file(path, None, agreement, "pytorch")
+            found[path.name] = describe_file(path, None, shipped.agreements["terse"], "pytorch")
         else:
             found[path.name] = describe_file(
                 path, shipped.scores.get(runtime or ""), shipped.agreements.get(runtime or ""), runtime
             )
     if "pt2" not in shipped.files:
         path = export_pt2(shipped.model, task.example, folder / "model.pt2", task.preparation.metadata())
-        found[path.name] = describe_file(path, None, verify(open_file(path), shipped.model, inputs(task)), "pytorch")
+        assert shipped.reference is not None
+        agreement = checked(path, ["pytorch"], shipped.reference)["pytorch"]
+        found[path.name] = describe_file(path, None, agreement, "pytorch")
     return found
 
 

@@ -15,14 +15,16 @@ from tersenet.bricks.few_bits import FewBitLayer
 from tersenet.bricks.settle import settle
 from tersenet.deploy.apart import Entry, measure_apart
 from tersenet.deploy.artifact import save_terse
+from tersenet.deploy.checked import checked
 from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.left_in_float import READERS, left_in_float
 from tersenet.deploy.machine import usable_cores
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.pt2 import export_pt2
+from tersenet.deploy.reference import Reference
 from tersenet.deploy.runtimes import RUNTIMES, open_file
 from tersenet.deploy.timings import Measurement
-from tersenet.deploy.verify import Agreement, score_file, verify
+from tersenet.deploy.verify import Agreement, score_file
 from tersenet.errors import SettingsError, require
 from tersenet.report.headline import SLACK
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
@@ -42,8 +44,9 @@ class Shipped:
         model: what is in the files: masks and rounding made permanent, so that an int8 model holds int8.
         files: by format ("onnx", "terse", "pt2").
         scores: of the file in each runtime.
-        agreements: with PyTorch, per runtime.
+        agreements: with the model, per runtime; that of the .terse file as "terse".
         notes: what a reader of the report should know.
+        reference: what the files were compared with.
     """
 
     model: nn.Module
@@ -51,6 +54,7 @@ class Shipped:
     scores: dict[str, Score] = field(default_factory=dict)
     agreements: dict[str, Agreement] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    reference: Reference | None = field(default=None, repr=False)
 
     @property
     def file_bytes(self) -> dict[str, int]:
@@ -75,7 +79,7 @@ def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequen
     """Writes a model's .terse and what its runtimes read, checks each against PyTorch, and scores it there.
 
     Raises:
-        ExportError: when a file cannot be written or disagrees in shape.
+        ExportError: when a file cannot be written, or does not agree with the model; it is removed then.
     """
     formats = dict.fromkeys(READS[runtime] for runtime in runtimes)
     model = copy.deepcopy(model)
@@ -84,7 +88,10 @@ def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequen
         fold = FoldBatchNorm()
         model = fold.apply(model, fold.plan(model, task))
     model = settle(model)
-    shipped = Shipped(model, {"terse": save_terse(model, task.example, folder / f"{stem}.terse", task.preparation)})
+    reference = Reference(model, task.example, inputs(task), task.seed)
+    terse = save_terse(model, task.example, folder / f"{stem}.terse", task.preparation)
+    shipped = Shipped(model, {"terse": terse}, reference=reference)
+    shipped.agreements["terse"] = checked(shipped.files["terse"], ["pytorch"], reference)["pytorch"]
     for kind in formats:
         path = folder / f"{stem}.{kind}"
         if kind == "onnx":
@@ -92,9 +99,9 @@ def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequen
         else:
             export_pt2(model, task.example, path, task.preparation.metadata())
         shipped.files[kind] = path
+        shipped.agreements |= checked(path, [runtime for runtime in runtimes if READS[runtime] == kind], reference)
     for runtime in runtimes:
         runner = open_file(shipped.files[READS[runtime]], runtime, threads=2)
-        shipped.agreements[runtime] = verify(runner, model, inputs(task))
         if task.test is not None:
             shipped.scores[runtime] = score_file(runner, task, task.test)
         if rounds_activations(model) and runtime in READERS:
@@ -176,7 +183,7 @@ def describe_file(path: Path, score: Score | None, agreement: Agreement | None, 
     if score is not None:
         entry["score"] = score.value
     if agreement is not None:
-        entry["max_abs_error"] = agreement.max_abs_error
+        entry |= agreement.to_json()
     return entry
 
 

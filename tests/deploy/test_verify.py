@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from tersenet.deploy.reference import Reference
 from tersenet.deploy.runtimes import Runner, open_file
-from tersenet.deploy.verify import Agreement, check, score_file, verify
+from tersenet.deploy.stepwise import Steps
+from tersenet.deploy.verify import Agreement, check, compare, score_file, verify
 from tersenet.errors import DataError, ExportError
 from tersenet.task import Task, score_model
 
@@ -26,7 +29,8 @@ def test_the_largest_error_is_found_wherever_it_is():
         return out
 
     agreement = verify(runner_of(wrong), nn.Identity(), [(x[:3], None), (x[3:], None)])
-    assert agreement == Agreement(max_abs_error=0.25, max_abs_output=39.0, samples=10, same_top1=1.0)
+    assert (agreement.max_abs_error, agreement.max_abs_output) == (0.25, 39.0)
+    assert (agreement.samples, agreement.same_top1, agreement.rms_error) == (10, 1.0, pytest.approx(0.25 / 40**0.5))
     swapped = verify(runner_of(lambda y: y[:, ::-1].copy()), nn.Identity(), [x])
     assert (swapped.same_top1, swapped.max_abs_error) == (0.0, 3.0)
 
@@ -52,17 +56,19 @@ def test_nan_or_infinity_on_one_side_is_an_infinite_error(bad):
     )
     assert agreement.max_abs_error == math.inf
     with pytest.raises(ExportError, match="does not agree"):
-        check(agreement, 1e9)
+        check(replace(agreement, allowed=1e9, allowed_rms=1e9))
     assert verify(runner_of(lambda y: y), nn.Identity(), [there]).max_abs_error == 0.0  # on both sides: they agree
 
 
-def test_the_tolerance_is_relative_on_large_outputs_only():
-    check(Agreement(9e-5, 0.1, 8, 1.0), 1e-4)
-    check(Agreement(9e-4, 10.0, 8, 1.0), 1e-4)
-    with pytest.raises(
-        ExportError, match=r"m\.onnx does not agree .* 0\.0002 on outputs up to 0\.1, over 8 .* 0\.0001"
-    ):
-        check(Agreement(2e-4, 0.1, 8, 1.0), 1e-4, "m.onnx")
+def test_an_error_is_held_to_what_is_allowed_at_most_and_on_average():
+    agreement = Agreement(9e-4, 10.0, 8, 1.0, allowed=1e-3, rms_error=1e-4, allowed_rms=2e-4)
+    check(agreement)
+    with pytest.raises(ExportError, match=r"m\.onnx does not agree .* 0\.002 on outputs up to 10, over 8 .* 0\.001"):
+        check(replace(agreement, max_abs_error=2e-3), "m.onnx")
+    with pytest.raises(ExportError, match=r"root mean square is 0\.0003, allowed is 0\.0002"):
+        check(replace(agreement, rms_error=3e-4))
+    with pytest.raises(ExportError, match=r"at relu_out: 5 % of its integers are off, by up to 2.5 steps"):
+        check(replace(agreement, steps=Steps(2.0, 0.05, "relu_out", 3)))
 
 
 def test_other_shapes_and_no_data_are_errors():
@@ -81,9 +87,10 @@ def test_a_real_file_agrees_and_scores_as_the_model_does(tiny_model, tiny_onnx, 
     for path, runtime in ((tiny_onnx, "onnxruntime"), (fixed_onnx, "onnxruntime"), (tiny_onnx, "openvino")):
         pytest.importorskip(runtime)
         runner = open_file(path, runtime)
-        agreement = verify(runner, tiny_model, data)
-        assert agreement.samples == 11
-        check(agreement, 1e-5)
+        assert verify(runner, tiny_model, data).samples == 11
+        agreement = compare(runner, Reference(tiny_model, data[0][0], data))
+        assert agreement.samples == 11 + 3 and agreement.max_abs_error < 1e-5 < agreement.max_abs_output
+        check(agreement)
         assert score_file(runner, task, data) == score_model(tiny_model, task, data)
 
 

@@ -135,6 +135,7 @@ def unpack(path: str | Path, out: str | Path) -> Path:
     Raises:
         FileError: when the file cannot be read.
         SettingsError: for another ending.
+        ExportError: when what was written does not agree with the model.
     """
     out = Path(out)
     if out.suffix == ".safetensors":
@@ -160,10 +161,23 @@ def unpack(path: str | Path, out: str | Path) -> Path:
     if out.suffix == ".onnx":
         from tersenet.deploy.onnx import export_onnx
 
-        return export_onnx(model, example, out, preparation)
-    from tersenet.deploy.pt2 import export_pt2
+        export_onnx(model, example, out, preparation)
+    else:
+        from tersenet.deploy.pt2 import export_pt2
 
-    return export_pt2(model, example, out, None if preparation is None else preparation.metadata())
+        export_pt2(model, example, out, None if preparation is None else preparation.metadata())
+    _compared(model, example, out)
+    return out
+
+
+def _compared(model: nn.Module, example: Tensor, path: Path) -> None:
+    """Holds an unpacked file to the model, on made inputs where it takes floats."""
+    from tersenet.deploy.checked import checked
+    from tersenet.deploy.reference import Reference
+
+    if example.is_floating_point():
+        example = torch.randn(example.shape, generator=torch.Generator().manual_seed(0), dtype=example.dtype)
+    checked(path, ["onnxruntime" if path.suffix == ".onnx" else "pytorch"], Reference(model, example, [example]))
 
 
 def _without_signed_zeros(value: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +137,7 @@ def _mostly_equal(agreement: Agreement, expected: Outputs, outputs: Outputs) -> 
     allowed = _SAME * max(agreement.max_abs_output, 1e-30)
     if max(near, default=0.0) <= allowed:
         return agreement
-    return Agreement(**{**_fields(agreement), "max_abs_error": max(agreement.max_abs_error, *near), "allowed": allowed})
-
-
-def _fields(agreement: Agreement) -> dict[str, Any]:
-    return {name: getattr(agreement, name) for name in agreement.__dataclass_fields__}
+    return replace(agreement, max_abs_error=max(agreement.max_abs_error, *near), allowed=allowed)
 
 
 def _per_sample(error: Any) -> Any:
@@ -163,7 +159,7 @@ def compare_file(path: Path, runtime: str, reference: Reference) -> Agreement:
     agreement = compare(open_file(path, runtime), reference)
     if reference.rounds and path.suffix == ".onnx" and not path.name.endswith(".tensorrt.onnx"):
         steps = stepwise(path, runtime, reference)
-        agreement = Agreement(**{**_fields(agreement), "steps": steps})
+        agreement = replace(agreement, steps=steps)
     return agreement
 
 
