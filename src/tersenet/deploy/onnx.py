@@ -29,6 +29,7 @@ from tersenet.bricks.quantized import Int8Conv2d, Int8Layer, Int8Linear
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.deploy.folded import folded_graph
 from tersenet.deploy.int8_rewrites import rewrite_for_int8
+from tersenet.deploy.onnx_decompositions import decompose, replace_resizes
 from tersenet.deploy.onnx_packing import make_floats_once, pack_constants
 from tersenet.deploy.onnx_weights import StoredAsOnnx, unpack_weights
 from tersenet.errors import ExportError, require
@@ -96,11 +97,12 @@ def write_onnx(
     inputs = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
     inputs = ["input"] if len(inputs) == 1 else inputs
     program = export(graph, example)
+    rounds = any(isinstance(module, QuantizeDequantize) for module in graph.modules())
     given = example if isinstance(example, tuple) else (example,)
     with _silence():
         try:
             made = torch.onnx.export(
-                program, given, dynamo=True, opset_version=OPSET, verbose=False, input_names=inputs
+                decompose(program, rounds), given, dynamo=True, opset_version=OPSET, verbose=False, input_names=inputs
             )
             assert made is not None
             proto = made.model_proto
@@ -111,11 +113,19 @@ def write_onnx(
     _finish(onnx, proto, names(structure), {**_prepared(preparation), **own, **(metadata or {})}, pack)
     if proto.ByteSize() > _LARGEST:
         raise ExportError(f"the ONNX file would have {proto.ByteSize()} bytes; one file can hold less than 2 GiB")
-    onnx.checker.check_model(proto, full_check=True)
+    _check(onnx, proto, name)
     path = Path(path)
     with writing(path) as temporary:
         temporary.write_bytes(proto.SerializeToString())
     return path
+
+
+def _check(onnx: Any, proto: Any, name: str) -> None:
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:  # the checker and its shape inference have their own kinds
+        reason = " ".join(str(error).split())[:200]
+        raise ExportError(f"{name} was written as ONNX that does not hold to ONNX's rules: {reason}") from error
 
 
 def _prepared(preparation: Preparation | None) -> dict[str, str]:
@@ -141,6 +151,7 @@ def to_onnx_operators(graph: fx.GraphModule) -> None:
                 new = graph.graph.call_function(_global_average_pool, (node.args[0], len(node.meta["shape"])))
             node.replace_all_uses_with(new)
             graph.graph.erase_node(node)
+    replace_resizes(graph)
     signed = signed_quantizers(graph)
     for name, module in list(graph.named_modules()):
         if isinstance(module, Quantizer):

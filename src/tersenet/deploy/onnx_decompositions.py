@@ -1,31 +1,75 @@
 """Operators that torch's ONNX exporter or a runtime gets wrong, written as others that they get right.
 
 Found by exporting each operator with each of its settings and comparing (`tersenet.deploy.verify`):
-- The exporter drops the `divisor_override` of an average pool, and refuses an adaptive maximum pool.
+- The exporter drops the `divisor_override` of an average pool, and refuses adaptive pools whose windows differ.
+- Resize with antialiasing takes another scale than the one given, and OpenVINO does not know it.
+- OpenVINO refuses the circular mode of Pad.
 - With `ceil_mode`, PyTorch leaves out a last window that would begin in the padding; ONNX counts it.
 - ONNX Runtime's integer AveragePool divides a window that reaches over the edge by the whole kernel.
-Each becomes what its definition says: zeros around, a plain pool, and a factor per window. All of it is exact up to
-the order of a sum.
+Each becomes what its definition says: zeros around, a plain pool and a factor per window; slices; a product with the
+matrix of a resize, which is linear along each axis. All of it is exact up to the order of a sum.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.nn import functional as F
 
 aten = torch.ops.aten
 
 
-def decompose(program: ExportedProgram) -> ExportedProgram:
-    """The same program without the operators that come out wrong."""
-    if not any(node.target in TABLE for node in program.graph.nodes):
+def decompose(program: ExportedProgram, rounds: bool) -> ExportedProgram:
+    """The same program without the operators that come out wrong.
+
+    Args:
+        rounds: whether activations are rounded, so that runtimes look for operators to run in integers.
+    """
+    table = {**_TABLE, **(_FOR_INT8 if rounds else {})}
+    if not any(node.target in table for node in program.graph.nodes):
         return program
-    return program.run_decompositions(dict(TABLE))
+    return program.run_decompositions(table)
+
+
+def in_float(x: Tensor) -> Tensor:
+    """The same value, behind which no runtime starts an integer operator: none has one for a minimum of two values."""
+    return torch.minimum(x, torch.full((), torch.finfo(x.dtype).max, dtype=x.dtype, device=x.device))
+
+
+def replace_resizes(graph: fx.GraphModule) -> None:
+    """Resizes with antialiasing in a captured graph, each as one matrix per axis, in place."""
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or node.target not in _RESIZES:
+            continue
+        x, given, align_corners, *scales = (*node.args, *node.kwargs.values())
+        mode, (height, width) = _RESIZES[node.target], node.args[0].meta["shape"][2:]
+        scales = [None, None] if not scales or scales[0] is None else scales[0] if len(scales) == 1 else scales
+        counts = [int(n * f) for n, f in zip((height, width), scales, strict=True)] if given is None else list(given)
+        with graph.graph.inserting_before(node):
+            for axis, size in enumerate((height, width)):
+                # A row per unit vector: what the resize makes of it is its column of the matrix.
+                matrix = mode(torch.eye(size)[None, None], [size, counts[axis]], align_corners, None, scales[axis])[0, 0]
+                name = f"resize_{node.name}_{axis}"
+                graph.register_buffer(name, matrix if axis == 1 else matrix.T.contiguous())
+                held = graph.graph.get_attr(name)
+                x = graph.graph.call_function(aten.matmul.default, (x, held) if axis == 1 else (held, x))
+        x.meta = dict(node.meta)
+        node.replace_all_uses_with(x)
+        graph.graph.erase_node(node)
+
+
+_RESIZES = {
+    aten._upsample_bilinear2d_aa.default: aten._upsample_bilinear2d_aa.default,
+    aten._upsample_bilinear2d_aa.vec: aten._upsample_bilinear2d_aa.default,
+    aten._upsample_bicubic2d_aa.default: aten._upsample_bicubic2d_aa.default,
+    aten._upsample_bicubic2d_aa.vec: aten._upsample_bicubic2d_aa.default,
+}
 
 
 def _filled(value: int | Sequence[int] | None, dims: int, default: Sequence[int]) -> list[int]:
@@ -47,7 +91,7 @@ def _ceiled(size: int, kernel: int, stride: int, padding: int, dilation: int = 1
     return count - 1 if (count - 1) * stride >= size + padding else count
 
 
-def _average(dims: int, pool: Any) -> Callable[..., Any]:
+def _average(dims: int, pool: Any, rounds: bool = False) -> Callable[..., Any]:
     def decomposition(
         x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
         count_include_pad: bool = True, divisor_override: int | None = None,
@@ -61,17 +105,24 @@ def _average(dims: int, pool: Any) -> Callable[..., Any]:
         counts = [_ceiled(*axis) if ceil_mode else _floored(*axis) for axis in axes]
         if divisor_override is None and counts == [_floored(*axis) for axis in axes]:
             return pool(x, kernel, steps, around, False, count_include_pad)
+        if divisor_override is None and not rounds:
+            return NotImplemented  # right in float
         pads = []  # from the last axis to the first
         for (size, k, s, p), count in reversed(list(zip(axes, counts, strict=True))):
             pads += [p, max(0, (count - 1) * s + k - size - p)]
-        summed = pool(F.pad(x, pads), kernel, steps)
-        whole = torch.tensor(kernel).prod().item()
+        # OpenVINO would round the average to 8 bits before the factor.
+        summed = pool(F.pad(in_float(x) if rounds else x, pads), kernel, steps)
+        whole = math.prod(kernel)
         if divisor_override is not None:
             return summed * (whole / divisor_override)
-        factor = torch.ones(())
-        for axis, count in zip(axes, counts, strict=True):
-            factor = factor[..., None] * axis[1] / torch.tensor(_window_sizes(*axis, count, count_include_pad))
-        return summed * factor.to(x)
+        for place, (axis, count) in enumerate(zip(axes, counts, strict=True)):
+            shape = [count if i == place else 1 for i in range(dims)]
+            factors = [axis[1] / size for size in _window_sizes(*axis, count, count_include_pad)]
+            # By runs of equal numbers: a decomposition cannot hold a constant.
+            runs = [(value, len(list(group))) for value, group in itertools.groupby(factors)]
+            pieces = [torch.full((length,), value, dtype=x.dtype, device=x.device) for value, length in runs]
+            summed = summed * torch.cat(pieces).reshape(shape)
+        return summed
 
     return decomposition
 
@@ -110,16 +161,50 @@ def _adaptive_maximum(dims: int) -> Callable[..., Any]:
             ends = [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
             parts = [values.narrow(axis, start, end - start).amax(axis, keepdim=True) for start, end in ends]
             values = torch.cat(parts, axis) if count > 1 else parts[0]
-        return values, torch.zeros_like(values, dtype=torch.int64)
+        return values, torch.zeros_like(values, dtype=torch.int64)  # which no file gives; only the values are used
 
     return decomposition
 
 
-TABLE: dict[Any, Callable[..., Any]] = {
+def _adaptive_average(x: Tensor, output_size: Sequence[int]) -> Any:
+    """(N, C, D, H, W): along one axis after another, as `_adaptive_maximum`."""
+    values = x
+    for axis, count in enumerate(output_size, start=-3):
+        size = int(values.shape[axis])
+        ends = [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+        parts = [values.narrow(axis, start, end - start).mean(axis, keepdim=True) for start, end in ends]
+        values = torch.cat(parts, axis) if count > 1 else parts[0]
+    return values
+
+
+def _padded_around(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+    """The circular mode: along each axis the end of the values in front of them, and their beginning behind."""
+    if mode != "circular" or any(p < 0 for p in pad):
+        return NotImplemented
+    for i in range(len(pad) // 2):
+        axis, before, after = x.dim() - 1 - i, pad[2 * i], pad[2 * i + 1]
+        size = x.shape[axis]
+        parts = [x.narrow(axis, size - before, before)] if before else []
+        parts += [x, *([x.narrow(axis, 0, after)] if after else [])]
+        x = torch.cat(parts, axis)
+    return x
+
+
+_TABLE: dict[Any, Callable[..., Any]] = {
     aten.avg_pool1d.default: _average(1, F.avg_pool1d),
     aten.avg_pool2d.default: _average(2, F.avg_pool2d),
     aten.avg_pool3d.default: _average(3, F.avg_pool3d),
     aten.max_pool1d.default: _maximum(1, aten.max_pool1d),
     aten.max_pool2d.default: _maximum(2, aten.max_pool2d),
     aten.max_pool3d.default: _maximum(3, aten.max_pool3d),
+    aten.adaptive_max_pool1d.default: _adaptive_maximum(1),
+    aten.adaptive_max_pool2d.default: _adaptive_maximum(2),
+    aten.adaptive_max_pool3d.default: _adaptive_maximum(3),
+    aten.adaptive_avg_pool3d.default: _adaptive_average,
+    aten.pad.default: _padded_around,
+}
+_FOR_INT8: dict[Any, Callable[..., Any]] = {
+    aten.avg_pool1d.default: _average(1, F.avg_pool1d, rounds=True),
+    aten.avg_pool2d.default: _average(2, F.avg_pool2d, rounds=True),
+    aten.avg_pool3d.default: _average(3, F.avg_pool3d, rounds=True),
 }

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tersenet.deploy.reference import Outputs, Reference, Tolerance, difference, root_mean_square
 from tersenet.deploy.runtimes import Runner, open_file, open_module
+from tersenet.deploy.stand_in import StandIn
 from tersenet.deploy.stepwise import SLACK, Steps, stepwise
 from tersenet.errors import DataError, ExportError
 from tersenet.task import Score, Task, batch_input, score
@@ -228,9 +228,5 @@ def score_file(runner: Runner, task: Task, data: Iterable[Any]) -> Score:
     Raises:
         DataError: on no data, labels out of range, or inputs that do not fit the file.
     """
-
-    def predict(x: Tensor) -> Tensor:
-        return torch.from_numpy(runner.run(np.asarray(x.detach().cpu().float())))
-
-    # A forward takes the model to be called; the file stands in for it.
-    return score(lambda batch: task.forward(predict, batch), data, task.metric)  # type: ignore[arg-type]
+    file: Any = StandIn(runner)  # a forward takes the model to be called
+    return score(lambda batch: task.forward(file, batch), data, task.metric)
