@@ -249,4 +249,10 @@ def pack(source: str, output: Path, weights: Path | None = None) -> dict[str, An
     agreement = checked(output, ["pytorch"], Reference(model, example, [example]))["pytorch"]
     cost = totals(model, example_of(preparation))
     size = output.stat().st_size
-    return {"file": str(output), "bytes": size, "float32_bytes": 4 * cost.params, "ratio": 4 * cost.params / size, **agreement.to_json()}
+    return {
+        "file": str(output),
+        "bytes": size,
+        "float32_bytes": 4 * cost.params,
+        "ratio": 4 * cost.params / size,
+        **agreement.to_json(),
+    }

@@ -89,7 +89,8 @@ def test_a_real_file_agrees_and_scores_as_the_model_does(tiny_model, tiny_onnx, 
         runner = open_file(path, runtime)
         assert verify(runner, tiny_model, data).samples == 11
         agreement = compare(runner, Reference(tiny_model, data[0][0], data))
-        assert agreement.samples == 11 + 3 and agreement.max_abs_error < 1e-5 < agreement.max_abs_output
+        assert agreement.samples == 11 + 3
+        assert agreement.max_abs_error < 1e-5 < agreement.max_abs_output
         check(agreement)
         assert score_file(runner, task, data) == score_model(tiny_model, task, data)
 

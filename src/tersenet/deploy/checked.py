@@ -35,5 +35,3 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
     if path.suffix == ".xml":
         path.with_suffix(".bin").unlink(missing_ok=True)
-
-

@@ -54,7 +54,9 @@ def replace_resizes(graph: fx.GraphModule) -> None:
         with graph.graph.inserting_before(node):
             for axis, size in enumerate((height, width)):
                 # A row per unit vector: what the resize makes of it is its column of the matrix.
-                matrix = mode(torch.eye(size)[None, None], [size, counts[axis]], align_corners, None, scales[axis])[0, 0]
+                matrix = mode(torch.eye(size)[None, None], [size, counts[axis]], align_corners, None, scales[axis])[
+                    0, 0
+                ]
                 name = f"resize_{node.name}_{axis}"
                 graph.register_buffer(name, matrix if axis == 1 else matrix.T.contiguous())
                 held = graph.graph.get_attr(name)

@@ -54,7 +54,9 @@ class Reference:
 
     def __init__(self, model: nn.Module, example: Any, batches: Iterable[Any], seed: int = 0) -> None:
         self.model, self.example, self.seed = model, example, seed
-        self.batches: list[tuple[Array, ...]] = [tuple(x.cpu().numpy() for x in batch) for batch in probes(batches, seed)]
+        self.batches: list[tuple[Array, ...]] = [
+            tuple(x.cpu().numpy() for x in batch) for batch in probes(batches, seed)
+        ]
         if not self.batches:
             raise DataError("there is nothing to compare on: the data is empty (0 samples); give at least one input")
         self._outputs: dict[Any, Outputs] = {}
