@@ -1,10 +1,10 @@
 """A captured graph computed with noise: how far rounding alone may take a right file from its model.
 
-No fixed number serves as a tolerance: a deep network enlarges the last digit of a float32 as it enlarges a rounding that
-falls to the other side, and a shallow one does not. So the model is asked itself. Each operator's result gets noise
-as large as float32 arithmetic in another order has (Monte Carlo arithmetic: Parker, Computer Science Department,
-UCLA, CSD-970002, 1997), and what comes out differs by what an honest runtime may differ. In front of each quantizer half
-a step more is added: rounded values then fall to either side at random, which is what the whole of them may at most do.
+No fixed number serves as a tolerance: a deep network enlarges the last digit of a float32, as it enlarges a rounding
+that falls to the other side, and a shallow one does not. So the model itself is asked. Each operator's result gets
+noise as large as float32 arithmetic in another order has (Monte Carlo arithmetic: Parker, Computer Science Department,
+UCLA, CSD-970002, 1997); what comes out differs by what a right runtime may differ. In front of each quantizer half a
+step more is added: rounded values then fall to either side at random, which is what all of them together may do.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.quantizer import Quantizer
