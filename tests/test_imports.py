@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
     "cache": set(),
+    "plain_yaml": set(),
     "compiler": {"errors"},
     "augmentation": {"errors"},
     "numerics": {"errors"},

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tersenet.errors import SettingsError
+from tersenet.errors import InputWarning, SettingsError
 from tersenet.options import (
     Batch,
     Bytes,
@@ -102,7 +102,7 @@ def options(
     if not debug:
         # Third-party chatter; our own warnings are shown as a sentence.
         warnings.simplefilter("ignore")
-        from tersenet.errors import InputWarning, NoEffect
+        from tersenet.errors import NoEffect
 
         warnings.simplefilter("always", NoEffect)
         warnings.simplefilter("always", InputWarning)
@@ -526,6 +526,11 @@ def _open(
     preparation = sources.prepared(
         preparation, numbers_in("--mean", mean), numbers_in("--std", std), size_of(image_size)
     )
+    assumed = (
+        sources.guessed(model, network, preparation) if data is not None and (mean is None or std is None) else None
+    )
+    if assumed is not None:
+        warnings.warn(assumed, InputWarning, stacklevel=2)
     if data is None:
         return network, Task(
             example=sources.example_of(preparation), original=network, preparation=preparation, quiet=quiet

@@ -20,8 +20,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Union
 
-import yaml
-
+from tersenet import plain_yaml
 from tersenet.errors import RecipeError, TersenetError
 from tersenet.step import Chain, Companion, Step
 
@@ -60,6 +59,8 @@ COMPANIONS = {
 }
 # YAML says `with`, which is a keyword in Python.
 _SPELLING = {"with": "companions"}
+# Words for truth values that YAML had once, where a truth value must stand.
+_TRUTH = {"yes": True, "on": True, "no": False, "off": False}
 _SPELLING_BACK = {python: written for written, python in _SPELLING.items()}
 
 Own = Mapping[str, type[Step] | type[Companion]]
@@ -103,11 +104,9 @@ class Recipe:
     def parse(cls, text: str, steps: Own | None = None) -> Recipe:
         """Reads YAML text. Raises RecipeError."""
         try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" in line {mark.line + 1}" if mark else ""
-            raise RecipeError(f"the recipe is not valid YAML{where}: {getattr(error, 'problem', error)}") from error
+            data = plain_yaml.load(text)
+        except ValueError as error:
+            raise RecipeError(f"the recipe is {error}") from error
         if not isinstance(data, dict) or "steps" not in data:
             raise RecipeError("a recipe must be a mapping with 'schema: 1' and a list 'steps'")
         unknown = set(data) - {"schema", "steps"}
@@ -122,7 +121,7 @@ class Recipe:
     def dump(self) -> str:
         """The recipe as YAML, every setting written out, so that it replays exactly even if a default changes."""
         data = {"schema": SCHEMA, "steps": [_plain(step) for step in self.steps]}
-        return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=110)
+        return plain_yaml.dump(data)
 
     def chain(self) -> Chain:
         return Chain(steps=self.steps)
@@ -219,7 +218,11 @@ def _value(where: str, hint: Any, value: Any, own: Own | None) -> Any:
     elif hint is type(None) and value is None:
         return None
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if value != value:
+            raise RecipeError(f"{where} is not a number (.nan); give one")
         return float(value)
+    elif hint is bool and isinstance(value, str) and value.lower() in _TRUTH:
+        return _TRUTH[value.lower()]
     elif isinstance(hint, type) and isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     wanted = getattr(hint, "__name__", None) if origin is None else str(hint).replace("typing.", "")

@@ -12,6 +12,8 @@ from torch import nn
 
 from tersenet import models
 from tersenet.data import open_data
+from tersenet.data.checks import check_calibration, check_classes, outputs_of
+from tersenet.data.classes import is_counted, listed
 from tersenet.errors import ModelError, SettingsError
 from tersenet.graph.trace import trace
 from tersenet.models.sources import open_model as open_other
@@ -91,8 +93,10 @@ def prepared(
     """A preparation with some of its parts named by the user.
 
     Raises:
-        SettingsError: when mean and std have different lengths, or a std is not positive.
+        SettingsError: when mean and std are not one per channel of the model, or cannot be meant for values in [0, 1].
     """
+    for name, values in (("mean", mean), ("std", std)):
+        _check_scale(name, values, preparation.channels)
     preparation = Preparation(
         (size[0], size[1]) if size is not None else preparation.size,
         tuple(mean) if mean is not None else preparation.mean,
@@ -103,9 +107,46 @@ def prepared(
         raise SettingsError(
             f"mean has {len(preparation.mean)} values and std has {len(preparation.std)}; give one per channel"
         )
-    if min(preparation.std) <= 0:
-        raise SettingsError(f"std must be positive, got {list(preparation.std)}")
     return preparation
+
+
+def _check_scale(name: str, values: Sequence[float] | None, channels: int) -> None:
+    """Refuses a mean or std that cannot be of values in [0, 1], or is not one per channel."""
+    if values is None:
+        return
+    shown = ",".join(f"{value:g}" for value in values)
+    if name == "std" and not all(value > 0 for value in values):
+        raise SettingsError(f"std must be positive, got {shown}")
+    top = max(values)
+    if not all(0 <= value <= 1 for value in values):
+        hint = "give it as a share of white"
+        if 1 < top <= 255:
+            hint = f"divide it by 255: --{name} {','.join(f'{value / 255:.4g}' for value in values)}"
+        raise SettingsError(f"{name} is {shown}, but pixels are scaled to [0, 1] before it is used; {hint}")
+    if len(values) != channels:
+        raise SettingsError(
+            f"{name} has {len(values)} value{'s' * (len(values) != 1)} ({shown}) and the model takes {channels} "
+            f"channel{'s' * (channels != 1)}; give one per channel"
+        )
+
+
+def guessed(spec: str, model: nn.Module, preparation: Preparation) -> str | None:
+    """What is assumed about a model's inputs, in one sentence, where nothing says it; None where something does."""
+    if spec.endswith(".pt2"):
+        from tersenet.deploy.pt2 import read_pt2
+
+        known = Preparation.of_metadata(read_pt2(Path(spec))[2]) is not None
+    else:
+        named = spec in models.REFERENCES or spec.startswith(("timm:", "torchvision:")) or spec.endswith(".terse")
+        known = named or isinstance(getattr(model, "preparation", None), Preparation)
+    if known:
+        return None
+    height, width = preparation.size
+    return (
+        f"{spec} does not say how its inputs are prepared: {preparation.channels}x{height}x{width} with mean "
+        f"{preparation.mean[0]:g} and std {preparation.std[0]:g} is assumed; give --mean, --std and --image-size as in "
+        "its training"
+    )
 
 
 def open_task(
@@ -132,7 +173,7 @@ def open_task(
         data, preparation, batch_size=batch_size, seed=seed, columns=columns, on_bad_image=on_bad_image,
         validate=validate, quiet=quiet,
     )  # fmt: skip
-    labels = found.labels or preparation.labels
+    preparation = dataclasses.replace(preparation, labels=found.labels or preparation.labels)
 
     def open_named(spec: str) -> nn.Module:
         return _of_same_inputs(spec, preparation)
@@ -145,6 +186,10 @@ def open_task(
 
     first = found.calibrate if found.calibrate is not None else found.train
     example = example_of(preparation) if first is None else next(iter(first))[0][:2].clone()
+    if len(example) == 1:  # of a single image, while a batch must not look like a fixed size
+        example = example.repeat(2, 1, 1, 1)
+    check_classes(found, outputs_of(model, example), data)
+    check_calibration(found, data)
     return Task(
         example=example,
         train=found.train,
@@ -152,7 +197,7 @@ def open_task(
         validate=found.validate,
         test=found.test,
         original=model,
-        preparation=dataclasses.replace(preparation, labels=tuple(labels)),
+        preparation=preparation,
         seed=seed,
         quiet=quiet,
         reopen=reopen,
@@ -178,4 +223,9 @@ def _of_same_inputs(spec: str, preparation: Preparation) -> nn.Module:
                 f"{spec} takes inputs of {name} {found}, the model that is trained takes {wanted}; "
                 "give a teacher of the same inputs"
             )
+    if its.labels and preparation.labels and its.labels != preparation.labels and not is_counted(its.labels):
+        raise ModelError(
+            f"{spec} has the classes {listed(its.labels)}, the data has {listed(preparation.labels)}, so that its "
+            "outputs mean something else; give a teacher of the same classes in the same order"
+        )
     return model

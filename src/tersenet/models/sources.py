@@ -176,7 +176,25 @@ def _from_user(module: str, factory: str) -> tuple[nn.Module, Preparation]:
             stacklevel=5,
         )
     own = getattr(made, "preparation", None)
-    return made, own if isinstance(own, Preparation) else Preparation()
+    return made, own if isinstance(own, Preparation) else _assumed(made)
+
+
+def _assumed(model: nn.Module) -> Preparation:
+    """Preparation's default, with the channels that the first convolution takes, where the model runs with them."""
+    first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
+    default = Preparation()
+    if first is None or first.in_channels == default.channels:
+        return default
+    channels = first.in_channels
+    was_training = model.training
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(2, default.channels, *default.size))
+    except Exception:  # noqa: BLE001 - the user's code raises what it likes on inputs that it does not take
+        return Preparation(default.size, (0.5,) * channels, (0.5,) * channels)
+    finally:
+        model.train(was_training)
+    return default
 
 
 def _attempt(factory: Callable[[], Any], name: str, hint: str) -> Any:
