@@ -70,7 +70,7 @@ def main() -> None:
                     key = f"{importance} {share} {'repaired' if repair else 'bare'} {seed}"
                     if key in found["scores"]:
                         continue
-                    step = PruneChannels(importance=importance, sparsity=share)
+                    step = PruneChannels(importance=importance, sparsity=share, scope="layer")
                     plan = plan or step.plan(network, tasks[seed])
                     found["scores"][key] = scored(
                         found, plan, repair, network, dataclasses.replace(tasks[seed], test=test)

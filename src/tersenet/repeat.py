@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tersenet.errors import DataError, NoEffect, SettingsError
 from tersenet.left_alone import LeftAlone, listening, tell
 from tersenet.named import remembering
-from tersenet.step import Chain, Plan, Step
+from tersenet.step import Chain, Plan, Step, refuse_idle
 from tersenet.task import Task, batch_input, batches_at, score_model
 
 # An epoch that no training reaches, so that its augmentation is new to the model.
@@ -75,6 +75,8 @@ class Repeat(Step):
         for name in ("at_most", "images"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.until_drop is None:
+            refuse_idle(self, {"images": "until_drop"})
 
     def data_needed(self) -> str:
         needs = {step.data_needed() for step in self.steps} | ({"inputs"} if self.until_drop is not None else set())

@@ -278,6 +278,22 @@ class Companion:
         """Called before each batch with the share of the training that is done, 0 to 1."""
 
 
+def refuse_idle(part: Step | Companion, idle: Mapping[str, str]) -> None:
+    """Refuses settings that would change nothing beside the others, since whoever sets one expects something of it.
+
+    Args:
+        idle: setting -> what it is for, for those that must stay at their defaults.
+    Raises:
+        SettingsError: naming the first that does not.
+    """
+    for each in fields(part):
+        value = getattr(part, each.name)
+        if each.name in idle and value != each.default:
+            raise SettingsError(
+                f"{each.name} is {value!r}, which changes nothing here: it is for {idle[each.name]}; leave it out"
+            )
+
+
 def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...], step: Step | None = None) -> Iterator[tuple[str, Any]]:
     """The (path, module) pairs of some types that `step` is allowed to touch, in the model's order."""
     for path, module in model.named_modules():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,12 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from tersenet.numerics.patterns import Pattern, expand, protected, unit_sums
 
 Scope = Literal["layer", "global"]
+ScopeSetting = Literal["auto", "layer", "global"]
+
+
+def scope_of(setting: str, importance: str) -> Any:
+    """What "auto" stands for: within one layer lamp ranks as magnitudes do, it is made to compare layers."""
+    return setting if setting != "auto" else "global" if importance == "lamp" else "layer"
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from tersenet.prune.budget import (
 )
 from tersenet.prune.by_data import CALIBRATION, images_of
 from tersenet.prune.channel_scores import FROM_WEIGHTS, SCORES
+from tersenet.prune.choose import scope_of
 from tersenet.prune.edited import cut_of, plan_of, removed_by
 from tersenet.prune.known import known_coupling
 from tersenet.prune.reconstruction import folded
@@ -46,7 +47,7 @@ from tersenet.prune.repair import repair
 from tersenet.prune.sensitivity import compared, divergences
 from tersenet.prune.standing import RESIDUAL, standing
 from tersenet.prune.subject import Subject
-from tersenet.step import Plan, Step
+from tersenet.step import Plan, Step, refuse_idle
 from tersenet.task import Task
 
 # 1,024 images in all, of which some only judge.
@@ -67,7 +68,8 @@ class PruneChannels(Step):
         balance: of importance "weighted": 1 counts the weights only, 0 the activations only.
         multiple_of: keep numbers of channels that are multiples of this, rounded to the nearest, at least one
             multiple; bundles that are smaller stay whole. Runtimes like 8 or 16.
-        scope: "layer" removes the same share everywhere; "global" the least important of the whole model;
+        scope: "layer" removes the same share everywhere; "global" the least important of the whole model; "auto" is
+            global for lamp, which within one layer ranks as magnitudes do, else layer;
             "sensitivity" gives each bundle the width that keeps the sum of KL divergences small which the cuts cause
             one at a time; it needs `macs` and calibration data.
         refit: repair the layers that lost inputs by least squares on calibration data, and measure the norms anew.
@@ -91,7 +93,7 @@ class PruneChannels(Step):
     sparsity: float = 0.5
     importance: str = "l2"
     multiple_of: int = 1
-    scope: str = "layer"
+    scope: str = "auto"
     refit: bool = True
     macs: float | None = None
     residual: bool = False
@@ -109,8 +111,8 @@ class PruneChannels(Step):
             )
         if self.importance not in SCORES:
             raise SettingsError(f"importance must be one of {', '.join(SCORES)}, got {self.importance!r}")
-        if self.scope not in ("layer", "global", "sensitivity"):
-            raise SettingsError(f"scope must be layer, global or sensitivity, got {self.scope!r}")
+        if self.scope not in ("auto", "layer", "global", "sensitivity"):
+            raise SettingsError(f"scope must be auto, layer, global or sensitivity, got {self.scope!r}")
         if self.scope == "sensitivity" and self.macs is None and self.widths is None:
             raise SettingsError("scope is 'sensitivity', which needs a budget; set macs, such as macs: 0.5")
         if self.multiple_of < 1:
@@ -128,6 +130,12 @@ class PruneChannels(Step):
         rivals = [name for name in ("macs", "percentile", "threshold") if getattr(self, name) is not None]
         if len(rivals) > 1 and self.widths is None:
             raise SettingsError(f"{' and '.join(rivals)} each say how much to remove; give one of them")
+        idle = {} if self.importance == "weighted" else {"balance": "importance: weighted"}
+        if rivals and self.widths is None and self.keep is None:
+            idle["sparsity"] = f"cuts without {rivals[0]}"
+        if self.threshold is not None and self.scope == "global":
+            raise SettingsError("scope is 'global', which changes nothing beside threshold, the same bar everywhere")
+        refuse_idle(self, idle)
         if self.keep is not None:
             object.__setattr__(self, "keep", {path: list(places) for path, places in self.keep.items()})
         if self.widths is not None:
@@ -168,9 +176,9 @@ class PruneChannels(Step):
         if self.widths is not None:
             counts = chosen_counts(candidates, self.widths)
         elif self.percentile is not None or self.threshold is not None:
-            counts = above(candidates, self.scope, self.percentile, self.threshold or 0.0)
+            counts = above(candidates, self._scope, self.percentile, self.threshold or 0.0)
         elif self.macs is None:
-            counts = shares(candidates, self.sparsity, self.scope)
+            counts = shares(candidates, self.sparsity, self._scope)
         else:
             counts = self._within(self.macs, model, known, candidates, task, twin)
         return plan_of(model, known, removed(candidates, counts), task.example)
@@ -209,6 +217,10 @@ class PruneChannels(Step):
         cutting it hurts more, and what it saves is harder to foretell."""
         return None if self.residual else dataclasses.replace(self, residual=True)
 
+    @property
+    def _scope(self) -> str:
+        return scope_of(self.scope, self.importance)
+
     def _bundles(self, model: nn.Module, known: Coupling) -> list[Bundle]:
         return [bundle for bundle in known.bundles if self._serves(model, bundle)]
 
@@ -240,8 +252,8 @@ class PruneChannels(Step):
             ]
             counts = cheapest(hurts, share * total, macs)
         else:
-            sparsity = sparsity_for(candidates, self.scope, share * total, macs)
-            counts = shares(candidates, sparsity, self.scope) if sparsity <= 1 else None
+            sparsity = sparsity_for(candidates, self._scope, share * total, macs)
+            counts = shares(candidates, sparsity, self._scope) if sparsity <= 1 else None
         if counts is None:
             hint = "" if self.residual else ", set residual: true"
             raise SettingsError(f"macs {share} cannot be reached by cutting channels; ask for more{hint} or skip less")

@@ -23,9 +23,9 @@ from tersenet.errors import ModelError, SettingsError
 from tersenet.left_alone import LEFT_OUT, LeftAlone, another_kind, by_layer
 from tersenet.numerics.patterns import Pattern, can_lose, parse
 from tersenet.numerics.sparse_bytes import foretold
-from tersenet.prune.choose import Cutoff, Scope, Scored, choose, output_first
+from tersenet.prune.choose import Cutoff, ScopeSetting, Scored, choose, output_first, scope_of
 from tersenet.prune.weight_scores import DATA, IMPORTANCES, scores_of
-from tersenet.step import Plan, Step
+from tersenet.step import Plan, Step, refuse_idle
 from tersenet.task import Task
 
 # Choices of a search: shares of zeros; layers of fewer weights save next to nothing.
@@ -49,7 +49,8 @@ class PruneWeights(Step):
         importance: "l1" or "l2" magnitude, "lamp", "random" as the control; with labelled data the mean "gradient",
             "taylor" or "fisher"; with unlabelled data "obs", the error of the layer's own output once the other weights
             make up for it. A group's importance is the mean of its weights'.
-        scope: "layer" takes the same share of every layer; "global" the least important of all.
+        scope: "layer" takes the same share of every layer; "global" the least important of all; "auto" is global for
+            lamp, which within one layer ranks as magnitudes do, else layer.
         percentile: in place of `sparsity`, what scores below this percentile goes, 0 to 100.
         threshold: in place of both, what scores below this value goes; of l1 that is the mean |w| of a group.
         layers: in place of all of these, layer by layer: path -> a sparsity and, where it is another than `pattern`, a
@@ -67,7 +68,7 @@ class PruneWeights(Step):
     sparsity: float | None = None
     pattern: str = "weight"
     importance: str = "l1"
-    scope: Scope = "layer"
+    scope: ScopeSetting = "auto"
     percentile: float | None = None
     threshold: float | None = None
     refit: bool = False
@@ -79,8 +80,8 @@ class PruneWeights(Step):
         pattern = parse(self.pattern)
         if self.importance not in IMPORTANCES:
             raise SettingsError(f"importance must be one of {', '.join(IMPORTANCES)}, got {self.importance!r}")
-        if self.scope not in ("layer", "global"):
-            raise SettingsError(f"scope must be layer or global, got {self.scope!r}")
+        if self.scope not in ("auto", "layer", "global"):
+            raise SettingsError(f"scope must be auto, layer or global, got {self.scope!r}")
         given = [name for name in ("sparsity", "percentile", "threshold") if getattr(self, name) is not None]
         if len(given) > 1:
             raise SettingsError(f"{given[0]} and {given[1]} are both set; give one of them")
@@ -97,6 +98,10 @@ class PruneWeights(Step):
                 self._each(setting)
         if self.samples < 1:
             raise SettingsError(f"samples must be at least 1, got {self.samples}")
+        if self.threshold is not None and self.scope == "global":
+            raise SettingsError("scope is 'global', which changes nothing beside threshold, the same bar everywhere")
+        if self.data_needed() == "nothing":
+            refuse_idle(self, {"samples": "refit, and importances that read data"})
 
     def names(self) -> dict[str, tuple[str, ...]]:
         return {**super().names(), "layers": tuple(self.layers or ())}
@@ -233,7 +238,7 @@ class PruneWeights(Step):
     def _kept(self, scored: dict[str, Scored]) -> dict[str, Tensor]:
         """Path -> (O, I, ...) bool, what stays."""
         if self.layers is None:
-            return choose(scored, self._cutoff(parse(self.pattern)), self.scope)
+            return choose(scored, self._cutoff(parse(self.pattern)), scope_of(self.scope, self.importance))
         kept: dict[str, Tensor] = {}
         for path, own in scored.items():
             kept |= choose({path: own}, Cutoff(share=self._each(self.layers[path])[0]))

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tersenet.bricks.mask import Mask, masked_layers, stored_weight
 from tersenet.errors import SettingsError
 from tersenet.numerics.patterns import parse
-from tersenet.prune.choose import Cutoff, Scope, Scored, choose, output_first
+from tersenet.prune.choose import Cutoff, ScopeSetting, Scored, choose, output_first, scope_of
 from tersenet.prune.weight_scores import FROM_WEIGHTS
-from tersenet.step import Companion
+from tersenet.step import Companion, refuse_idle
 from tersenet.task import Task
 
 
@@ -38,7 +38,8 @@ class Ramp(Companion):
         begin, end: shares of the training, 0 <= begin < end < 1.
         updates: in how many steps the masks grow, at least 1.
         importance: "l1", "l2" or "lamp".
-        scope: "layer" gives every layer the same share, "global" takes the least important of all.
+        scope: "layer" gives every layer the same share, "global" takes the least important of all; "auto" is global
+            for lamp, else layer.
         regrow: let what is gone learn on and come back. Then masks do not only tighten: they have `start` zeros at
             `begin`, whatever they had before.
         margin: with `regrow`, what is there stays until it scores this much less than what stands at the limit, and
@@ -53,7 +54,7 @@ class Ramp(Companion):
     end: float = 0.75
     updates: int = 100
     importance: str = "l1"
-    scope: Scope = "layer"
+    scope: ScopeSetting = "auto"
     regrow: bool = False
     margin: float = 0.1
 
@@ -68,12 +69,14 @@ class Ramp(Companion):
                 f"begin is {self.begin} and end is {self.end}; they must be shares of the training with "
                 "0 <= begin < end < 1, such as 0 and 0.75"
             )
+        if not self.regrow:
+            refuse_idle(self, {"margin": "regrow: true"})
         if self.updates < 1:
             raise SettingsError(f"updates must be at least 1, got {self.updates}; 100 is usual")
         if self.importance not in FROM_WEIGHTS:
             raise SettingsError(f"importance must be one of {', '.join(FROM_WEIGHTS)}, got {self.importance!r}")
-        if self.scope not in ("layer", "global"):
-            raise SettingsError(f"scope must be layer or global, got {self.scope!r}")
+        if self.scope not in ("auto", "layer", "global"):
+            raise SettingsError(f"scope must be auto, layer or global, got {self.scope!r}")
 
     def at(self, round: int) -> float:
         """The share of zeros after a round, 1 to updates + 1."""
@@ -132,6 +135,6 @@ class Ramp(Companion):
                 scores = scores * torch.where(present, 1 + self.margin, 1 - self.margin)
                 present = torch.ones_like(present)
             scored[path] = Scored(output_first(layer, scores), output_first(layer, present), parse(mask.pattern))
-        kept = choose(scored, Cutoff(share=sparsity), self.scope)
+        kept = choose(scored, Cutoff(share=sparsity), scope_of(self.scope, self.importance))
         for path, layer, mask in found:
             mask.mask.copy_(output_first(layer, kept[path]))

@@ -29,7 +29,7 @@ from tersenet.quantize.formats import Format, Storage, for_storage
 from tersenet.quantize.nearest import fit_code
 from tersenet.quantize.refine import refine
 from tersenet.quantize.verdicts import look, say
-from tersenet.step import Plan, Step, replace
+from tersenet.step import Plan, Step, refuse_idle, replace
 from tersenet.task import Task
 
 RANGES = ("mse", "minmax", "percentile", "divergence")
@@ -123,6 +123,15 @@ class Quantize(Step):
         if not sized and self.granularity not in ("channel", "tensor"):
             raise SettingsError(
                 f"granularity must be channel, tensor or a number of inputs per group, got {self.granularity!r}"
+            )
+        named = (self.weights, *self.offer, *self.formats.values())
+        idle = {} if "pq" in named else dict.fromkeys(("piece", "pieces"), "pq weights")
+        if self.ranges != "percentile":
+            idle["percentile"] = "ranges: percentile"
+        refuse_idle(self, idle)
+        if self.activations is None and self.ranges in ("percentile", "divergence"):
+            raise SettingsError(
+                f"ranges is {self.ranges!r}, which is for activations; weights alone take mse or minmax"
             )
         if self.activations is not None and (self.granularity != "channel" or not self.symmetric):
             raise SettingsError(

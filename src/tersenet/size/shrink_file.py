@@ -25,7 +25,7 @@ from tersenet.graph.trace import trace
 from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
 from tersenet.size.judge import Judge
 from tersenet.size.rounding import Pricer, why_not_rounded
-from tersenet.step import Plan, Step
+from tersenet.step import Plan, Step, refuse_idle
 from tersenet.task import Task, batch_input
 
 # Divergence in nats per bit: from what no network noticed to what left nothing of any.
@@ -86,6 +86,9 @@ class ShrinkFile(Step):
         for name in ("samples", "images"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+        if self.max_drop is None:
+            refuse_idle(self, {"images": "max_drop"})
 
     def data_needed(self) -> str:
         return "nothing" if self.max_drop is None else "inputs"
