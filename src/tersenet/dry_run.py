@@ -21,7 +21,7 @@ from tersenet.repeat import Repeat
 from tersenet.report.terminal import notes
 from tersenet.report.words import bytes_text, count_text, percent
 from tersenet.search.search import Search
-from tersenet.ship import READS, check_runtimes, peaks, ship, slower_in_integers, time_files
+from tersenet.ship import READS, check_runtimes, foresee_files, peaks, ship, slower_in_integers, time_files
 from tersenet.step import Chain, Step
 from tersenet.targets import NO_TARGET, Target, aim_of, judged, searched
 from tersenet.task import Task
@@ -55,12 +55,13 @@ def dry_run(
 
     Returns:
         {"machine": ..., "rows": [{"step", "params", "macs", "file_bytes", "latency_ms": {runtime: {...}}, "peak_bytes":
-        {runtime: bytes}, "notes"}],
+        {runtime: bytes}, "notes"}], "foreseen": on files that cannot be written,
         "left_out": names of the steps that train, "search": what a search says of itself or None, "recipe": what it
         found, "targets": [...], "met": whether all are met}.
     """
     check_runtimes(runtimes, threads)
     foresee_names(recipe.steps, model)
+    foreseen = foresee_files(model, task)
     # Nothing here is to be scored, so the test set is not even there.
     task = dataclasses.replace(task, original=copy.deepcopy(model).eval(), test=None)
     whole, said = searched(recipe.steps, copy.deepcopy(model).eval(), task, None)
@@ -69,6 +70,8 @@ def dry_run(
     with tempfile.TemporaryDirectory() as folder:
         left: dict[str, list[dict[str, Any]]] = {}
         names, models, tasks = ["original"], [copy.deepcopy(model).eval()], [task]
+        # First, to hear early of what cannot be written.
+        shipped = [ship(models[0], task, Path(folder), "00", runtimes)]
         for index, step in enumerate(steps, start=1):
             with remembering(steps, model), listening() as heard:
                 changed, plan = step.run(copy.deepcopy(models[-1]), tasks[-1])
@@ -76,9 +79,9 @@ def dry_run(
             names.append(f"{index}. {step.name}")
             models.append(changed.eval())
             tasks.append(step.task_after(tasks[-1], plan))
-        shipped = [
+        shipped += [
             ship(each, own, Path(folder), f"{index:02d}", runtimes)
-            for index, (each, own) in enumerate(zip(models, tasks, strict=True))
+            for index, (each, own) in enumerate(zip(models[1:], tasks[1:], strict=True), start=1)
         ]
         timed = {
             runtime: time_files(
@@ -86,6 +89,7 @@ def dry_run(
                 runtime, threads=threads, batch=batch, quiet=task.quiet,
             )
             for runtime in runtimes
+            if all(READS[runtime] in each.files for each in shipped)
         }  # fmt: skip
         rows: list[dict[str, Any]] = []
         for index, (name, each) in enumerate(zip(names, models, strict=True)):
@@ -106,7 +110,8 @@ def dry_run(
             rows.append(row)
     targets = judged(target if target.given else aim_of(recipe.steps), rows, runtimes[0])
     return {
-        "machine": machine(), "rows": rows, "left_out": left_out, "search": said["said"] if said else None,
+        "machine": machine(), "rows": rows, "foreseen": foreseen, "left_out": left_out,
+        "search": said["said"] if said else None,
         "recipe": Recipe(whole).dump(), "targets": targets, "met": all(each["met"] for each in targets),
     }  # fmt: skip
 
@@ -136,9 +141,14 @@ def dry_run_table(found: dict[str, Any]) -> Group:
         table.add_column(title, justify="left" if title == "step" else "right", no_wrap=title == "step")
     for row in rows:
         times = [f"{row['latency_ms'][name]['median']:.3f}" for name in runtimes]
-        size = bytes_text(row["file_bytes"].get("onnx", row["file_bytes"]["terse"]))
+        kind = next(kind for kind in ("onnx", "terse", "pt2") if kind in row["file_bytes"])
+        size = bytes_text(row["file_bytes"][kind])
         table.add_row(row["step"], count_text(row["params"]), count_text(row["macs"]), size, *times)
-    said = [*(search_lines(found["search"]) if found["search"] else ()), *map(_target_line, found["targets"])]
+    said = [
+        *found["foreseen"],
+        *(search_lines(found["search"]) if found["search"] else ()),
+        *map(_target_line, found["targets"]),
+    ]
     return Group(table, *map(Text, notes(found)), *map(Text, said))
 
 

@@ -14,6 +14,7 @@ from tersenet.deploy.left_in_float import integer_operators, left_in_float
 from tersenet.deploy.measure import measure_files, serving
 from tersenet.deploy.tensorrt import broken_rules
 from tersenet.errors import FileError, SettingsError
+from tersenet.report.headline import headline_bytes, original_bytes
 from tersenet.run import Run
 from tersenet.ship import READS, sha256
 
@@ -52,7 +53,8 @@ def gate(
 
     Args:
         source: a run folder, or a file; only a file that lies in its run folder can be held to a share or a drop.
-        max_drop, max_latency, max_bytes, runtime, fused: as in Limits. Of a run, bytes are those of its .terse file.
+        max_drop, max_latency, max_bytes, runtime, fused: as in Limits. Of a run, bytes are those of its
+            .terse file, else of the next that it has.
     Raises:
         SettingsError: on no limit, one that cannot be read, or one that needs what the report does not have.
         RunError, FileError: when there is no finished run, or no such file.
@@ -91,7 +93,8 @@ def _of_run(folder: Path, limits: Limits) -> list[dict[str, Any]]:
         targets.append(_target(f"ms in {name}", limit, last["latency_ms"][name]["median"]))
     if limits.bytes is not None:
         limit = _limit("--max-bytes", limits.bytes, "", _original_bytes(first))
-        targets.append(_target("bytes of model.terse", limit, last["file_bytes"]["terse"]))
+        kind, size = _counted(last)
+        targets.append(_target(f"bytes of model.{kind}", limit, size))
     if limits.fused:
         name = limits.runtime or next(iter(last["latency_ms"]))
         if name not in READS:
@@ -153,7 +156,14 @@ def _target(what: str, wanted: float, got: float) -> dict[str, Any]:
 
 
 def _original_bytes(first: dict[str, Any]) -> int:
-    return first["file_bytes"].get("onnx", first["file_bytes"]["terse"])
+    return original_bytes({"rows": [first]})[1]  # type: ignore[index]
+
+
+def _counted(row: dict[str, Any]) -> tuple[str, int]:
+    found = headline_bytes(row)
+    if found is None:
+        raise SettingsError("the report names no file, so that no bytes can be checked; check a file")
+    return found
 
 
 def _limit(option: str, text: str, unit: str, original: float | None) -> float:

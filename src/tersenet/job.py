@@ -19,13 +19,14 @@ from tersenet import __version__
 from tersenet.errors import DataError, RecipeError
 from tersenet.left_alone import lines, listening
 from tersenet.named import foresee_names, remembering
-from tersenet.prove import prove
+from tersenet.prove import prove, say_not_written
 from tersenet.recipe import Recipe
 from tersenet.run import Journal, Run, identity_of
-from tersenet.ship import check_runtimes
+from tersenet.scored_on import data_digest, scored_on
+from tersenet.ship import check_runtimes, foresee_files, ship
 from tersenet.step import Chain, Step
 from tersenet.targets import NO_TARGET, Target, aim_of, keep_search, recipe_of, searched
-from tersenet.task import Task, score_model
+from tersenet.task import Task, score_model, what_is_scored
 
 
 def compress(
@@ -77,18 +78,26 @@ def compress(
         **{key: value for key, value in asdict(target).items() if value is not None},
         **(names or {}),
     }  # fmt: skip
+    say = functools.partial(Console(stderr=True, quiet=task.quiet, highlight=False).print, soft_wrap=True)
+    for sentence in (*foresee_files(original, task), *filter(None, [what_is_scored(original, task)])):
+        say(sentence, markup=False)
+    settings["scored_on"] = basis = scored_on(task)
     started = time.monotonic()
     steps, said = searched(steps, original, task, Path(out))
     journal = Journal(Path(out), steps, _identity(original, task, steps))
     settings["search"] = keep_search(said, Path(out))
-    say = functools.partial(Console(stderr=True, quiet=task.quiet, highlight=False).print, soft_wrap=True)
-    _run_steps(journal, original, task, say)
     report_path = Path(out) / "report.json"
-    if report_path.exists() and Run(out).report["settings"].items() >= _judged(settings).items():
+    done = len(journal.entries) == len(journal.steps)
+    if done and report_path.exists() and Run(out).report["settings"].items() >= _judged(settings).items():
         say(f"{out} is finished already")
         return Run(out)
+    # Before the first step, to hear at once of a file that cannot be written or is wrong.
+    say("files of original")
+    shipped = {"original": ship(original, task, journal.folder / "files", "00-original", runtimes)}
+    say_not_written(shipped["original"], say)
+    _run_steps(journal, original, task, say, basis)
     settings["seconds"] = round(time.monotonic() - started, 1)
-    prove(journal, original, task, settings, target, command, say)
+    prove(journal, original, task, settings, target, command, say, shipped)
     return Run(out)
 
 
@@ -129,11 +138,19 @@ def _identity(original: nn.Module, task: Task, steps: Sequence[Step]) -> dict[st
         recipe = repr(steps)
     sizes = [len(data) if hasattr(data, "__len__") else None for data in (task.train, task.calibrate)]  # type: ignore[arg-type]
     data = hashlib.sha256(task.example.numpy().tobytes() + repr((sizes, task.preparation)).encode()).hexdigest()
-    return {"recipe": recipe, "starting model": identity_of(original), "data": data, "seed": task.seed}
+    held_out = None if task.validate is None else data_digest(task.validate)
+    return {
+        "recipe": recipe, "starting model": identity_of(original), "data": data, "held-out set": held_out,
+        "seed": task.seed,
+    }  # fmt: skip
 
 
-def _run_steps(journal: Journal, original: nn.Module, task: Task, say: Callable[..., None]) -> None:
-    """Runs what is not done yet, one record per step."""
+def _run_steps(journal: Journal, original: nn.Module, task: Task, say: Callable[..., None], basis: str | None) -> None:
+    """Runs what is not done yet, one record per step.
+
+    Args:
+        basis: what scores rest on (scored_on.py), kept beside them.
+    """
     done = len(journal.entries)
     if done == len(journal.steps):
         return
@@ -156,6 +173,6 @@ def _run_steps(journal: Journal, original: nn.Module, task: Task, say: Callable[
             inner = "" if name == step.name else f"{name}: "
             say("\n".join(f"    {text}" for text in (inner + lines(left)[0], *lines(left)[1:])), markup=False)
         if task.test is not None:
-            found["score"] = score_model(model, task, task.test).value
+            found |= {"score": score_model(model, task, task.test).value, "scored_on": basis}
             say(f"    score in PyTorch {100 * found['score']:.2f} %")
         journal.record(index, step, plan, found, model)

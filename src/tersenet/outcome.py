@@ -81,6 +81,8 @@ def finish(run: Any, as_json: bool) -> None:
             console.print(file_line(name, value), markup=False)
         for note in notes(run.report):
             console.print(note, markup=False)
+        for name, why in run.report.get("not_written", {}).items():
+            console.print(f"{name}: not written: {why}", markup=False, soft_wrap=True)
         for part in ("zeros", "stages"):
             if found := run.report["settings"].get(part):
                 console.print(f"\n{found['said']}", markup=False, soft_wrap=True)

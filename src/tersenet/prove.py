@@ -14,10 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from tersenet.deploy.checked import checked
 from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.machine import machine
-from tersenet.deploy.pt2 import export_pt2
 from tersenet.deploy.timings import Measurement
 from tersenet.graph.costs import costs, totals
 from tersenet.prune.worth import table, worth
@@ -34,6 +32,7 @@ from tersenet.ship import (
     ship,
     slower_in_integers,
     time_files,
+    write_into,
 )
 from tersenet.size import stages
 from tersenet.targets import Target, judged, missed_digits
@@ -51,6 +50,7 @@ def prove(
     wanted: Target,
     command: str | None,
     say: Callable[..., None],
+    shipped: dict[str, Shipped],
 ) -> None:
     """Exports every row's model, scores and times the files in one run, and writes the report last.
 
@@ -60,40 +60,56 @@ def prove(
         wanted: what the last row is held against.
         command: what was typed, for the report.
         say: prints progress.
+        shipped: rows whose files are there already, by their names.
     """
     folder, runtimes = journal.folder, settings["runtimes"]
     names = ["original", *(f"{entry.index}. {entry.name}" for entry in journal.entries)]
     tasks = {name: journal.task_after(task, count) for count, name in enumerate(names)}
-    shipped = {}
+    shipped = dict(shipped)
     for count, name in enumerate(names):
-        say(f"files of {name}")
         stem = f"{count:02d}-{'original' if count == 0 else journal.entries[count - 1].name}"
         replayed = journal.replay(original, count)
         if count == len(names) - 1:
             settings = {**settings, **_zeros(replayed), **_stages(journal, original, tasks[name], say)}
-        shipped[name] = ship(replayed, tasks[name], folder / "files", stem, runtimes)
+        if name not in shipped:
+            say(f"files of {name}")
+            shipped[name] = ship(replayed, tasks[name], folder / "files", stem, runtimes)
+            say_not_written(shipped[name], say)
     latencies = {}
     for runtime in runtimes:
-        say(f"timing {len(names)} files in {runtime}")
-        files = {name: (shipped[name].files[READS[runtime]], tasks[name]) for name in names}
+        kind = READS[runtime]
+        timed = {name: (shipped[name].files[kind], tasks[name]) for name in names if kind in shipped[name].files}
+        if not timed:
+            continue
+        say(f"timing {len(timed)} files in {runtime}")
         latencies[runtime] = time_files(
-            files, runtime, threads=settings["threads"], batch=settings["batch"], quiet=task.quiet
+            timed, runtime, threads=settings["threads"], batch=settings["batch"], quiet=task.quiet
         )
     rows = [
-        _row(name, shipped[name], journal.entries[index - 1].row if index else {}, latencies, tasks[name], names[0])
+        _row(
+            name,
+            shipped[name],
+            journal.entries[index - 1].row if index else {},
+            latencies,
+            tasks[name],
+            names[0],
+            settings["scored_on"],
+        )
         for index, name in enumerate(names)
     ]
     task = tasks[names[-1]]
+    files = _final_files(folder, shipped[names[-1]], task, runtimes)
     report = new_report(
         machine=machine(),
         settings=settings,
         rows=rows,
-        files=_final_files(folder, shipped[names[-1]], task, runtimes),
+        files=files,
+        not_written={f"model.{kind}": why for kind, why in shipped[names[-1]].not_written.items()},
         recipe=journal.identity["recipe"],
         commands=[command] if command else [],
         targets=[*judged(wanted, rows, runtimes[0]), *_drop(rows, settings)],
         preparation=preparation_dict(task),
-        warnings=[note for name in names for note in shipped[name].notes]
+        warnings=list(dict.fromkeys(note for name in names for note in shipped[name].notes))
         + [note for before, name in pairwise(names) for note in _slower(shipped, latencies, name, before)],
     )
     (folder / "recipe.yaml").write_text(journal.identity["recipe"], encoding="utf-8")
@@ -102,11 +118,18 @@ def prove(
     write_json(report, folder / "report.json")
 
 
+def say_not_written(shipped: Shipped, say: Callable[..., None]) -> None:
+    """Says at once which files could not be written."""
+    for kind, why in shipped.not_written.items():
+        say(f"    no .{kind} file: {why}", markup=False)
+
+
 def _slower(shipped: dict[str, Shipped], latencies: dict[str, Measurement], name: str, before: str) -> list[str]:
     """What is said where a step made integers of floats, and time was lost by it."""
     if not rounds_activations(shipped[name].model) or rounds_activations(shipped[before].model):
         return []
-    return slower_in_integers(latencies, name, before)
+    both = {runtime: found for runtime, found in latencies.items() if {name, before} <= found.names}
+    return slower_in_integers(both, name, before)
 
 
 def _zeros(model: nn.Module) -> dict[str, Any]:
@@ -132,25 +155,36 @@ def _stages(journal: Journal, original: nn.Module, task: Task, say: Callable[...
 
 
 def _row(
-    name: str, shipped: Shipped, recorded: dict[str, Any], latencies: dict[str, Measurement], task: Task, original: str
+    name: str,
+    shipped: Shipped,
+    recorded: dict[str, Any],
+    latencies: dict[str, Measurement],
+    task: Task,
+    original: str,
+    basis: str | None,
 ) -> dict[str, Any]:
     """The report row of one model.
 
     Args:
         recorded: what the journal holds of the step; empty for the original.
         original: the name of the first row, which the others are timed against.
+        basis: what scores rest on now.
     """
     model, scores = shipped.model, shipped.scores
     first: Score | None = next(iter(scores.values()), None)
     by_runtime = {key: value.value for key, value in scores.items()}
     if task.test is not None:
-        pytorch = recorded["score"] if recorded else score_model(model, task, task.test).value
+        # A step that was recorded with other test data is scored anew.
+        known = recorded.get("score") if recorded.get("scored_on") == basis else None
+        pytorch = score_model(model, task, task.test).value if known is None else known
         by_runtime = {"pytorch": pytorch, **by_runtime}
     cost = totals(model, task.example)
     latency: dict[str, dict[str, Any]] = {}
     for runtime, found in latencies.items():
+        if READS[runtime] not in shipped.files:
+            continue
         latency[runtime] = found.latency(name)
-        if name != original:
+        if name != original and original in found.names:
             ratio = found.ratio(name, original)
             latency[runtime]["left_interval"] = [ratio.low, ratio.high]
     return row(
@@ -195,11 +229,10 @@ def _final_files(folder: Path, shipped: Shipped, task: Task, runtimes: Sequence[
             found[path.name] = describe_file(
                 path, shipped.scores.get(runtime or ""), shipped.agreements.get(runtime or ""), runtime
             )
-    if "pt2" not in shipped.files:
-        path = export_pt2(shipped.model, task.example, folder / "model.pt2", task.preparation.metadata())
-        assert shipped.reference is not None
-        agreement = checked(path, ["pytorch"], shipped.reference)["pytorch"]
-        found[path.name] = describe_file(path, None, agreement, "pytorch")
+    if "pt2" not in shipped.files and "pt2" not in shipped.not_written:
+        write_into(shipped, task, "pt2", path := folder / "model.pt2", ["pytorch"])
+        if "pt2" in shipped.files:
+            found[path.name] = describe_file(path, None, shipped.agreements["pytorch"], "pytorch")
     return found
 
 

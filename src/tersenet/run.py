@@ -62,7 +62,8 @@ class Journal:
             self._read()
         else:
             # A run that failed before its first step was done holds nothing that could be lost.
-            if folder.exists() and any(path != manifest for path in folder.iterdir()):
+            ours = {manifest, folder / "files"} if manifest.exists() else {manifest}  # files of the original
+            if folder.exists() and any(path not in ours for path in folder.iterdir()):
                 raise RunError(
                     f"{folder} is not empty and holds no run of ours; choose another folder with --out, or empty it"
                 )
@@ -183,14 +184,21 @@ class Run:
         """The path of one of its files, such as "model.onnx". Raises RunError listing those that there are."""
         path = self.folder / name
         if not path.is_file():
-            raise RunError(f"{self.folder} has no {name} (it has {', '.join(sorted(self.report['files']))})")
+            why = self.report.get("not_written", {}).get(name)
+            raise RunError(
+                f"{self.folder} has no {name} (it has {', '.join(sorted(self.report['files']))})"
+                + (f": {why}" if why else "")
+            )
         return path
 
     @property
     def model(self) -> nn.Module:
-        """The compressed model, as a plain module."""
+        """The compressed model, as a plain module: that of the .terse file, else of the .pt2 file."""
         from tersenet.deploy.artifact import load_terse
+        from tersenet.deploy.pt2 import read_pt2
 
+        if "model.terse" in self.report.get("not_written", {}) and "model.pt2" in self.report["files"]:
+            return read_pt2(self.file("model.pt2"))[0]
         return load_terse(self.file("model.terse"))
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from tersenet.bricks.few_bits import FewBitLayer
 from tersenet.bricks.settle import settle
+from tersenet.deploy import graph_json
 from tersenet.deploy.apart import Entry, measure_apart
 from tersenet.deploy.artifact import save_terse
 from tersenet.deploy.checked import checked
@@ -25,7 +26,9 @@ from tersenet.deploy.reference import Reference
 from tersenet.deploy.runtimes import RUNTIMES, open_file
 from tersenet.deploy.timings import Measurement
 from tersenet.deploy.verify import Agreement, score_file
-from tersenet.errors import SettingsError, require
+from tersenet.errors import ExportError, SettingsError, TraceError, require
+from tersenet.graph.outputs import return_flat
+from tersenet.graph.trace import trace
 from tersenet.report.headline import SLACK
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.task import Score, Task, batch_input
@@ -42,7 +45,8 @@ class Shipped:
 
     Args:
         model: what is in the files: masks and rounding made permanent, so that an int8 model holds int8.
-        files: by format ("onnx", "terse", "pt2").
+        files: by format ("onnx", "terse", "pt2"), those that could be written.
+        not_written: by format, why a file could not be.
         scores: of the file in each runtime.
         agreements: with the model, per runtime; that of the .terse file as "terse".
         notes: what a reader of the report should know.
@@ -53,6 +57,7 @@ class Shipped:
     files: dict[str, Path]
     scores: dict[str, Score] = field(default_factory=dict)
     agreements: dict[str, Agreement] = field(default_factory=dict)
+    not_written: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     reference: Reference | None = field(default=None, repr=False)
 
@@ -78,8 +83,11 @@ def check_runtimes(runtimes: Sequence[str], threads: int = 1) -> None:
 def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequence[str]) -> Shipped:
     """Writes a model's .terse and what its runtimes read, checks each against PyTorch, and scores it there.
 
+    Files are independent: one that cannot be written is noted, and the others are there.
+
     Raises:
-        ExportError: when a file cannot be written, or does not agree with the model; it is removed then.
+        ExportError: when the file of the first runtime cannot be written, or a file does not agree with the model; it
+            is removed then.
     """
     formats = dict.fromkeys(READS[runtime] for runtime in runtimes)
     model = copy.deepcopy(model)
@@ -88,19 +96,17 @@ def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequen
         fold = FoldBatchNorm()
         model = fold.apply(model, fold.plan(model, task))
     model = settle(model)
-    reference = Reference(model, task.example, inputs(task), task.seed)
-    terse = save_terse(model, task.example, folder / f"{stem}.terse", task.preparation)
-    shipped = Shipped(model, {"terse": terse}, reference=reference)
-    shipped.agreements["terse"] = checked(shipped.files["terse"], ["pytorch"], reference)["pytorch"]
-    for kind in formats:
-        path = folder / f"{stem}.{kind}"
-        if kind == "onnx":
-            export_onnx(model, task.example, path, task.preparation)
-        else:
-            export_pt2(model, task.example, path, task.preparation.metadata())
-        shipped.files[kind] = path
-        shipped.agreements |= checked(path, [runtime for runtime in runtimes if READS[runtime] == kind], reference)
+    shipped = Shipped(model, {}, reference=Reference(model, task.example, inputs(task), task.seed))
+    for kind in ("terse", *formats):
+        served = [runtime for runtime in runtimes if READS[runtime] == kind]
+        write_into(shipped, task, kind, folder / f"{stem}.{kind}", served)
+    if (scored := READS[runtimes[0]]) not in shipped.files:
+        raise ExportError(
+            f"the .{scored} file, which {runtimes[0]} reads, cannot be had: {shipped.not_written[scored]}"
+        )
     for runtime in runtimes:
+        if READS[runtime] not in shipped.files:
+            continue
         runner = open_file(shipped.files[READS[runtime]], runtime, threads=2)
         if task.test is not None:
             shipped.scores[runtime] = score_file(runner, task, task.test)
@@ -109,6 +115,50 @@ def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequen
             if left:
                 shipped.notes.append(left_note(runtime, left))
     return shipped
+
+
+def write_into(shipped: Shipped, task: Task, kind: str, path: Path, runtimes: Sequence[str]) -> None:
+    """Writes one file of a model that ships; where it cannot be written, why is kept and noted.
+
+    Args:
+        runtimes: those that read it and in which it is held to the model; a .terse file is so in PyTorch.
+    Raises:
+        ExportError: when the file does not agree with the model; it is removed then.
+    """
+    try:
+        if kind == "terse":
+            save_terse(shipped.model, task.example, path, task.preparation)
+        elif kind == "onnx":
+            export_onnx(shipped.model, task.example, path, task.preparation)
+        else:
+            export_pt2(shipped.model, task.example, path, task.preparation.metadata())
+    except (ExportError, TraceError) as error:
+        shipped.not_written[kind] = str(error)
+        shipped.notes.append(f"no .{kind} file: {error}")
+        return
+    shipped.files[kind] = path
+    assert shipped.reference is not None
+    if kind == "terse":
+        shipped.agreements["terse"] = checked(path, ["pytorch"], shipped.reference)["pytorch"]
+    else:
+        shipped.agreements |= checked(path, runtimes, shipped.reference)
+
+
+def foresee_files(model: nn.Module, task: Task) -> list[str]:
+    """What can be known of a model's files before anything is done, in about the time of one capture.
+
+    Returns:
+        sentences on files that cannot be written, where others can.
+    Raises:
+        TraceError: when the forward cannot be captured, so that there would be no file at all.
+    """
+    graph = trace(settle(copy.deepcopy(model)).eval(), task.example)
+    try:
+        return_flat(graph)
+        graph_json.to_json(graph)
+    except ExportError as error:
+        return [f"there will be no .terse file: {error}"]
+    return []
 
 
 def left_note(runtime: str, left: Sequence[str]) -> str:

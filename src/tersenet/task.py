@@ -116,6 +116,28 @@ def default_loss(outputs: Any, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(outputs, batch_target(batch))
 
 
+def what_is_scored(model: nn.Module, task: Task) -> str | None:
+    """In words, which of several outputs the default forward scores; None where there is no choice.
+
+    Raises:
+        ModelError: as `scored_output`, where something is scored or trained.
+    """
+    if task.forward is not default_forward or (task.train is None and task.test is None):
+        return None
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False  # flags are set directly: an exported module refuses eval()
+    try:
+        with torch.inference_mode():
+            outputs = model(*inputs_of((task.example, None)))
+    finally:
+        for module, training in modes:
+            module.training = training
+    if isinstance(outputs, Tensor):
+        return None
+    return f"scores output {scored_output(outputs)[0]!r}; the other outputs are kept in the files and are not scored"
+
+
 def inputs_of(batch: Any) -> tuple[Tensor, ...]:
     """All inputs of a batch by order."""
     inputs: Any = batch_input(batch)

@@ -62,6 +62,11 @@ class Measurement:
     warmed: Mapping[tuple[str, str], Warmed] = field(default_factory=dict)
     openings: int = 1
 
+    @property
+    def names(self) -> set[str]:
+        """Of the contenders, in any runtime."""
+        return {name for name, _ in self.turns}
+
     def latency(self, contender: Key) -> dict[str, Any]:
         """Milliseconds of one call: {"median", "low", "high", "threads", "batch"}; the median is over the turns."""
         median, low, high = bootstrap_median(self.turns[self._key(contender)], groups=self.openings)

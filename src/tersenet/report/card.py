@@ -105,6 +105,7 @@ def facts(report: dict[str, Any]) -> dict[str, Any]:
             {**target, "got": "-" if target["got"] is None else target["got"]} for target in report.get("targets", [])
         ],
         "files": [file_facts(name, file) for name, file in report["files"].items()],
+        "not_written": report.get("not_written", {}),
         "shape": shape,
         "preparation": preparation,
         "labels": labels[:SHOWN_LABELS],

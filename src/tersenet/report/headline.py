@@ -61,15 +61,15 @@ def first_runtime(report: dict[str, Any]) -> str | None:
 
 
 def headline_bytes(row: dict[str, Any]) -> tuple[str, int] | None:
-    """The format and size of the file that counts: .terse, else .onnx."""
+    """The format and size of the file that counts: .terse, else .onnx, else .pt2."""
     sizes = row.get("file_bytes", {})
-    return next(((kind, sizes[kind]) for kind in ("terse", "onnx") if sizes.get(kind)), None)
+    return next(((kind, sizes[kind]) for kind in ("terse", "onnx", "pt2") if sizes.get(kind)), None)
 
 
 def original_bytes(report: dict[str, Any]) -> tuple[str, int] | None:
-    """The format and size of the original float file: its .onnx, else its .terse."""
+    """The format and size of the original float file: its .onnx, else its .terse, else its .pt2."""
     sizes = report["rows"][0].get("file_bytes", {})
-    return next(((kind, sizes[kind]) for kind in ("onnx", "terse") if sizes.get(kind)), None)
+    return next(((kind, sizes[kind]) for kind in ("onnx", "terse", "pt2") if sizes.get(kind)), None)
 
 
 def size_change(report: dict[str, Any], row: dict[str, Any]) -> Change | None:

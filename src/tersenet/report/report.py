@@ -91,6 +91,7 @@ def new_report(
     settings: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     files: Mapping[str, Mapping[str, Any]] | None = None,
+    not_written: Mapping[str, str] | None = None,
     recipe: str | None = None,
     commands: Sequence[str] = (),
     targets: Sequence[Mapping[str, Any]] = (),
@@ -100,6 +101,7 @@ def new_report(
     """A whole report with its verdict, checked. The first row is the original, the last row is what ships.
 
     Args:
+        not_written: file -> why it could not be written, where others could.
         settings: as asked for; "model", "data", "runtime" and "metric" are read by page and card where they are there.
     Raises:
         FileError: when a part does not fit the schema.
@@ -110,6 +112,7 @@ def new_report(
         "settings": dict(settings),
         "rows": [dict(entry) for entry in rows],
         "files": {name: dict(entry) for name, entry in (files or {}).items()},
+        "not_written": dict(not_written) if not_written else None,
         "verdict": "-",
         "recipe": recipe,
         "commands": list(commands),

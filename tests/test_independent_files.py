@@ -1,0 +1,184 @@
+"""Files are independent of each other, what can be foreseen is said first, and scores follow the data they rest on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import Tiny, task_for, tiny
+from tersenet.dry_run import dry_run, dry_run_table
+from tersenet.errors import ExportError, TraceError
+from tersenet.gate import gate
+from tersenet.job import compress
+from tersenet.recipe import Recipe
+from tersenet.run import Run
+from tersenet.scored_on import data_digest, scored_on
+from tersenet.ship import foresee_files, ship
+from tersenet.step import Plan, Step
+from tersenet.task import Task
+
+FOLD = Recipe.parse("steps: [{fold_batch_norm: {}}]")
+
+
+class Unlisted(Tiny):
+    """Computes with an operator that a .terse file may not hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + 0 * torch.special.i0e(y.abs())
+
+
+class Never(Step):
+    """Fails the test when it is reached."""
+
+    needs = "nothing"
+
+    def plan(self, model: nn.Module, task: Task) -> Plan:
+        raise AssertionError("a step ran")
+
+
+def short(model: nn.Module, **changes: Any) -> Task:
+    return dataclasses.replace(task_for(model), quiet=True, **changes)
+
+
+def test_recurrent_layers_are_written_in_every_format(tmp_path: Path) -> None:
+    class Rows(nn.Module):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            layers = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+            self.rows, self.head = layers[kind](24, 8, batch_first=True), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rows(x.permute(0, 2, 1, 3).flatten(2))[0][:, -1])
+
+    for kind in ("lstm", "gru", "rnn"):
+        x = torch.randn(4, 3, 8, 8)
+        task = Task(example=x, test=[(x, torch.tensor([0, 1, 2, 3]))], calibrate=[x], quiet=True)
+        shipped = ship(Rows(kind), task, tmp_path, kind, ["onnxruntime"])
+        assert set(shipped.files) == {"terse", "onnx"}
+        assert shipped.agreements["onnxruntime"].max_abs_error < 1e-5
+
+
+def test_one_that_cannot_be_written_is_said_and_the_others_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tersenet.ship.export_onnx", _refuse)
+    model = Unlisted().eval()
+    run = compress(model, short(model, quiet=False), FOLD, out=tmp_path / "run", runtimes=["pytorch", "onnxruntime"])
+    said = capsys.readouterr().err
+    assert "there will be no .terse file: operator aten.special_i0e.default" in " ".join(said.split())
+    assert set(run.report["files"]) == {"model.pt2"}
+    assert set(run.report["not_written"]) == {"model.terse", "model.onnx"}
+    assert "special_i0e" in run.report["not_written"]["model.terse"]
+    assert run.report["not_written"]["model.onnx"] == "not today"
+    assert [note for note in run.report["warnings"] if note.startswith("no .onnx file: not today")]
+    assert set(run.rows[-1]["latency_ms"]) == {"pytorch"}
+    assert "of the bytes" in run.verdict
+    assert "pytorch" in run.verdict.lower()
+    for page in ("README.md", "report.html"):
+        assert "not today" in (tmp_path / "run" / page).read_text()
+    assert torch.allclose(run.model(torch.ones(2, 3, 8, 8)), model(torch.ones(2, 3, 8, 8)), atol=1e-5)
+    assert gate(tmp_path / "run", max_bytes="5x")["targets"][0]["what"] == "bytes of model.pt2"
+
+
+def _refuse(*args: Any, **kwargs: Any) -> Path:
+    raise ExportError("not today")
+
+
+def test_the_file_that_is_scored_must_be_there_before_a_step_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tersenet.ship.export_onnx", _refuse)
+    model = tiny()
+    with pytest.raises(ExportError, match=r"the \.onnx file, which onnxruntime reads, cannot be had: not today"):
+        compress(model, short(model), (Never(),), out=tmp_path / "run")
+    with pytest.raises(ExportError, match="not today"):
+        dry_run(model, short(model), Recipe((Never(),)))
+
+
+def test_what_cannot_be_captured_is_said_before_a_step_runs(tmp_path: Path) -> None:
+    class Decides(Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if float(x.sum()) > 0 else x
+
+    with pytest.raises(TraceError, match="depends on the values"):
+        compress(Decides().eval(), short(tiny()), (Never(),), out=tmp_path / "run")
+
+
+def test_a_plan_says_it_too() -> None:
+    model = Unlisted().eval()
+    found = dry_run(model, short(model), FOLD)
+    assert [row["file_bytes"].keys() for row in found["rows"]] == [{"onnx"}] * 2
+    assert "special_i0e" in found["foreseen"][0]
+    assert dry_run_table(found) is not None
+    assert foresee_files(tiny(), short(tiny())) == []
+
+
+# ------------------------------------------------------------------------------------------------- what scores rest on
+
+
+def test_another_test_set_is_scored_anew_and_the_steps_are_kept(tmp_path: Path) -> None:
+    model = tiny()
+    task = short(model)
+    data = list(task.test)  # type: ignore[union-attr]
+    first = compress(model, dataclasses.replace(task, test=data), FOLD, out=tmp_path / "run")
+    before = (tmp_path / "run" / "01-fold_batch_norm.json").stat().st_mtime_ns
+    moved = [(x, (y + 1) % 4) for x, y in data]
+    again = compress(model, dataclasses.replace(task, test=moved), FOLD, out=tmp_path / "run")
+    by_hand = torch.cat([model(x).argmax(1) == y for x, y in moved]).double().mean()
+    for row in again.rows:
+        assert row["score"] == pytest.approx(float(by_hand))
+        assert row["scores"] == {"pytorch": row["score"], "onnxruntime": row["score"]}
+    assert again.rows[-1]["score"] != first.rows[-1]["score"]
+    assert (tmp_path / "run" / "01-fold_batch_norm.json").stat().st_mtime_ns == before
+    written = (tmp_path / "run" / "report.json").stat().st_mtime_ns
+    compress(model, dataclasses.replace(task, test=moved), FOLD, out=tmp_path / "run")
+    assert (tmp_path / "run" / "report.json").stat().st_mtime_ns == written  # finished already
+
+
+def test_another_held_out_set_is_another_run(tmp_path: Path) -> None:
+    model = tiny()
+    task = short(model)
+    held = list(task.test)  # type: ignore[union-attr]
+    compress(model, dataclasses.replace(task, validate=held), FOLD, out=tmp_path / "run")
+    with pytest.raises(Exception, match="holds a run with another held-out set"):
+        compress(model, dataclasses.replace(task, validate=held[:1]), FOLD, out=tmp_path / "run")
+
+
+def test_what_a_score_rests_on_is_known_again() -> None:
+    x, y = torch.arange(24.0).reshape(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+    task = Task(example=x, test=[(x[:3], y[:3]), (x[3:], y[3:])])
+    basis = scored_on(task)
+    assert scored_on(Task(example=x)) is None
+    assert basis == scored_on(dataclasses.replace(task, test=[(x[:3].clone(), y[:3]), (x[3:], y[3:])]))
+    others = [
+        {"test": [(x[:3], y[:3]), (x[3:], y[3:].flip(0))]},
+        {"test": [(x[:3], y[:3])]},
+        {"test": [(x[:3], y[:3]), (x[3:] + 1, y[3:])]},
+        {"metric": lambda outputs, batch: outputs[:, 0]},
+        {"metric": lambda outputs, batch: outputs[:, 1]},
+        {"forward": lambda model, batch: model(batch[0]) * 2},
+    ]
+    found = [scored_on(dataclasses.replace(task, **change)) for change in others]
+    assert len({basis, *found}) == 1 + len(others)
+    state = torch.random.get_rng_state()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=2, shuffle=True)
+    assert data_digest(loader) == data_digest(loader)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_old_run_folders_are_finished_still(tmp_path: Path) -> None:
+    model = tiny()
+    compress(model, short(model, test=None), FOLD, out=tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert manifest.pop("held-out set") is None
+    (tmp_path / "run" / "run.json").write_text(json.dumps(manifest))
+    assert Run(tmp_path / "run").rows[0]["step"] == "original"
+    compress(model, short(model, test=None), FOLD, out=tmp_path / "run")
