@@ -107,8 +107,7 @@ def write_onnx(
             assert made is not None
             proto = made.model_proto
         except Exception as error:  # the exporter raises many kinds; each becomes one sentence
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ExportError(f"{name} could not be written as ONNX: {reason}") from error
+            raise ExportError(f"{name} could not be written as ONNX: {_reason(error)}") from error
     own = {} if structure == 0 else {OUTPUTS: json.dumps(structure)}
     _finish(onnx, proto, names(structure), {**_prepared(preparation), **own, **(metadata or {})}, pack)
     if proto.ByteSize() > _LARGEST:
@@ -126,6 +125,14 @@ def _check(onnx: Any, proto: Any, name: str) -> None:
     except Exception as error:  # the checker and its shape inference have their own kinds
         reason = " ".join(str(error).split())[:200]
         raise ExportError(f"{name} was written as ONNX that does not hold to ONNX's rules: {reason}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong at the bottom: the exporter's own errors only say at which step, with advice to its makers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".")[:300] if lines else type(error).__name__
 
 
 def _prepared(preparation: Preparation | None) -> dict[str, str]:
