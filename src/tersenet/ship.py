@@ -193,7 +193,7 @@ def slower_in_integers(timed: Mapping[str, Measurement], name: str, before: str)
 def inputs(task: Task) -> Iterable[Any]:
     """Real inputs to compare on: calibration data where there is some, else the example."""
     if task.calibrate is None and task.train is None:
-        return [task.example]
+        return [(task.example, None)]
     return task.calibration(256)
 
 

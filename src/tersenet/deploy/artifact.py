@@ -166,18 +166,22 @@ def unpack(path: str | Path, out: str | Path) -> Path:
         from tersenet.deploy.pt2 import export_pt2
 
         export_pt2(model, example, out, None if preparation is None else preparation.metadata())
-    _compared(model, example, out)
+    _compared(model, zeros, out)
     return out
 
 
-def _compared(model: nn.Module, example: Tensor, path: Path) -> None:
+def _compared(model: nn.Module, zeros: tuple[Tensor, ...], path: Path) -> None:
     """Holds an unpacked file to the model, on made inputs where it takes floats."""
     from tersenet.deploy.checked import checked
     from tersenet.deploy.reference import Reference
 
-    if example.is_floating_point():
-        example = torch.randn(example.shape, generator=torch.Generator().manual_seed(0), dtype=example.dtype)
-    checked(path, ["onnxruntime" if path.suffix == ".onnx" else "pytorch"], Reference(model, example, [example]))
+    generator = torch.Generator().manual_seed(0)
+    made = tuple(
+        torch.randn(x.shape, generator=generator, dtype=x.dtype) if x.is_floating_point() else x for x in zeros
+    )
+    example = made if len(made) > 1 else made[0]
+    runtime = "onnxruntime" if path.suffix == ".onnx" else "pytorch"
+    checked(path, [runtime], Reference(model, example, [(example, None)]))
 
 
 def _without_signed_zeros(value: Tensor) -> Tensor:
