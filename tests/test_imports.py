@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "task": {"errors", "numerics"},
     "named": {"errors"},
     "left_alone": set(),
+    "scored_on": {"task"},
     "step": {"errors", "left_alone", "named", "task"},
     "repeat": {"errors", "left_alone", "named", "task", "step"},
     "resize": {"errors", "numerics", "task", "step"},
