@@ -14,9 +14,11 @@ from pictures import class_folders
 from tersenet import models
 from tersenet.deploy.artifact import save_terse
 from tersenet.errors import DataError, InputWarning, ModelError, SettingsError
+from tersenet.files import measure_files
+from tersenet.job import _near_chance
 from tersenet.models.sources import open_model
 from tersenet.sources import example_of, open_task, prepared
-from tersenet.task import Preparation
+from tersenet.task import Preparation, Task
 
 GREY = Preparation((8, 8), (0.3,), (0.4,))
 RGB = Preparation((8, 8), (0.3,) * 3, (0.4,) * 3)
@@ -123,9 +125,45 @@ def test_a_preparation_that_is_assumed_is_said(own: str) -> None:
     assert "does not say" not in said
 
 
+def test_a_file_is_scored_by_the_names_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two files with one network, the one that calls its outputs otherwise is right where the other is wrong."""
+    class_folders(tmp_path / "data" / "test", {"a": "red", "b": "lime", "c": "blue"})
+    network = nn.Sequential(nn.Conv2d(3, 3, 8, bias=False), nn.Flatten(), nn.Identity())
+    with torch.no_grad():  # the sum of each color
+        network[0].weight.copy_(torch.eye(3)[:, :, None, None].expand(3, 3, 8, 8))
+    for name, labels in (("right", ("a", "b", "c")), ("turned", ("b", "c", "a")), ("other", ("x", "y", "z"))):
+        save_terse(
+            network.eval(), example_of(RGB), tmp_path / f"{name}.terse", Preparation((8, 8), RGB.mean, RGB.std, labels)
+        )
+    data = f"folder:{tmp_path / 'data'}"
+    scores = {}
+    for name in ("right", "turned"):
+        path = tmp_path / f"{name}.terse"
+        found = measure_files([path], ["pytorch"], data, quiet=True)
+        scores[name] = found["files"][str(path)]["score"]
+    assert scores == {"right": 1.0, "turned": 0.0}
+    with pytest.raises(
+        DataError, match=r"3 of its 3 classes that .*other\.terse does not know \(a, b, c\); it knows x, y, z"
+    ):
+        measure_files([tmp_path / "other.terse"], ["pytorch"], data, quiet=True)
+
+
 def test_labels_of_a_reference_model_do_not_win(tmp_path: Path) -> None:
     class_folders(tmp_path, {"apple": "white", "banana": "gray"})
     model, preparation = models.build("digits"), models.reference("digits").preparation
     with pytest.warns(InputWarning, match="2 classes and the model has 10 outputs"):
         task = open_task(model, preparation, f"folder:{tmp_path}", quiet=True)
     assert task.preparation.labels == ("apple", "banana")
+
+
+@pytest.mark.parametrize(
+    ("low", "classes", "said"), [(0.08, 10, True), (0.12, 10, False), (0.4, 2, True), (0.1, 0, False)]
+)
+def test_an_original_at_chance_level_is_said(low: float, classes: int, said: bool) -> None:
+    labels = tuple(map(str, range(classes)))
+    task = Task(example=torch.zeros(2, 1, 8, 8), preparation=Preparation((8, 8), (0.5,), (0.5,), labels))
+    sentence = _near_chance({"rows": [{"score": low + 0.02, "score_interval": [low, low + 0.05]}]}, task)
+    assert (sentence is not None) == said
+    assert _near_chance({"rows": [{"score": None, "score_interval": None}]}, task) is None
+    if sentence is not None:
+        assert f"guessing among {classes} classes would score {100 / classes:.1f} %" in sentence

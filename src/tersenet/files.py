@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tersenet.data import open_data
+from tersenet.data.checks import check_same_classes
 from tersenet.deploy.artifact import load_terse, save_terse, terse_preparation
 from tersenet.deploy.checked import checked
 from tersenet.deploy.decomposed import rounds_activations
@@ -100,6 +101,7 @@ def measure_files(
     for path, runtime, runner in opened:
         preparation = preparation_of(runner)
         sources = open_data(data or "", preparation, columns=columns, on_bad_image=on_bad_image)
+        check_same_classes(sources, preparation.labels, path, data or "")
         if sources.test is None:
             raise SettingsError(f"--data {data} has no labelled test part to score on; leave --data out to time only")
         score = score_file(runner, Task(example=example_of(preparation)), sources.test)

@@ -98,7 +98,23 @@ def compress(
     _run_steps(journal, original, task, say, basis)
     settings["seconds"] = round(time.monotonic() - started, 1)
     prove(journal, original, task, settings, target, command, say, shipped)
-    return Run(out)
+    run = Run(out)
+    if (near := _near_chance(run.report, task)) is not None:
+        say(f"warning: {near}")
+    return run
+
+
+def _near_chance(report: dict[str, Any], task: Task) -> str | None:
+    """That the original does not tell the classes apart, where its interval holds what guessing would score."""
+    first, classes = report["rows"][0], len(task.preparation.labels)
+    interval = first.get("score_interval")
+    if task.metric is not None or classes < 2 or interval is None or interval[0] > 1 / classes:
+        return None
+    return (
+        f"the original scores {100 * first['score']:.1f} %, and guessing among {classes} classes would score "
+        f"{100 / classes:.1f} %; check its weights, how its inputs are prepared (--mean, --std, --image-size) and the "
+        "order of its classes before anything is made of these figures"
+    )
 
 
 def _judged(settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersenet.data.classes import listed
 from tersenet.data.sources import Sources
 from tersenet.errors import DataError, InputWarning
 
@@ -77,3 +78,21 @@ def check_calibration(found: Sources, data: str) -> None:
             InputWarning,
             stacklevel=3,
         )
+
+
+def check_same_classes(found: Sources, own: tuple[str, ...], name: str, data: str) -> None:
+    """Holds the classes of the data against those that a finished file has, which it was trained for.
+
+    Args:
+        own: the names of the file's outputs; empty where it has none, and numbers are all there is.
+        name: the file.
+    Raises:
+        DataError: when the data has a class that the file does not know, so that a score would compare other things.
+    """
+    if not own or not found.labels or found.labels == own:
+        return
+    strange = [label for label in found.labels if label not in own]
+    raise DataError(
+        f"{data} has {len(strange)} of its {len(found.labels)} classes that {name} does not know ({listed(strange)}); "
+        f"it knows {listed(own)}, so score it on data of these"
+    )
