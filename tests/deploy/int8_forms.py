@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 WIDTH, SIDE = 8, 16
 X = torch.randn(32, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
@@ -64,9 +66,144 @@ def _reductions(name: str) -> dict[str, nn.Module]:
         "tokens": lambda x: reduce(x.flatten(2).transpose(1, 2), 1),
         "tokens_channels": lambda x: reduce(x.flatten(2).transpose(1, 2), 2),
         "channels_last": lambda x: reduce(x.permute(0, 2, 3, 1), (1, 2)),
-        "float_tokens": lambda x: reduce(nn.functional.gelu(x).flatten(2), 2),
+        "float_tokens": lambda x: reduce(F.gelu(x).flatten(2), 2),
     }
     return {key: _then_linear(function) for key, function in forms.items()}
+
+
+class Parts(nn.Module):
+    """A function of some layers and parameters, and of the input."""
+
+    def __init__(self, function: Callable[[Parts, Tensor], Tensor], **parts: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def _headed(*layers: nn.Module) -> nn.Module:
+    body = nn.Sequential(*layers, nn.Flatten()).eval()
+    with torch.no_grad():
+        width = body(torch.rand(2, WIDTH, SIDE, SIDE)).shape[1]
+    return nn.Sequential(body, nn.Linear(width, 4))
+
+
+def _conv(inputs: int = WIDTH, outputs: int = WIDTH, kernel: int = 3, padding: int = 1, **more: Any) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, padding=padding, **more)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 4).flatten(2).transpose(1, 2)
+
+
+def _attention(parts: Parts, x: Tensor) -> Tensor:
+    x = _tokens(x)
+    queries, keys, values = parts.qkv(parts.norm(x)).unsqueeze(1).chunk(3, -1)
+    return (x + parts.out(F.scaled_dot_product_attention(queries, keys, values).squeeze(1))).mean(1)
+
+
+def _convnext(parts: Parts, x: Tensor) -> Tensor:
+    hidden = F.gelu(parts.up(parts.norm(parts.conv(x).permute(0, 2, 3, 1))))
+    return parts.gamma * parts.back(hidden).permute(0, 3, 1, 2) + x
+
+
+def _upsampled(parts: Parts, x: Tensor) -> Tensor:
+    return torch.cat([F.interpolate(parts.down(x), scale_factor=2.0), x], 1)
+
+
+def _preactivated(parts: Parts, x: Tensor) -> Tensor:
+    x = x + parts.first(parts.norm1(x).relu())
+    return (x + parts.second(parts.norm2(x).relu())).mean((2, 3))
+
+
+def _with_class_token(parts: Parts, x: Tensor) -> Tensor:
+    return torch.cat([parts.token.expand(len(x), -1, -1), _tokens(x)], 1)
+
+
+def _norms() -> dict[str, nn.Module]:
+    blocks = {"norm1": nn.BatchNorm2d(WIDTH), "norm2": nn.BatchNorm2d(WIDTH), "first": _conv(), "second": _conv()}
+    return {
+        "batch_behind_relu": _headed(nn.ReLU(), nn.BatchNorm2d(WIDTH), _conv()),
+        "preactivated": _headed(Parts(_preactivated, **blocks)),
+        "batch_behind_concat": _headed(
+            Parts(
+                lambda parts, x: parts.last(parts.norm(torch.cat([x, parts.conv(x.relu())], 1)).relu()),
+                norm=nn.BatchNorm2d(2 * WIDTH), conv=_conv(), last=_conv(2 * WIDTH),
+            )
+        ),
+        "instance": _headed(nn.InstanceNorm2d(WIDTH), _conv()),
+        "instance_kept": _headed(nn.InstanceNorm2d(WIDTH, affine=True, track_running_stats=True), _conv()),
+        "group": _headed(nn.GroupNorm(2, WIDTH), nn.ReLU(), _conv()),
+        "transition": _headed(_conv(), nn.AvgPool2d(2), nn.BatchNorm2d(WIDTH), nn.ReLU(), _conv()),
+    }  # fmt: skip
+
+
+def _transformers() -> dict[str, nn.Module]:
+    def linear(outputs: int = WIDTH) -> nn.Linear:
+        return nn.Linear(WIDTH, outputs)
+
+    def parameter(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.randn(shape))
+
+    convnext: dict[str, Any] = {"conv": _conv(kernel=7, padding=3, groups=WIDTH), "norm": nn.LayerNorm(WIDTH)}
+    return {
+        "layer_norm": _headed(Function(_tokens), nn.LayerNorm(WIDTH), linear()),
+        "class_token": _headed(Parts(_with_class_token, token=parameter(1, 1, WIDTH)), linear()),
+        "class_token_alone": _headed(
+            Parts(
+                lambda parts, x: parts.norm(_with_class_token(parts, x) + parts.positions)[:, 0],
+                token=parameter(1, 1, WIDTH), positions=parameter(1, 17, WIDTH), norm=nn.LayerNorm(WIDTH),
+            )
+        ),
+        "attention": _headed(Parts(_attention, norm=nn.LayerNorm(WIDTH), qkv=linear(3 * WIDTH), out=linear())),
+        "convnext": _headed(
+            Parts(
+                _convnext, **convnext, up=linear(16), back=nn.Linear(16, WIDTH), gamma=parameter(WIDTH, 1, 1),
+            )
+        ),
+    }  # fmt: skip
+
+
+def _pools() -> dict[str, nn.Module]:
+    pools = {
+        "padded": nn.AvgPool2d(3, 2, 1),
+        "padding_aside": nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+        "ceil": nn.AvgPool2d(3, 2, ceil_mode=True),
+        "ceil_padded": nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+        "ceil_wide": nn.AvgPool2d(5, 3, 2, ceil_mode=True),
+        "divisor": nn.AvgPool2d(2, 2, divisor_override=1),
+        "divisor_padded": nn.AvgPool2d(3, 2, 1, divisor_override=5),
+        "maximum_padded": nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+    }
+    signed = {name: _headed(pool, _conv()) for name, pool in pools.items()}
+    rectified = {f"{name}_relu": _headed(nn.ReLU(), pool, _conv()) for name, pool in pools.items() if "ceil" in name}
+    return {**signed, **rectified}
+
+
+def _others() -> dict[str, nn.Module]:
+    def excited(parts: Parts, x: Tensor) -> Tensor:
+        x = F.hardswish(x)
+        return x * F.hardsigmoid(parts.up(parts.down(F.adaptive_avg_pool2d(x, 1)).relu()))
+
+    point: dict[str, Any] = {"kernel": 1, "padding": 0}
+    return {
+        "pad": _headed(Function(lambda x: F.pad(x, (1, 2, 1, 2))), _conv()),
+        "pad_value": _headed(Function(lambda x: F.pad(x, (1, 2, 1, 2), value=0.5)), _conv()),
+        "pad_channels": _headed(Function(lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))), _conv(WIDTH + 4)),
+        "squeeze_excitation": _headed(Parts(excited, down=_conv(**point), up=_conv(**point)), _conv()),
+        "upsampled": _headed(
+            Parts(_upsampled, down=_conv(stride=2)), _conv(2 * WIDTH)
+        ),
+        "shuffled": _headed(_conv(groups=2), nn.ChannelShuffle(2), _conv(groups=2)),
+        "sliced": _headed(
+            Parts(lambda parts, x: torch.cat([parts.conv(x[:, :4]), x[:, 4:]], 1), conv=_conv(4, 4)), _conv()
+        ),
+        "depthwise": _headed(_conv(groups=WIDTH), _conv(kernel=1, padding=0)),
+        "one_channel": _headed(_conv(WIDTH, 1), _conv(1, WIDTH)),
+    }  # fmt: skip
 
 
 BUNDLES: dict[str, Callable[[], dict[str, nn.Module]]] = {
@@ -74,6 +211,10 @@ BUNDLES: dict[str, Callable[[], dict[str, nn.Module]]] = {
     "sum": lambda: _reductions("sum"),
     "amax": lambda: _reductions("amax"),
     "amin": lambda: _reductions("amin"),
+    "norms": _norms,
+    "transformers": _transformers,
+    "pools": _pools,
+    "others": _others,
 }
 
 

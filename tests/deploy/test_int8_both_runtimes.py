@@ -18,6 +18,11 @@ from tersenet.deploy.runtimes import open_file
 from tersenet.quantize.quantize import Quantize
 from tersenet.task import Task
 
+# Padded windows of OpenVINO are rounded once more, on the grid of what they average.
+ROUNDED_TWICE = {
+    ("openvino", name)
+    for name in ("padded", "ceil_padded", "ceil_padded_relu", "ceil_wide", "ceil_wide_relu", "divisor_padded")
+}
 TASK = Task(example=X[:2], calibrate=[(X,)], quiet=True)
 
 
@@ -42,7 +47,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize("name", BUNDLES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.minutes) if name not in ("mean", "pools", "transformers") else name
+        for name in BUNDLES
+    ],
+)
 def test_int8_is_what_was_simulated(name: str, runtime: str, folder: Path) -> None:
     """Rounding may fall the other way now and then; a wrong operator is off by far more than int8 costs."""
     pytest.importorskip(runtime)
@@ -53,6 +64,7 @@ def test_int8_is_what_was_simulated(name: str, runtime: str, folder: Path) -> No
     for form, place in columns.items():
         cost = np.sqrt(np.square(outputs["onnxruntime"][:, place] - plain[:, place]).mean())
         error = np.sqrt(np.square(got[:, place] - simulated[:, place]).mean())
-        if not error <= 0.25 * cost + 1e-6 * np.abs(plain[:, place]).max():
+        share = 2.0 if (runtime, form) in ROUNDED_TWICE else 0.25
+        if not error <= share * cost + 1e-6 * np.abs(plain[:, place]).max():
             wrong[form] = f"off by {error:.3g}, int8 costs {cost:.3g}"
     assert wrong == {}

@@ -27,6 +27,7 @@ from tersenet.atomic import writing
 from tersenet.bricks.coded import StoredLayer
 from tersenet.bricks.quantized import Int8Conv2d, Int8Layer, Int8Linear
 from tersenet.bricks.quantizer import Quantizer
+from tersenet.deploy.average_pools import rewrite_average_pools
 from tersenet.deploy.folded import folded_graph
 from tersenet.deploy.int8_rewrites import rewrite_for_int8
 from tersenet.deploy.onnx_decompositions import decompose, replace_resizes
@@ -70,7 +71,10 @@ def export_onnx(
     """
     graph = folded_graph(model, example)
     drop_repeated_clips(graph)
-    rewrite_for_int8(graph)
+    quantized = any(isinstance(module, Quantizer) for module in graph.modules())
+    rewrite_average_pools(graph, quantized)
+    if quantized:
+        rewrite_for_int8(graph)
     to_onnx_operators(graph)
     return write_onnx(graph, example, path, preparation, metadata, type(model).__name__, pack)
 

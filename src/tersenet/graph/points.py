@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -90,6 +90,7 @@ class _Walk:
     def __init__(self, graph: fx.GraphModule, quantized: set[str], copies: set[str]) -> None:
         self.graph, self.quantized, self.copies = graph, quantized, copies
         self.nodes = list(graph.graph.nodes)
+        self.constants = _constants(self.nodes)
         self.kinds = {node: self._kind(node) for node in self.nodes}
         self.parent: dict[fx.Node, fx.Node] = {}
         self.rounded: set[fx.Node] = set()
@@ -98,6 +99,10 @@ class _Walk:
         # Backwards: whether a value is rounded depends on what reads it.
         for node in reversed(self.nodes):
             if self._is_activation(node) and self._must_round(node):
+                self.rounded.add(node)
+        for node in self.nodes:  # OpenVINO rounds the means of integers to the grid of those, unless told a finer one
+            source = node.args[0] if self.kinds[node] == "pool" and not is_global_pool(self.graph, node) else None
+            if source in self.rounded and self._end(node) is node and not self._only_leaves(node):
                 self.rounded.add(node)
         self._share()
         groups: dict[str, list[str]] = {}
@@ -117,7 +122,7 @@ class _Walk:
                 return "clip"
             if isinstance(layer, _POOL_LAYERS):
                 return "pool"
-            return "same" if isinstance(layer, _SAME_LAYERS) and not _returns_indices(layer) else "float"
+            return "same" if only_moves(self.graph, node) else "float"
         if node.op != "call_function":
             return node.op
         return self._kind_of_operator(node)
@@ -133,12 +138,11 @@ class _Walk:
             return "concat" if all(map(self._is_activation, node.all_input_nodes)) else "float"
         if target in _POOLS:
             return "pool" if target is not aten.mean.dim or is_global_pool(self.graph, node) else "float"
-        return "same" if target in _SAMES else "float"
+        return "same" if only_moves(self.graph, node) else "float"
 
-    @staticmethod
-    def _is_activation(node: fx.Node) -> bool:
+    def _is_activation(self, node: fx.Node) -> bool:
         return (
-            node.op != "get_attr"
+            node not in self.constants
             and node.op != "output"
             and node.meta.get("dtype") in (torch.float32, torch.float16, torch.float64)
         )
@@ -221,6 +225,20 @@ class _Walk:
         return found
 
 
+def _constants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes whose values are the same for every input, but for their batch: parameters, and what is made of them.
+
+    OpenVINO 2026 stops at a concatenation of integers with such a value (a class token) that is rounded too.
+    """
+    found: set[fx.Node] = set()
+    for node in nodes:
+        floats = [source for source in node.all_input_nodes if isinstance(source.meta.get("dtype"), torch.dtype)]
+        fixed = node.op == "call_function" and bool(floats) and all(source in found for source in floats)
+        if node.op == "get_attr" or fixed:
+            found.add(node)
+    return found
+
+
 def clip_bounds(graph: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
     """Between which values a ReLU, ReLU6 or clip keeps its input; None for other operators."""
     if node.op == "call_module":
@@ -267,6 +285,14 @@ def signed_quantizers(graph: fx.GraphModule) -> set[str]:
 def is_concatenation(node: fx.Node) -> bool:
     """Whether a node concatenates values of the graph."""
     return node.op == "call_function" and node.target in _CONCATS
+
+
+def only_moves(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node moves or chooses values of its one input."""
+    if node.op == "call_module":
+        layer = graph.get_submodule(str(node.target))
+        return isinstance(layer, _SAME_LAYERS) and not _returns_indices(layer)
+    return node.op == "call_function" and node.target in _SAMES
 
 
 def is_global_pool(graph: fx.GraphModule, node: fx.Node) -> bool:
