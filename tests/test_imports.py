@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "named": {"errors"},
     "left_alone": set(),
     "scored_on": {"task"},
-    "step": {"errors", "left_alone", "named", "task"},
+    "step": {"errors", "bricks", "graph", "left_alone", "named", "task"},
     "repeat": {"errors", "left_alone", "named", "task", "step"},
     "resize": {"errors", "numerics", "task", "step"},
     "report": {"errors", "atomic", "left_alone", "numerics"},

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from tersenet.bricks.opened import copied, unwrapped
 from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.machine import machine
 from tersenet.graph.costs import totals
+from tersenet.graph.taken_apart import opened
 from tersenet.left_alone import listening
 from tersenet.named import foresee_names, remembering
 from tersenet.recipe import Recipe
@@ -61,6 +63,7 @@ def dry_run(
     """
     check_runtimes(runtimes, threads)
     foresee_names(recipe.steps, model)
+    model = opened(copied(unwrapped(model)).eval(), task.example)
     foreseen = foresee_files(model, task)
     # Nothing here is to be scored, so the test set is not even there.
     task = dataclasses.replace(task, original=copy.deepcopy(model).eval(), test=None)

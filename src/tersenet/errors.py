@@ -66,6 +66,10 @@ class MissingExtra(TersenetError, ImportError):
     """An optional package is needed and not installed."""
 
 
+class MadePermanent(UserWarning):
+    """What was computed before each call of a layer is computed once, and stays."""
+
+
 class NoEffect(UserWarning):
     """A step matched nothing and left the model as it was."""
 

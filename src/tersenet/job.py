@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -16,7 +15,9 @@ from rich.console import Console
 from torch import nn
 
 from tersenet import __version__
+from tersenet.bricks.opened import copied, unwrapped
 from tersenet.errors import DataError, RecipeError
+from tersenet.graph.taken_apart import opened
 from tersenet.left_alone import lines, listening
 from tersenet.named import foresee_names, remembering
 from tersenet.prove import prove, say_not_written
@@ -69,7 +70,7 @@ def compress(
     _check_data(steps, task)
     if max_drop is not None and task.test is None:
         raise DataError("max_drop needs a test set to be judged on; give labelled data, or leave it out")
-    original = copy.deepcopy(model).eval()
+    original = opened(copied(unwrapped(model)).eval(), task.example)
     task = dataclasses.replace(task, original=original)
     target = target if target.given else aim_of(steps)
     settings = {

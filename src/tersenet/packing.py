@@ -14,11 +14,13 @@ from typing import Any
 
 from torch import nn
 
+from tersenet.bricks.opened import copied, unwrapped
 from tersenet.deploy.artifact import load_terse, save_terse
 from tersenet.deploy.checked import checked
 from tersenet.deploy.reference import Reference
 from tersenet.errors import DataError, NoEffect, SettingsError
 from tersenet.graph.costs import totals
+from tersenet.graph.taken_apart import opened
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.ship import inputs
 from tersenet.size.judge import Judge
@@ -57,7 +59,7 @@ def pack_within(
     given = task.train is not None or task.calibrate is not None or task.validate is not None
     check_budget(output, given, max_drop, bytes)
     started = time.monotonic()
-    original = copy.deepcopy(model).eval()
+    original = opened(copied(unwrapped(model)).eval(), task.example)
     folded = _folded(original, task)
     whole = 4 * totals(original, task.example).params
     if bytes is None:

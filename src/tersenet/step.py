@@ -16,7 +16,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from tersenet.bricks.plain import is_kind
 from tersenet.errors import NoEffect, SettingsError, TersenetError
+from tersenet.graph.taken_apart import opened
 from tersenet.left_alone import LeftAlone, is_heard, tell, trying
 from tersenet.named import check_names, foresee_names, hits, is_layer, remembering
 from tersenet.task import Task
@@ -168,13 +170,17 @@ class Step:
         return None
 
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
-        """plan, apply and fit. Says what was left alone (left_alone.py), and warns `NoEffect` when the step changes
-        structure and found nothing to change.
+        """plan, apply and fit, on the model as every step wants it (graph/taken_apart.py).
+
+        Says what was left alone (left_alone.py), and warns `NoEffect` when the step changes structure and found nothing
+        to change.
 
         Raises:
             SettingsError: among others, when a setting names a layer that there is not.
         """
         try:
+            if self.family != "train":
+                model = opened(model, task.example)
             for gone in check_names(self, model):
                 warnings.warn(gone, NoEffect, stacklevel=2)
             with trying():
@@ -297,7 +303,7 @@ def refuse_idle(part: Step | Companion, idle: Mapping[str, str]) -> None:
 def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...], step: Step | None = None) -> Iterator[tuple[str, Any]]:
     """The (path, module) pairs of some types that `step` is allowed to touch, in the model's order."""
     for path, module in model.named_modules():
-        if isinstance(module, kinds) and (step is None or step.matches(path, module)):
+        if is_kind(module, kinds) and (step is None or step.matches(path, module)):
             yield path, module
 
 

@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from tersenet.bricks.quantized import QuantizedConv2d, QuantizedLinear
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.shortcut import PadShortcut
 from tersenet.codec import container
+from tersenet.deploy import graph_json
 from tersenet.deploy.artifact import load_terse, save_terse, terse_preparation, unpack
-from tersenet.errors import ExportError, FileError, SettingsError
+from tersenet.errors import ExportError, FileError, SettingsError, TraceError
 from tersenet.task import Preparation
 
 PREPARATION = Preparation((8, 8), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), ("cat", "dog", "größe"))
@@ -154,9 +156,26 @@ class Forgetful(Residual):
         return super().forward(x) * next(self.numbers)
 
 
-def test_a_model_that_would_compute_otherwise_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="would differ"):
+def test_a_model_that_gives_other_outputs_each_time_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="other outputs when it is called again"):
         save_terse(Forgetful().eval(), torch.randn(2, 3, 8, 8), tmp_path / "m.terse")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_would_compute_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = graph_json.to_json
+
+    def lying(graph: Any) -> dict[str, Any]:
+        data = real(graph)
+        changed = [node for node in data["nodes"] if node[1].startswith("aten.add")]
+        assert changed
+        for node in changed:
+            node[1] = node[1].replace("aten.add", "aten.sub")
+        return data
+
+    monkeypatch.setattr(graph_json, "to_json", lying)
+    with pytest.raises(ExportError, match="would differ"):
+        save_terse(Residual().eval(), torch.randn(2, 3, 8, 8), tmp_path / "m.terse")
     assert not list(tmp_path.iterdir())
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from tersenet.bricks.brick import Brick
 from tersenet.bricks.codes import CODES, Code, make_code
+from tersenet.bricks.plain import is_plain
 from tersenet.bricks.quantized import hand_over, layer_config
 
 
@@ -129,7 +130,7 @@ class RoundedLinear(RoundedLayer, nn.Linear):
 
 def rounded_kind(layer: nn.Module) -> type[RoundedLayer] | None:
     """The rounded twin of a float layer's type, or None where there is none."""
-    if isinstance(layer, Brick):
+    if not is_plain(layer):
         return None
     if isinstance(layer, nn.Conv2d):
         return RoundedConv2d

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tersenet.bricks.brick import Brick
+from tersenet.bricks.plain import is_plain
 from tersenet.bricks.quantized import BIAS_STEPS, Int8Conv2d, Int8Layer, Int8Linear, hand_over, layer_config
 from tersenet.bricks.weight_rules import RULES, Rule
 
@@ -173,7 +174,7 @@ class FewBitLinear(FewBitLayer, nn.Linear):
 
 def few_bit_kind(layer: nn.Module) -> type[FewBitConv2d] | type[FewBitLinear] | None:
     """The twin of a float layer's type, or None where there is none."""
-    if isinstance(layer, Brick) or (isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros"):
+    if not is_plain(layer) or (isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros"):
         return None
     if isinstance(layer, nn.Conv2d):
         return FewBitConv2d

@@ -52,8 +52,8 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_kind(module: nn.Module, kinds: Any) -> bool:
-    """`isinstance`, for layers that compute what these kinds of torch.nn do; bricks are of their own kind."""
-    return isinstance(module, kinds) and not isinstance(module, Brick) and is_plain(module)
+    """`isinstance`, for layers that compute what these kinds of torch.nn do, and bricks, whose users know them."""
+    return isinstance(module, kinds) and (isinstance(module, Brick) or is_plain(module))
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from tersenet.bricks.brick import Brick
+from tersenet.bricks.plain import is_plain
 from tersenet.numerics.rounding import dequantize, fake_quantize, quantize
 
 # Before calibration a bias is rounded this finely, which is not at all in float32.
@@ -202,7 +203,7 @@ def layer_config(layer: Any) -> dict[str, Any]:
 
 def quantized_kind(layer: nn.Module) -> type[QuantizedLayer] | None:
     """The quantized twin of a float layer's type, or None where there is none."""
-    if isinstance(layer, Brick):
+    if not is_plain(layer):
         return None
     if isinstance(layer, nn.Conv2d):
         return QuantizedConv2d

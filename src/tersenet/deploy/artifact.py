@@ -6,7 +6,6 @@ model's graph, input and output, preparation, plan and provenance into the manif
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from importlib import metadata
@@ -18,14 +17,15 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from tersenet.bricks.evaluating import evaluating
+from tersenet.bricks.opened import copied, make_permanent
 from tersenet.bricks.settle import settle
 from tersenet.codec import container
 from tersenet.deploy import graph_json
 from tersenet.deploy.lazy import keep_coded
 from tersenet.deploy.runner import Input
-from tersenet.errors import ExportError, FileError, SettingsError
+from tersenet.errors import ExportError, FileError, SettingsError, TraceError
 from tersenet.graph.outputs import describe, output_of, return_flat, return_nested
-from tersenet.graph.trace import Example, trace
+from tersenet.graph.trace import Example, fixed_batch, trace
 from tersenet.task import Preparation
 
 _KIND = "model"
@@ -51,9 +51,13 @@ def save_terse(
         TraceError: when the forward cannot be captured.
         ExportError: when the model holds a layer or operator that a file cannot, or the file would compute otherwise.
     """
-    settled = settle(copy.deepcopy(model)).cpu()
+    own = copied(model)
+    make_permanent(own)
+    settled = settle(own).cpu()
     inputs = tuple(x.detach().cpu() for x in (example if isinstance(example, tuple) else (example,)))
     graph = trace(settled, inputs)
+    if (fixed := fixed_batch(graph)) is not None:
+        raise TraceError(fixed)
     shapes = [_open_shape(node) for node in describe(output_of(graph).args[0])[0]]
     structure = return_flat(graph)
     names = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import fx, nn
 
+from tersenet.bricks.opened import copied, make_permanent
 from tersenet.bricks.settle import settle
+from tersenet.errors import TraceError
 from tersenet.graph.fold import fold_all
-from tersenet.graph.trace import Example, trace
+from tersenet.graph.trace import Example, fixed_batch, trace
 
 
 def folded_graph(model: nn.Module, example: Example) -> fx.GraphModule:
@@ -17,7 +17,11 @@ def folded_graph(model: nn.Module, example: Example) -> fx.GraphModule:
     Raises:
         TraceError: when the forward cannot be captured.
     """
-    graph = trace(copy.deepcopy(model).eval(), example)
+    own = copied(model).eval()
+    make_permanent(own)
+    graph = trace(own, example)
+    if (fixed := fixed_batch(graph)) is not None:
+        raise TraceError(fixed)
     fold_all(graph)
     settle(graph)
     return graph

@@ -52,6 +52,7 @@ copy_
 """
 _OTHERS = """
 _adaptive_avg_pool2d _native_batch_norm_legit_no_training _softmax _log_softmax _to_copy _unsafe_view
+bilinear copy diagonal_scatter fill.Scalar fill.Tensor index_put mT select_scatter slice_scatter
 lstm.input gru.input rnn_tanh.input rnn_relu.input
 adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d add.Scalar
 addmm alias all all.dim alpha_dropout amax amin any any.dim arange arange.start arange.start_step argmax argmin

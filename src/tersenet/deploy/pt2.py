@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from tersenet.atomic import writing
+from tersenet.bricks.opened import copied, make_permanent
 from tersenet.deploy.runner import Input
-from tersenet.errors import FileError
+from tersenet.errors import FileError, TraceError
 from tersenet.graph.outputs import OUTPUTS, structure_of
-from tersenet.graph.trace import Example, export
+from tersenet.graph.trace import Example, export_open
 
 _METADATA = "metadata.json"
 # The operators of a captured forward. from_file is left out: it touches the disk.
@@ -57,7 +58,11 @@ def export_pt2(model: nn.Module, example: Example, path: str | Path, metadata: d
         TraceError: when the forward cannot be captured.
         TersenetError: when the file cannot be written.
     """
-    program = export(model, example)
+    own = copied(model)
+    make_permanent(own)
+    program, fixed = export_open(own, example)
+    if fixed is not None:
+        raise TraceError(fixed)
     program.example_inputs = None  # else the example, perhaps somebody's photograph, would ship inside the file
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths and lines of the author's machine, most of a small file's bytes

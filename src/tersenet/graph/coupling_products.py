@@ -105,6 +105,9 @@ def convolution(call: Call) -> State:
     """A convolution whose weight (O, I / groups, ...) is no layer's."""
     state = call.input
     (weight, size), bias, groups = _operand(call, call.node.args[1]), call.arg(2, "bias"), call.arg(6, "groups", 1)
+    if not isinstance(groups, int):  # one kernel for each image: the batch lies among the channels
+        unknown(call)
+        return nothing(call)
     call.freeze("moves over them", *state[2:], *weight[2:])
     inputs = call.source.meta["shape"][1]
     why = call.because("meets channels that cannot be cut")

@@ -94,6 +94,17 @@ def fold(layer: Any, norm: Any) -> None:
         layer.bias = nn.Parameter(((bias - mean) * factor + shift).to(weight.dtype))
 
 
+def neutralize(norm: Any) -> None:
+    """Makes an evaluating batch norm do nothing, where it cannot be taken out because it also holds an activation."""
+    with torch.no_grad():
+        norm.running_mean.zero_()
+        norm.running_var.fill_(1.0 - norm.eps)
+        if norm.weight is not None:
+            norm.weight.fill_(1.0)
+        if norm.bias is not None:
+            norm.bias.zero_()
+
+
 def _beside(factor: Tensor, layer: Any) -> Tensor:
     """(O,) shaped to stand beside the layer's weight."""
     if isinstance(

@@ -10,6 +10,7 @@ under its old name is functional as it stands.
 from __future__ import annotations
 
 import operator
+import warnings
 from typing import Any
 
 import torch
@@ -37,7 +38,9 @@ def functional(program: ExportedProgram) -> ExportedProgram:
     _inline(graph)
     if not (_contexts(graph) or _overwrites(graph.graph)):
         return program
-    program = program.run_decompositions({})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about its own parts
+        program = program.run_decompositions({})
     graph = program.graph_module
     _inline(graph)
     _norms_again(graph.graph)
@@ -59,10 +62,18 @@ def writes(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def _fills_another(node: fx.Node) -> bool:
+    """Whether an operator writes what it computes into a tensor that it is only given for that (`out=`)."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(argument.is_out for argument in schema.arguments)
+
+
 def _overwrites(graph: fx.Graph) -> bool:
     """Whether a write can be seen elsewhere than in what the operator returns."""
     place = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
+        if _fills_another(node):
+            return True
         for changed in writes(node):
             shared = changed.op == "placeholder" or (_may_alias(changed) and not writes(changed))
             if shared or any(
@@ -173,3 +184,12 @@ def _drop_copies(graph: fx.Graph) -> None:
         if node.target in (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target is aten.copy.default and _alike(node, node.args[1]):
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
+
+
+def _alike(node: fx.Node, source: fx.Node) -> bool:
+    """Whether all of a tensor is written over by one of the same shape and type."""
+    whole, part = node.meta["val"], source.meta["val"]
+    return str(whole.shape) == str(part.shape) and whole.dtype == part.dtype

@@ -21,6 +21,11 @@ _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.B
 _SECOND = (aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default)
 
 
+def is_product(node: fx.Node) -> bool:
+    """Whether an operator is a convolution or a linear map."""
+    return node.target in _CONVOLUTIONS or node.target in _TRANSPOSED or node.target is aten.linear.default
+
+
 def weight_of(node: fx.Node) -> Any:
     """What an operator has where a layer has its weight."""
     place = 2 if node.target in _SECOND else 1
@@ -54,13 +59,14 @@ def layer_of(node: fx.Node, value: Callable[[Any], Any]) -> nn.Module | None:
         layer = _other_norm(node, args)
     if layer is None:
         return None
-    for name, tensor in (("weight", weight_of(node)), ("bias", _bias_of(node))):
+    for name, tensor in (("weight", weight_of(node)), ("bias", bias_of(node))):
         if name in layer._parameters:
             setattr(layer, name, value(tensor))
     return layer.eval()  # the program was captured in evaluation mode
 
 
-def _bias_of(node: fx.Node) -> Any:
+def bias_of(node: fx.Node) -> Any:
+    """What an operator has where a layer has its bias."""
     place = 3 if node.target in (aten.layer_norm.default, aten.group_norm.default) else 2
     return node.args[place] if len(node.args) > place else None
 

@@ -27,11 +27,12 @@ from torch.nn.utils import parametrize
 
 from tersenet.bricks.brick import Brick
 from tersenet.bricks.evaluating import evaluating
+from tersenet.bricks.opened import unwrapped, wrapper
 from tersenet.bricks.plain import has_hooks
-from tersenet.errors import TraceError
+from tersenet.errors import ModelError, TraceError
 from tersenet.graph.agreement import check
 from tersenet.graph.functional import functional
-from tersenet.graph.lifted import layer_of, weight_of
+from tersenet.graph.lifted import bias_of, is_product, layer_of, weight_of
 from tersenet.graph.open_batch import is_open, open_size, sizes_kept, why_fixed
 from tersenet.graph.outputs import in_plain_containers, nested
 
@@ -80,6 +81,20 @@ def _export(
     )
 
 
+def export_open(model: nn.Module, example: Example) -> tuple[ExportedProgram, str | None]:
+    """A program without contexts and without writes that matter, and in words where the forward fixes the batch."""
+    return _functional(model, example, Calls(model))
+
+
+def _functional(model: nn.Module, example: Example, calls: Calls) -> tuple[ExportedProgram, str | None]:
+    program, fixed = _export(model, example, True, calls)
+    try:
+        with _silence():
+            return functional(program), fixed
+    except Exception as error:  # torch's decomposition raises many kinds
+        raise TraceError(_why(model, error)) from error
+
+
 def _attempt(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, calls: Calls) -> ExportedProgram:
     shapes = _open_shapes(model, inputs) if dynamic_batch else None
     try:
@@ -101,36 +116,31 @@ def _open_shapes(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
-    """Raises for what only wraps a model; `bricks/opened.py` takes the wrappers off where a model comes in."""
-    kept = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
-    name = type(model).__name__
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError(
-            "the model is TorchScript, whose layers cannot be changed; build the model's own class and load the "
-            "weights of the script into it, model.load_state_dict(script.state_dict())"
-        )
-    if name in kept and type(model).__module__.startswith("torch."):
-        raise TraceError(f"the model is wrapped in {name}; give what it wraps, model.{kept[name]}")
+    """Raises for what only wraps a model: the paths of its layers would not be those of the graph."""
+    if (name := wrapper(model)) is not None:
+        raise TraceError(f"the model is wrapped in {type(model).__name__}; give what it wraps, model.{name}")
+    try:
+        unwrapped(model)
+    except ModelError as error:
+        raise TraceError(str(error)) from None
 
 
-def trace(model: nn.Module, example: Example) -> fx.GraphModule:
+def trace(model: nn.Module, example: Example, permanent: bool = False) -> fx.GraphModule:
     """The model as a graph of its own layers, held against the model (graph/agreement.py).
 
     Every node has `meta["shape"]` (batch as in `example`, at least 2), `meta["dtype"]` and `meta["path"]`, the
     path of the module whose forward made it. Layers and parameters are shared with `model`, not copied. No operator
     writes into a tensor that another one reads.
 
+    Args:
+        permanent: weights that the forward computes from parameters alone, such as standardized ones, are computed
+            once and become parameters of the graph, which the model does not have.
     Raises:
         TraceError: when the forward cannot be captured, or the graph would compute something else; says where.
     """
     calls = Calls(model)
-    program, fixed = _export(model, example, True, calls)
-    try:
-        with _silence():
-            program = functional(program)
-    except Exception as error:  # torch's decomposition raises many kinds
-        raise TraceError(_why(model, error)) from error
-    graph = _Folder(model, program, calls).graph_module()
+    program, fixed = _functional(model, example, calls)
+    graph = _Folder(model, program, calls, permanent).graph_module()
     graph.meta["fixed"] = fixed
     check(model, graph, inputs_of(example), fixed is None)
     return graph
@@ -160,7 +170,7 @@ def has_open_batch(graph: fx.GraphModule) -> bool:
 class _Folder:
     """Turns one exported program into a graph of layers."""
 
-    def __init__(self, model: nn.Module, program: ExportedProgram, calls: Calls) -> None:
+    def __init__(self, model: nn.Module, program: ExportedProgram, calls: Calls, permanent: bool) -> None:
         self.model = model
         self.program = program
         self.seen = calls
@@ -172,6 +182,9 @@ class _Folder:
             for spec in signature.input_specs
             if spec.kind == torch.export.graph_signature.InputKind.CONSTANT_TENSOR
         }
+        self.computed: dict[str, nn.Parameter] = {}
+        if permanent:
+            self._compute_weights()
         self.root: dict[str, Any] = {}
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
@@ -216,6 +229,37 @@ class _Folder:
         module = fx.GraphModule(self.root, self.graph, class_name="Graph")
         module.training = self.model.training
         return module
+
+    def _compute_weights(self) -> None:
+        """Weights and biases that are made from parameters alone become parameters."""
+        kinds = self.program.graph_signature
+        fixed = {*kinds.inputs_to_parameters, *kinds.inputs_to_buffers, *self.constants}
+        known: dict[fx.Node, str] = {}  # node -> the first parameter that it is made from
+        for node in self.program.graph.nodes:
+            sources = node.all_input_nodes
+            if node.op == "placeholder" and node.name in fixed:
+                known[node] = self.parameters.get(node.name, "")
+                continue
+            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            if node.op == "call_function" and sources and not random and all(source in known for source in sources):
+                known[node] = next((known[source] for source in sources if known[source]), "")
+        for node in self.program.graph.nodes:
+            for name, made in (("weight", weight_of(node)), ("bias", bias_of(node))):
+                if not is_product(node) or not isinstance(made, fx.Node) or made.op != "call_function":
+                    continue
+                owner = known.get(made, "").rpartition(".")[0]
+                if made in known and owner and made.name not in self.computed:
+                    self.computed[made.name] = nn.Parameter(self._value(made).detach().clone())
+                    self.parameters[made.name] = f"{owner}.{name}"
+
+    def _value(self, node: Any) -> Any:
+        """The number of a node that is made from parameters and constants alone."""
+        if node.op == "placeholder":
+            if node.name in self.constants:
+                return self.program.constants[self.constants[node.name]]
+            return self._parameter(node)
+        with torch.no_grad():
+            return node.target(*fx.map_arg(node.args, self._value), **fx.map_arg(node.kwargs, self._value))
 
     def _calls(self) -> list[tuple[str, list[fx.Node], fx.Node]]:
         """(path, operators, input) of each call of a leaf layer that has one input and one output."""
@@ -327,6 +371,9 @@ class _Folder:
         ):
             return None
         own = self.modules.get(path)
+        computed = any(arg.name in self.computed for arg in node.all_input_nodes)
+        if computed and own is not None and is_leaf(own):
+            path, own = self._free(path), None  # it is made of another layer's weight
         if own is not None and is_leaf(own):  # used by another module's forward, like the last layer of an attention
             if parametrize.is_parametrized(own):
                 return None
@@ -336,16 +383,21 @@ class _Folder:
                 return None  # such as its weight without its bias
         known = self.root.get(path)
         if known is not None and known is not layer:
-            if type(known) is not type(layer) or known.extra_repr() != layer.extra_repr():
-                path = self._free(path)
-            else:
+            same = type(known) is type(layer) and known.extra_repr() == layer.extra_repr()
+            if same and all(getattr(known, name) is value for name, value in layer.named_parameters()):
                 layer = known
+            elif not computed:
+                return None  # the same weight with other settings, for which the model has no layer
+            else:
+                path = self._free(path)
         self.root[path] = layer
         return self.graph.call_module(path, (self._get(node.args[0]),))  # type: ignore[arg-type]
 
     def _parameter(self, node: Any) -> Any:
         if not isinstance(node, fx.Node):
             return node
+        if node.name in self.computed:
+            return self.computed[node.name]
         if node.name not in self.parameters:
             return node
         target = self.parameters[node.name]

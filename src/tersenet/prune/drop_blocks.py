@@ -22,6 +22,7 @@ from tersenet.bricks.evaluating import evaluating
 from tersenet.errors import SettingsError
 from tersenet.graph.blocks import Blocks, drop, paths_within
 from tersenet.graph.surgery import Cut
+from tersenet.graph.taken_apart import opened
 from tersenet.graph.trace import is_leaf, trace
 from tersenet.left_alone import LEFT_OUT, LeftAlone, gathered, weights_of
 from tersenet.numerics.divergence import divergence
@@ -149,6 +150,7 @@ class DropBlocks(Step):
 
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
         """plan, apply and fit, where `fit` compares with the model as it comes in."""
+        model = opened(model, task.example)
         return super().run(model, dataclasses.replace(task, original=copy.deepcopy(model)))
 
     def choices(self, model: nn.Module, task: Task) -> dict[str, list[Any]]:

@@ -23,6 +23,7 @@ from tersenet.errors import SettingsError
 from tersenet.graph.costs import totals
 from tersenet.graph.coupling import Bundle, Coupling
 from tersenet.graph.recut import recut
+from tersenet.graph.taken_apart import opened
 from tersenet.left_alone import LEFT_OUT, LeftAlone, gathered, share_text
 from tersenet.prune.budget import (
     Candidate,
@@ -341,6 +342,7 @@ class PruneChannels(Step):
 
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
         """plan, apply and fit, where the repair compares with the model as it comes in."""
+        model = opened(model, task.example)
         task = dataclasses.replace(task, original=copy.deepcopy(model))
         return _Running(**self.settings()).run_once(model, task)
 

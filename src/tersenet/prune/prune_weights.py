@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tersenet.bricks.mask import attach, masked_layers, stored_weight
+from tersenet.bricks.plain import is_kind
 from tersenet.errors import ModelError, SettingsError
 from tersenet.left_alone import LEFT_OUT, LeftAlone, another_kind, by_layer
 from tersenet.numerics.patterns import Pattern, can_lose, parse
@@ -278,7 +279,7 @@ def maskable(model: nn.Module, step: Step) -> Iterator[tuple[str, Any]]:
 def _has_weight(module: Any) -> bool:
     """A convolution or linear layer whose weight learns. Integers of a settled layer do not, nor do constants, such as
     the 0 and 1 of a shortcut that `quantize` made a convolution of."""
-    if not isinstance(module, _ConvNd | nn.Linear):
+    if not is_kind(module, _ConvNd | nn.Linear):
         return False
     weight: Any = stored_weight(module)
     return isinstance(weight, nn.Parameter) and weight.requires_grad

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tersenet.graph.fold import fold, foldable, why_not_foldable
+from tersenet.bricks.plain import is_plain
+from tersenet.graph.fold import fold, foldable, neutralize, why_not_foldable
 from tersenet.graph.trace import trace
 from tersenet.left_alone import LEFT_OUT, LeftAlone, gathered
 from tersenet.step import Plan, Step, replace
@@ -19,7 +20,8 @@ from tersenet.task import Task
 class FoldBatchNorm(Step):
     """Folds each batch norm into the convolution or linear layer before it. Exact in evaluation.
 
-    The norm becomes an `nn.Identity`; statistics are no longer updated, so train before it, or with them frozen.
+    The norm becomes an `nn.Identity`, or does nothing where it also holds an activation; statistics are no longer
+    updated, so train before it, or with them frozen.
     `only` and `skip` are about the layer that takes the norm over.
     """
 
@@ -33,7 +35,7 @@ class FoldBatchNorm(Step):
         pairs = [
             [layer, norm]
             for layer, norm in foldable(trace(model, task.example))
-            if layer in here and norm in here and self.matches(layer, here[layer])
+            if layer in here and norm in here and is_plain(here[layer]) and self.matches(layer, here[layer])
         ]
         return {"pairs": pairs} if pairs else {}
 
@@ -48,6 +50,10 @@ class FoldBatchNorm(Step):
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         for layer, norm in plan.get("pairs", []):
-            fold(model.get_submodule(layer), model.get_submodule(norm))
-            replace(model, {norm: nn.Identity()})
+            took = model.get_submodule(norm)
+            fold(model.get_submodule(layer), took)
+            if is_plain(took):
+                replace(model, {norm: nn.Identity()})
+            else:
+                neutralize(took)
         return model

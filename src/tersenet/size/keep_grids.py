@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from tersenet.bricks.grid import grids, put_under
 from tersenet.bricks.mask import at_most_masked, release
+from tersenet.bricks.plain import is_kind
 from tersenet.codec.values import grid_of
 from tersenet.left_alone import LEFT_OUT, LeftAlone, another_kind, by_layer
 from tersenet.step import Plan, Step
@@ -44,7 +45,7 @@ class KeepGrids(Step):
         """{"grids": {path: {name of a tensor: whether each row has a step of its own}}}"""
         found: dict[str, dict[str, bool]] = {}
         for path, layer in model.named_modules():
-            if isinstance(layer, _ConvNd | nn.Linear) and self.matches(path, layer) and at_most_masked(layer):
+            if is_kind(layer, _ConvNd | nn.Linear) and self.matches(path, layer) and at_most_masked(layer):
                 rows = {name: _has_rows(getattr(layer, name)) for name in ("weight", "bias")}
                 on = {name: each for name, each in rows.items() if each is not None}
                 found |= {path: on} if on else {}

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from tersenet.bricks.mask import at_most_masked, release, stored_weight
+from tersenet.bricks.plain import is_kind
 from tersenet.bricks.shared import share, shared_of
 from tersenet.errors import ModelError, SettingsError
 from tersenet.left_alone import LEFT_OUT, LeftAlone, another_kind, by_layer
@@ -98,7 +99,7 @@ class ShareWeights(Step):
 
 def _shareable(layer: Any) -> bool:
     """A convolution or linear layer whose weight learns, under a mask at most."""
-    if not isinstance(layer, _ConvNd | nn.Linear):
+    if not is_kind(layer, _ConvNd | nn.Linear):
         return False
     weight: Any = stored_weight(layer)
     return at_most_masked(layer) and isinstance(weight, nn.Parameter) and weight.requires_grad
