@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tersenet.deploy.reference import Reference
 from tersenet.deploy.verify import Agreement, check, compare_file
-from tersenet.errors import ExportError
+from tersenet.errors import ExportError, FileError
 
 
 def checked(path: Path, runtimes: Sequence[str], reference: Reference) -> dict[str, Agreement]:
@@ -18,7 +18,7 @@ def checked(path: Path, runtimes: Sequence[str], reference: Reference) -> dict[s
     Returns:
         runtime -> how far the file is from the model there.
     Raises:
-        ExportError: when it is wrong, with the figures; the file is gone then.
+        ExportError: when it is wrong, with the figures, or does not open; the file is gone then.
     """
     agreements = {}
     try:
@@ -28,6 +28,9 @@ def checked(path: Path, runtimes: Sequence[str], reference: Reference) -> dict[s
     except ExportError:
         _remove(path)
         raise
+    except FileError as error:  # just written, and the runtime refuses it
+        _remove(path)
+        raise ExportError(str(error)) from error
     return agreements
 
 

@@ -18,7 +18,8 @@ from tersenet.bricks.quantizer import Quantizer
 
 aten = torch.ops.aten
 
-# Of the largest value of a result: a sum of a few hundred products in float32 differs by this when its order does.
+# Of each value and the root mean square of its tensor: what a sum of a few hundred products in float32 differs by when
+# its order does.
 ROUNDING = 2.0**-21
 # Results that are whole by definition; noise on them would be cut off by an index or a conversion that follows.
 _WHOLE = {
@@ -36,7 +37,7 @@ class Perturbed(fx.Interpreter):
     Args:
         graph: from `graph.trace.trace`, in evaluation mode; it is left as it was.
         seed: of the noise.
-        rounding: the noise, as a share of the largest value of each result; 0 computes as the graph does.
+        rounding: the noise, as a share of each value and of the root mean square of all; 0 computes as the graph does.
         steps: uniform noise of up to this many steps in front of each quantizer.
         keep: names of the nodes whose values are kept in `kept`.
     """
@@ -52,9 +53,11 @@ class Perturbed(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if self.rounding and _computes(n) and isinstance(value, Tensor) and value.is_floating_point():
-            finite = value[value.isfinite()] if not bool(value.isfinite().all()) else value
+            finite = value if bool(value.isfinite().all()) else value[value.isfinite()]
             if finite.numel():
-                value = value + self._noise(value) * (self.rounding * finite.abs().max())
+                # Of a value near zero the sum may have been large on the way, as its neighbors are.
+                size = finite.square().mean().sqrt() + value.abs().nan_to_num(0, 0)
+                value = value + self._noise(value) * self.rounding * size
         if n.name in self.keep:
             self.kept[n.name] = value
         return value
