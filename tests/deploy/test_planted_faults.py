@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted_faults import FAULTS, INT8_FAULTS, plant
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tersenet.ship
+from planted_faults import FAULTS, INT8_FAULTS, plant
 from tersenet.bricks.settle import settle
 from tersenet.deploy.artifact import save_terse
 from tersenet.deploy.checked import checked

@@ -128,7 +128,7 @@ def _agreement(index: int, expected: Outputs, outputs: Outputs, allowed: Toleran
 
 
 def _mostly_equal(agreement: Agreement, expected: Outputs, outputs: Outputs) -> Agreement:
-    """In PyTorch the same operators run as in the simulation, so 9 of 10 samples of an int8 file are equal, not near."""
+    """PyTorch runs the operators of the simulation, so 9 of 10 samples of an int8 file are equal, not near."""
     near = [
         float(np.quantile(_per_sample(difference(a, b.reshape(a.shape))), 0.9))
         for wanted, found in zip(expected[1:], outputs[1:], strict=True)
