@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import tersenet
 from tersenet.bricks.settle import settle
+from tersenet.deploy.artifact import save_terse
 from tersenet.deploy.machine import machine
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.pt2 import export_pt2
@@ -108,7 +109,7 @@ def _as_files(model: nn.Module, inputs: tuple[Tensor, ...], folder: Path, task: 
     example = _example(inputs)
     with torch.no_grad():
         expected = leaves(model(*x))
-    paths = [tersenet.save(model, example, folder / "m.terse")]
+    paths = [save_terse(model, example, folder / "m.terse")]
     if task is None:
         paths.append(export_pt2(model, example, folder / "m.pt2"))
     for path in paths:

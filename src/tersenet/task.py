@@ -211,6 +211,13 @@ class Task:
         """The folder of the run that a step belongs to, which holds the step's own; None where nothing is kept."""
         return None if self.folder is None else Path(self.folder).parent
 
+    def run(self, model: nn.Module, batch: Any) -> None:
+        """Runs a model on a batch for what is observed inside of it; which of its outputs is scored does not matter."""
+        if self.forward is default_forward:
+            model(*inputs_of(batch))
+        else:
+            self.forward(model, batch)
+
     def calibration(self, limit: int = 512) -> Iterator[Any]:
         """Batches for calibration, about `limit` samples in all; the training data serves where there are none.
 
@@ -224,7 +231,7 @@ class Task:
         for batch in batches_at(data, 0):
             if seen >= limit:
                 break
-            seen += len(batch_input(batch))
+            seen += len(inputs_of(batch)[0])
             yield batch
         if seen == 0:
             raise DataError("the calibration data is empty (0 samples); give at least one batch")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from tersenet.graph.coupling import read
 from tersenet.graph.literals import resize
 from tersenet.graph.surgery import cut
-from tersenet.graph.trace import trace
+from tersenet.graph.trace import trace_with
 
 
 def recut(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
@@ -25,11 +24,7 @@ def recut(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
     """
     if "traced" not in plan:
         return cut(model, plan["kept"])
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    inputs = tuple(
-        torch.zeros(one["shape"], dtype=getattr(torch, one["dtype"]), device=device) for one in plan["traced"]
-    )
-    graph = trace(model, inputs)
+    graph = trace_with(model, plan["traced"])
     known = read(graph, model)
     found = known.rewrites(known.removed(plan["kept"]))
     cut(graph, plan["kept"])

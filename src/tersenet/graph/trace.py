@@ -16,7 +16,7 @@ import logging
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,15 +151,21 @@ def fixed_batch(graph: fx.GraphModule) -> str | None:
     return graph.meta.get("fixed")
 
 
-def said_input(example: Tensor) -> dict[str, Any]:
-    """What a plan keeps of a model's input: {"shape", "dtype"}."""
+def said_input(example: Example) -> Any:
+    """What a plan keeps of a model's input: {"shape", "dtype"}; of several inputs a list of these."""
+    if isinstance(example, tuple):
+        return [said_input(x) for x in example]
     return {"shape": list(example.shape), "dtype": str(example.dtype).removeprefix("torch.")}
 
 
-def trace_with(model: nn.Module, said: Mapping[str, Any]) -> fx.GraphModule:
-    """Captures a model with an input as a plan keeps it, on the model's own device."""
+def trace_with(model: nn.Module, said: Any) -> fx.GraphModule:
+    """Captures a model with inputs as a plan keeps them (`said_input`), on the model's own device."""
     device = next((p.device for p in model.parameters()), None)
-    return trace(model, torch.zeros(said["shape"], dtype=getattr(torch, said["dtype"]), device=device))
+    inputs = tuple(
+        torch.zeros(each["shape"], dtype=getattr(torch, each["dtype"]), device=device)
+        for each in (said if isinstance(said, list) else [said])
+    )
+    return trace(model, inputs if isinstance(said, list) else inputs[0])
 
 
 def has_open_batch(graph: fx.GraphModule) -> bool:

@@ -69,7 +69,7 @@ def activation_zeros(model: nn.Module, task: Task, samples: int = 256) -> list[L
     try:
         with evaluating(model), torch.no_grad():
             for batch in task.calibration(samples):
-                task.forward(model, to_device(batch, device))
+                task.run(model, to_device(batch, device))
     finally:
         for handle in hooks:
             handle.remove()

@@ -92,7 +92,7 @@ def _activations(model: nn.Module, task: Task, paths: Sequence[str], limit: int)
 
     with _reading(model, paths, look), torch.no_grad():
         for _, _, batch in _pieces(model, task, task.calibration(limit), _CHUNK):
-            task.forward(model, batch)
+            task.run(model, batch)
     for path in paths:  # in one order on every process; a process without samples has seen nothing
         if path not in sums:
             sums[path] = torch.zeros(3, _inputs(model.get_submodule(path)), dtype=torch.float64, device=_device(model))

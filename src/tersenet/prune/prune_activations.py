@@ -264,7 +264,7 @@ class _Choice:
 
     def _run_calibration(self) -> None:
         for batch in self.task.calibration(self.settings.samples):
-            self.task.forward(self.model, to_device(batch, self.device))
+            self.task.run(self.model, to_device(batch, self.device))
 
 
 def _repair(graph: fx.GraphModule, bricks: Mapping[str, Any], task: Task) -> None:

@@ -170,7 +170,7 @@ def _place_signs(model: nn.Module, task: Task) -> None:
     hooks = [sign.register_forward_pre_hook(place) for sign in new]
     try:
         with evaluating(model), torch.no_grad():
-            task.forward(model, to_device(batch, device))
+            task.run(model, to_device(batch, device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -12,8 +12,9 @@ from torch.fx.node import map_arg
 from tersenet.bricks.coded import RoundedLayer
 from tersenet.bricks.quantized import QuantizedLayer
 from tersenet.bricks.quantizer import Quantizer
+from tersenet.errors import DataError
 from tersenet.quantize.observe import check_inputs
-from tersenet.task import Task, batch_input
+from tersenet.task import Task, inputs_of
 
 
 class SideBySide(fx.Interpreter):
@@ -68,10 +69,16 @@ def float_output(layer: Any, x: Tensor) -> Tensor:
 
 
 def images_for(model: nn.Module, task: Task, count: int) -> Tensor:
-    """(N, ...) unlabelled images, N at most `count`. Raises DataError on data that cannot be calibration data."""
+    """(N, ...) unlabelled images, N at most `count`. Raises DataError on data that cannot be calibration data, and on
+    batches of several inputs, which what is done layer by layer does not follow."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     found = []
     for number, batch in enumerate(task.calibration(count)):
-        check_inputs(batch_input(batch), number, task)
-        found.append(batch_input(batch))
+        check_inputs(inputs_of(batch), number, task)
+        if len(inputs_of(batch)) > 1:
+            raise DataError(
+                f"this model has {len(inputs_of(batch))} inputs, and rounding other than 'nearest', 'equalise' and "
+                "'correct_bias' work on models of one; leave these settings out"
+            )
+        found.append(inputs_of(batch)[0])
     return torch.cat(found)[:count].to(device)
