@@ -251,7 +251,9 @@ class _Maker:
         if self.choose([True, False]):
             self.put("split", Part(lambda self, x: tuple(x.chunk(2, 1))), [i], half, half)
         else:
-            self.put("split", Part(lambda self, x: tuple(x.split([4, x.shape[1] - 4], 1))), [i], (4, h, w), (c - 4, h, w))
+            self.put(
+                "split", Part(lambda self, x: tuple(x.split([4, x.shape[1] - 4], 1))), [i], (4, h, w), (c - 4, h, w)
+            )
 
     def slices(self) -> None:
         i = self.pick(4)
