@@ -21,6 +21,7 @@ from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.pt2 import export_pt2
 from tersenet.deploy.reference import Reference
 from tersenet.deploy.runtimes import Runner, open_file
+from tersenet.deploy.stand_in import StandIn
 from tersenet.deploy.tensorrt import broken_rules, export_tensorrt, symmetric
 from tersenet.deploy.verify import score_file
 from tersenet.errors import SettingsError, require
@@ -36,7 +37,7 @@ from tersenet.report.words import (
 )
 from tersenet.run import Run
 from tersenet.sources import example_of, open_model
-from tersenet.task import Preparation, Task
+from tersenet.task import Preparation, Task, scored_output
 
 # What `export --to` can name: the ending, and the runtime that checks it.
 _WRITTEN = {
@@ -104,8 +105,11 @@ def measure_files(
         check_same_classes(sources, preparation.labels, path, data or "")
         if sources.test is None:
             raise SettingsError(f"--data {data} has no labelled test part to score on; leave --data out to time only")
+        output = scored_of_file(runner, example_of(preparation))
         score = score_file(runner, Task(example=example_of(preparation)), sources.test)
         entry = found["files"][path]
+        if output is not None:
+            entry["scored_output"] = output
         entry.setdefault("scores", {})[runtime] = score.value
         entry.setdefault("score", score.value)
         entry.setdefault("score_interval", [score.low, score.high])
@@ -113,6 +117,12 @@ def measure_files(
         if score.top5 is not None:
             entry.setdefault("top5", score.top5)
     return found
+
+
+def scored_of_file(runner: Runner, example: Tensor) -> str | None:
+    """Which of several outputs is scored, None where there is one. Raises ModelError where it is unclear."""
+    outputs = StandIn(runner)(example)
+    return None if isinstance(outputs, Tensor) else scored_output(outputs)[0]
 
 
 def measure_table(found: dict[str, Any]) -> Table:
@@ -132,7 +142,9 @@ def measure_table(found: dict[str, Any]) -> Table:
     )
     heads += ["score"] if any("score" in entry for entry in entries.values()) else []
     heads += ["loading"] if any("footprint" in entry for entry in entries.values()) else []
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=found["verdict"], caption_justify="left")
+    scored = {entry["scored_output"] for entry in entries.values() if "scored_output" in entry}
+    caption = found["verdict"] + "".join(f"\nscores output {name!r}" for name in sorted(scored))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     table.add_column("file", overflow="fold")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from tersenet.data.pixels import pixels
 from tersenet.deploy.runtimes import open_file
+from tersenet.deploy.stand_in import StandIn
 from tersenet.errors import DataError, require
 from tersenet.files import preparation_of
+from tersenet.task import scored_output
 
 
 def predict_images(
@@ -23,18 +26,21 @@ def predict_images(
 
     Raises:
         DataError: when an image is missing or cannot be read.
+        ModelError: when the file has several outputs and none is clearly that of class scores.
     """
     runner = open_file(file, runtime)
     preparation = preparation_of(runner)
     mean = np.asarray(preparation.mean, dtype=np.float32)[:, None, None]
     std = np.asarray(preparation.std, dtype=np.float32)[:, None, None]
-    found = {}
+    model, found = StandIn(runner), {}
     for path in images:
         try:
             scaled = pixels(_image(path), preparation).astype(np.float32) / 255  # (C, H, W)
         except ValueError as error:  # more than 8 bits, and of no known range
             raise DataError(f"{path} cannot be read: {str(error).replace('its set', 'it')}") from error
-        logits = runner.run(((scaled - mean) / std)[None])[0].astype(np.float64)
+        outputs = model(torch.from_numpy(((scaled - mean) / std)[None]))
+        scores = outputs if isinstance(outputs, torch.Tensor) else scored_output(outputs)[1]
+        logits = scores[0].double().numpy()
         shares = np.exp(logits - logits.max())
         shares /= shares.sum()
         order = np.argsort(-shares, kind="stable")[:top]
