@@ -80,7 +80,7 @@ class Truth:
             total += 2.0 * r + 5.0 * r * s + 3.0 * s
         return total + sum(value * left[place] for place, value in self.alone.items())
 
-    def times(self, candidates: Sequence[Picks], said: str) -> list[tuple[float, float]]:
+    def times(self, candidates: Sequence[Picks], said: str, keep: Any = None) -> list[tuple[float, float]]:
         self.asked.append((said, list(candidates)))
         return [(self(picks), self(picks) / self({})) for picks in candidates]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_a_table_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     def milliseconds(bench: Bench, picks: Picks) -> float:
         return 0.05 + bench.weight(picks, "macs") * 1e-6
 
-    def times(bench: Bench, candidates: Sequence[Picks], said: str) -> list[tuple[float, float]]:
+    def times(bench: Bench, candidates: Sequence[Picks], said: str, keep: Any = None) -> list[tuple[float, float]]:
         whole = milliseconds(bench, {})
         return [(milliseconds(bench, picks), milliseconds(bench, picks) / whole) for picks in candidates]
 

@@ -80,7 +80,7 @@ def test_the_line_takes_out_what_is_wrong_everywhere() -> None:
     sites, truth = chains()
     table = Table(DEVICE)
 
-    def times(candidates: Any, said: str) -> list[tuple[float, float]]:
+    def times(candidates: Any, said: str, keep: Any = None) -> list[tuple[float, float]]:
         kept = 0.8 if "random" in said else 1.0
         return [(0.0, 1 - kept * (1 - truth(picks) / truth({}))) for picks in candidates]
 

@@ -367,7 +367,7 @@ class Clock:
             rounded = any(step.family == "quantize" for step in bench.steps)
             return (0.1 + bench.weight(picks, "macs") * 1e-6) * ((1.3 if slow_int8 else 0.5) if rounded else 1.0)
 
-        def times(bench: Bench, candidates: Sequence[Picks], said: str) -> list[tuple[float, float]]:
+        def times(bench: Bench, candidates: Sequence[Picks], said: str, keep: Any = None) -> list[tuple[float, float]]:
             if candidates:
                 self.calls.append((said, len(candidates)))
             return [(one(bench, picks), one(bench, picks) / one(bench, {})) for picks in candidates]

@@ -32,7 +32,7 @@ def network() -> tuple[list[Site], Truth]:
 class Rough(Truth):
     """Every time is off by up to 2 % of the whole network's, or of its own where that is less."""
 
-    def times(self, candidates: Sequence[Picks], said: str) -> list[tuple[float, float]]:
+    def times(self, candidates: Sequence[Picks], said: str, keep: Any = None) -> list[tuple[float, float]]:
         exact = super().times(candidates, said)
         chance = random.Random(len(self.asked))
         return [(ms, share * (1 + chance.uniform(-0.02, 0.02))) for ms, share in exact]

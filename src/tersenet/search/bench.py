@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ from tersenet.task import Task, batch_input
 # Files that take turns at once, the unchanged network among them; more would push each other out of the caches.
 _GROUP = 10
 _CALLS, _DISCARD = 30, 6
-# Of one file in one turn; slow networks get 5 calls all the same.
-_TURN_S = 0.025
+# Of one file in one turn, less where so many files are timed that they would take longer than this in all; slow
+# networks get 5 calls all the same.
+_TURN_S, _ALL_S = 0.025, 40.0
 
 
 def device_of(runtime: str, threads: int, batch: int) -> dict[str, Any]:
@@ -165,20 +167,31 @@ class Bench:
                     into[role] = sorted(both)
         return kept
 
-    def times(self, candidates: Sequence[Picks], said: str) -> list[tuple[float, float]]:
-        """(milliseconds, share of the unchanged network's) of each candidate, in groups that take turns with it."""
-        found = []
-        for start in range(0, len(candidates), _GROUP):
-            group = candidates[start : start + _GROUP]
-            paths = {"base": self.base_path}
-            for number, picks in enumerate(group):
-                paths[str(number)] = self.folder / f"variant{number}.onnx"
-                paths[str(number)].write_bytes(self.file(picks))
-            with self._bar(said, start, len(candidates)):
-                result = self._measure(paths)
-            for number in range(len(group)):
-                share = result.ratio(str(number), "base").ratio
-                found.append((result.latency(str(number))["median"], share))
+    def times(
+        self, candidates: Sequence[Picks], said: str, keep: Callable[[list[tuple[float, float]]], None] | None = None
+    ) -> list[tuple[float, float]]:
+        """(milliseconds, share of the unchanged network's) of each candidate, in groups that take turns with it.
+
+        Args:
+            said: what they are timed for.
+            keep: is given all that is known after each group, in the order of the candidates.
+        """
+        found: list[tuple[float, float]] = []
+        turn = min(_TURN_S, _ALL_S / (LEAST_TURNS * max(1, len(candidates))))
+        with progressing(said, len(candidates), self.progress) as advance, collected_once():
+            for start in range(0, len(candidates), _GROUP):
+                group = candidates[start : start + _GROUP]
+                paths = {"base": self.base_path}
+                for number, picks in enumerate(group):
+                    paths[str(number)] = self.folder / f"variant{number}.onnx"
+                    paths[str(number)].write_bytes(self.file(picks))
+                result = self._measure(paths, turn)
+                for number in range(len(group)):
+                    share = result.ratio(str(number), "base").ratio
+                    found.append((result.latency(str(number))["median"], share))
+                if keep is not None:
+                    keep(found)
+                advance(len(group))
         return found
 
     def base_times(self) -> tuple[float, float]:
@@ -200,23 +213,14 @@ class Bench:
     def _float(self) -> Entry:
         return Entry("float", self.float_path, self.runtime, self.float_x)
 
-    def _measure(self, paths: dict[str, Path]) -> Any:
+    def _measure(self, paths: dict[str, Path], turn: float) -> Any:
         contenders = [
             Contender(name, open_file(path, self.runtime, self.threads), self.x) for name, path in paths.items()
         ]
-        budget = LEAST_TURNS * len(contenders) * _TURN_S
+        budget = LEAST_TURNS * len(contenders) * turn
         return measure(
             contenders, batch=self.batch, threads=self.threads, calls=_CALLS, discard=_DISCARD, budget_s=budget
         )
-
-    @contextlib.contextmanager
-    def _bar(self, said: str, done: int, total: int) -> Iterator[None]:
-        """A line on standard error between groups: nothing may draw while they are timed."""
-        if self.progress:
-            from rich.console import Console
-
-            Console(stderr=True, highlight=False).print(f"    {said}: {done} of {total}", end="\r")
-        yield
 
     def weight(self, picks: Picks, kind: str) -> float:
         """Bytes, multiply-adds or bytes of memory of a candidate's file, read off the file; of settings that files do
@@ -271,6 +275,43 @@ class Bench:
         shapes = (self.x.shape, self.float_x.shape)
         said = [memory_bytes(entry.path.read_bytes(), shape) for entry, shape in zip(entries, shapes, strict=True)]
         return [(float(a), float(b)) for a, b in zip(said, peaks, strict=True) if b is not None]
+
+
+@contextlib.contextmanager
+def progressing(said: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error with the time that is left, told how many more are done. It is drawn only then: nothing
+    may draw while files are timed."""
+    if not shown or total < 2:
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("    {task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(
+        *columns, console=Console(stderr=True), auto_refresh=False, transient=True, speed_estimate_period=600
+    )
+    with bar:
+        task = bar.add_task(said, total=total)
+        bar.refresh()
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+            bar.refresh()
+
+        yield advance
+
+
+@contextlib.contextmanager
+def collected_once() -> Iterator[None]:
+    """What is in memory is collected now and not looked at again before the end: each measurement collects, which takes
+    a second where much was traced."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def memory_line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:

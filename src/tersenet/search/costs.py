@@ -21,7 +21,6 @@ from tersenet.search.sites import Picks, Site
 from tersenet.search.table import Table
 
 CHECKS = 20  # random candidates that the prediction is held against
-_WRITTEN = 36  # entries that are measured before the table is written
 
 
 @dataclass
@@ -145,12 +144,14 @@ def latency_costs(bench: Bench, sites: Sequence[Site], table: Table, network: st
             f"the table {table.path} lacks {len(missing)} of {len(wanted)} entries that this search needs, such as for "
             f"{sites[0].said}; fill it on its device with the same model: tersenet table"
         )
-    for start in range(0, len(missing), _WRITTEN):  # what is measured stays measured if the search is stopped
-        part = missing[start : start + _WRITTEN]
-        said = f"filling the latency table, from {start} of {len(missing)}"
-        for (key, count, _), (_, share) in zip(part, bench.times([picks for *_, picks in part], said), strict=True):
+
+    def keep(found: Sequence[tuple[float, float]]) -> None:  # what is measured stays measured if the search is stopped
+        for (key, count, _), (_, share) in zip(missing, found, strict=False):
             table.changes[key] = base * (share - 1) / count
         table.write()
+
+    if missing:
+        keep(bench.times([picks for *_, picks in missing], "filling the latency table", keep))
     changes = {
         site.key: [0.0, *(table.changes[f"{site.kind}={setting}"] for setting in site.settings[1:])] for site in sites
     }

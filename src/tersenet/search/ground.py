@@ -96,7 +96,8 @@ class Ground:
     ) -> None:
         self.steps, self.task, self.budget, self.table, self.whole = steps, task, budget, table, whole
         # What only a special runtime or a code gains from is worth nothing but bytes.
-        found = find_sites(steps, model, task)
+        layers = describe(model, task.example)
+        found = find_sites(steps, model, task, layers)
         self.sites = [s for s in found if budget.kind == "bytes" or not steps[s.step].special_runtime]
         if not self.sites:
             raise NoChoice("no step of the search has a choice in this model; use a recipe instead of a target")
@@ -114,7 +115,7 @@ class Ground:
         around = context(steps)
         if whole is not None and whole.task is not task:
             around += f"; float at {tuple(whole.task.example.shape[2:])}"
-        self.network = fingerprint(describe(model, task.example), self.sites, around)
+        self.network = fingerprint(layers, self.sites, around)
 
     @functools.cached_property
     def costs(self) -> Costs:

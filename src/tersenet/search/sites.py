@@ -49,9 +49,15 @@ class Site:
         return other.place.startswith(self.place + ".")
 
 
-def find_sites(steps: Sequence[Step], model: nn.Module, task: Task) -> list[Site]:
-    """All sites of some steps, in the steps' order. Touches nothing."""
-    known = describe(model, task.example)
+def find_sites(
+    steps: Sequence[Step], model: nn.Module, task: Task, known: Mapping[str, str] | None = None
+) -> list[Site]:
+    """All sites of some steps, in the steps' order. Touches nothing.
+
+    Args:
+        known: what `describe` says of the model, where that was asked already.
+    """
+    known = describe(model, task.example) if known is None else known
     around = context(steps)
     found = []
     for index, step in enumerate(steps):
