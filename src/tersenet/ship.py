@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -141,7 +142,18 @@ def write_into(shipped: Shipped, task: Task, kind: str, path: Path, runtimes: Se
     if kind == "terse":
         shipped.agreements["terse"] = checked(path, ["pytorch"], shipped.reference)["pytorch"]
     else:
-        shipped.agreements |= checked(path, runtimes, shipped.reference)
+        found = checked(path, runtimes, shipped.reference, functools.partial(_again, shipped, task, path))
+        shipped.agreements |= found
+        shipped.notes += [
+            f"{runtime} computes {', '.join(each.in_float)} wrong in integers, so the file leaves that in float"
+            for runtime, each in list(found.items())[:1]
+            if each.in_float
+        ]
+
+
+def _again(shipped: Shipped, task: Task, path: Path, floats: Sequence[str]) -> None:
+    """Writes an ONNX file of an int8 model again, with some operators in float."""
+    export_onnx(shipped.model, task.example, path, task.preparation, floats=floats)
 
 
 def foresee_files(model: nn.Module, task: Task) -> list[str]:

@@ -2,36 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from tersenet.deploy.locate import before_quantizer, first_that_differs, named
 from tersenet.deploy.reference import Reference
 from tersenet.deploy.verify import Agreement, check, compare_file
-from tersenet.errors import ExportError, FileError
+from tersenet.errors import ExportError, FileError, TersenetError
+
+Rewrite = Callable[[Sequence[str]], object]
+# Operators of an int8 file that are left in float one after another; what is wrong at more places is wrong as a whole.
+_ROUNDS = 4
 
 
-def checked(path: Path, runtimes: Sequence[str], reference: Reference) -> dict[str, Agreement]:
-    """Holds a written file to its model; one that is wrong in a runtime is removed.
+def checked(
+    path: Path, runtimes: Sequence[str], reference: Reference, rewrite: Rewrite | None = None
+) -> dict[str, Agreement]:
+    """Holds a written file to its model. What is wrong in a runtime is worked around where it can be, else removed.
+
+    Where an operator of an int8 file is computed wrong in integers, the file is written again with that operator in
+    float between the same roundings, so that it still computes what the simulation does.
 
     Args:
         runtimes: that read the file.
+        rewrite: writes an int8 ONNX file again, with the operators of these nodes of the captured graph in float.
     Returns:
-        runtime -> how far the file is from the model there.
+        runtime -> how far the file is from the model there, and which operators were left in float.
     Raises:
-        ExportError: when it is wrong, with the figures, or does not open; the file is gone then.
+        ExportError: when it is wrong, with the figures and the first operator that differs, or does not open; the file
+            is gone then.
     """
-    agreements = {}
+    floats: list[str] = []
     try:
-        for runtime in runtimes:
-            agreements[runtime] = compare_file(path, runtime, reference)
-            check(agreements[runtime], f"{path} in {runtime}")
-    except ExportError:
-        _remove(path)
-        raise
-    except FileError as error:  # just written, and the runtime refuses it
+        for _ in range(_ROUNDS):
+            agreements = {runtime: compare_file(path, runtime, reference) for runtime in runtimes}
+            wrong = next((runtime for runtime, each in agreements.items() if not each.agrees), None)
+            if wrong is None:
+                operators = tuple(named(reference.graph, n) for n in reference.graph.graph.nodes if n.name in floats)
+                return {runtime: replace(each, in_float=operators) for runtime, each in agreements.items()}
+            culprits = _culprits(agreements[wrong], reference)
+            if rewrite is None or not culprits or set(culprits) <= set(floats):
+                break
+            floats += culprits
+            rewrite(floats)
+        try:
+            check(agreements[wrong], f"{path} in {wrong}")
+        except ExportError as error:
+            raise ExportError(f"{error}{_where(agreements[wrong], reference, path, wrong)}") from None
+    except (ExportError, FileError) as error:  # a FileError: just written, and the runtime refuses it
         _remove(path)
         raise ExportError(str(error)) from error
     return agreements
+
+
+def _culprits(agreement: Agreement, reference: Reference) -> list[str]:
+    """The nodes between the first quantizer that is wrong and those before it."""
+    steps = agreement.steps
+    if steps is None or steps.node in ("", "output"):
+        return []
+    return [node.name for node in before_quantizer(reference.graph, steps.node)]
+
+
+def _where(agreement: Agreement, reference: Reference, path: Path, runtime: str) -> str:
+    """The first operator that differs, as the end of a sentence; nothing where it is not known."""
+    graph = reference.graph
+    if culprits := _culprits(agreement, reference):
+        nodes = [node for node in graph.graph.nodes if node.name in culprits]
+        return "; it differs first at " + ", ".join(named(graph, node) for node in nodes)
+    if reference.rounds or path.suffix != ".onnx":
+        return ""
+    try:
+        node = first_that_differs(reference, runtime)
+    except (TersenetError, RuntimeError):  # the search itself may fail on what is wrong; the finding stands
+        return ""
+    if node is None:
+        return "; written again with all values as outputs it agrees, so the file was changed or operators merged wrong"
+    return f"; it differs first at {named(graph, node)}"
 
 
 def _remove(path: Path) -> None:

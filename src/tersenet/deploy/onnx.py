@@ -15,7 +15,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tersenet.bricks.quantizer import Quantizer
 from tersenet.deploy.average_pools import rewrite_average_pools
 from tersenet.deploy.folded import folded_graph
 from tersenet.deploy.int8_rewrites import rewrite_for_int8
-from tersenet.deploy.onnx_decompositions import decompose, replace_resizes
+from tersenet.deploy.onnx_decompositions import decompose, keep_in_float, replace_resizes
 from tersenet.deploy.onnx_packing import make_floats_once, pack_constants
 from tersenet.deploy.onnx_weights import StoredAsOnnx, unpack_weights
 from tersenet.errors import ExportError, require
@@ -50,6 +50,7 @@ def export_onnx(
     preparation: Preparation | None = None,
     metadata: Mapping[str, str] | None = None,
     pack: bool = True,
+    floats: Collection[str] = (),
 ) -> Path:
     """Writes a model as one ONNX file with a dynamic batch; the model is left as it was.
 
@@ -64,12 +65,14 @@ def export_onnx(
         metadata: more metadata, stored under its own names.
         pack: whether weights that have few values take few bytes, and those of layers with float input are made at
             loading (onnx_packing). Without, integers stay int8 behind DequantizeLinear.
+        floats: names of nodes of the captured graph that no runtime is to compute in integers; what they compute stays.
     Raises:
         TraceError: when the forward cannot be captured.
         ExportError: when the exporter fails, or the file would be larger than 2 GiB.
         MissingExtra: when onnx or onnxscript is not installed.
     """
     graph = folded_graph(model, example)
+    keep_in_float(graph, floats)
     drop_repeated_clips(graph)
     quantized = any(isinstance(module, Quantizer) for module in graph.modules())
     rewrite_average_pools(graph, quantized)

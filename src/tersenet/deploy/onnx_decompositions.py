@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,19 @@ def decompose(program: ExportedProgram, rounds: bool) -> ExportedProgram:
 def in_float(x: Tensor) -> Tensor:
     """The same value, behind which no runtime starts an integer operator: none has one for a minimum of two values."""
     return torch.minimum(x, torch.full((), torch.finfo(x.dtype).max, dtype=x.dtype, device=x.device))
+
+
+def keep_in_float(graph: fx.GraphModule, names: Collection[str]) -> None:
+    """Puts `in_float` in front of every value that these nodes read, in place."""
+    for node in [node for node in graph.graph.nodes if node.name in names]:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" or not getattr(source.meta.get("dtype"), "is_floating_point", False):
+                continue
+            with graph.graph.inserting_before(node):
+                plain = graph.graph.call_function(in_float, (source,))
+            plain.meta = dict(source.meta)
+            node.replace_input_with(source, plain)
+    graph.recompile()
 
 
 def replace_resizes(graph: fx.GraphModule) -> None:

@@ -35,6 +35,7 @@ class Agreement:
         rms_error, allowed_rms: the same of the root mean square over all values.
         output: which one, from 0.
         steps: how far an int8 file is from its simulation at the quantizers; None where that was not compared.
+        in_float: operators that were left in float because the runtime computes them wrong in integers.
     """
 
     max_abs_error: float
@@ -46,6 +47,7 @@ class Agreement:
     allowed_rms: float = math.inf
     output: int = 0
     steps: Steps | None = None
+    in_float: tuple[str, ...] = ()
 
     @property
     def excess(self) -> float:
@@ -57,7 +59,7 @@ class Agreement:
         return self.excess <= 1 and (self.steps is None or not self.steps.node)
 
     def to_json(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: value for key, value in asdict(self).items() if value not in (None, ())}
 
 
 def compare(runner: Runner, reference: Reference) -> Agreement:

@@ -1,0 +1,77 @@
+"""A miss is found down to its operator, in the model's own names, and worked around where it can be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+import tersenet.deploy.onnx
+from tersenet.bricks.settle import settle
+from tersenet.deploy.checked import checked
+from tersenet.deploy.onnx import export_onnx
+from tersenet.deploy.reference import Reference
+from tersenet.errors import ExportError
+from tersenet.quantize.quantize import Quantize
+from tersenet.task import Task
+
+X = torch.randn(12, 4, 11, 9, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.pool = nn.Conv2d(4, 8, 3, padding=1), nn.AvgPool2d(2, ceil_mode=True)
+        self.head = nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(F.relu(self.stem(x))))
+
+
+class Half(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2, ceil_mode=True) * 0.5
+
+
+def planted(graph: fx.GraphModule) -> None:
+    """An exporter that writes another pool."""
+    if any(name == "pool" for name, _ in graph.named_modules()):
+        graph.add_submodule("pool", Half())
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_first_operator_that_differs_is_named(int8, monkeypatch, tmp_path):
+    model: nn.Module = Net().eval()
+    if int8:
+        model = settle(Quantize().run(model, Task(example=X[:2], calibrate=[X], quiet=True))[0])
+    right = tersenet.deploy.onnx.drop_repeated_clips
+
+    def wrong(graph: fx.GraphModule) -> None:
+        right(graph)
+        planted(graph)
+
+    monkeypatch.setattr(tersenet.deploy.onnx, "drop_repeated_clips", wrong)
+    path = export_onnx(model, X[:2], tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match=r"does not agree .* it differs first at pool \(AvgPool2d\)"):
+        checked(path, ["onnxruntime"], Reference(model, X[:2], [X]))
+    assert not path.exists()
+
+
+def test_what_is_wrong_in_integers_is_left_in_float(monkeypatch, tmp_path):
+    """ONNX Runtime's integer AveragePool is wrong with ceil_mode, and is written as it is here."""
+    monkeypatch.setattr(tersenet.deploy.onnx, "rewrite_average_pools", lambda graph, quantized: None)
+    monkeypatch.setattr(tersenet.deploy.onnx, "decompose", lambda program, rounds: program)
+    model = settle(Quantize().run(Net().eval(), Task(example=X[:2], calibrate=[X], quiet=True))[0])
+    reference = Reference(model, X[:2], [X])
+    path = export_onnx(model, X[:2], tmp_path / "model.onnx")
+    found = checked(
+        path, ["onnxruntime"], reference, lambda floats: export_onnx(model, X[:2], path, floats=floats)
+    )["onnxruntime"]
+    assert found.in_float == ("pool (AvgPool2d)",)
+    assert found.steps is not None
+    assert found.steps.beyond < 1e-3
+    path = export_onnx(model, X[:2], path)
+    with pytest.raises(ExportError, match=r"does not agree.*it differs first at pool \(AvgPool2d\)"):
+        checked(path, ["onnxruntime"], reference)
