@@ -66,9 +66,9 @@ def test_what_is_wrong_in_integers_is_left_in_float(monkeypatch, tmp_path):
     model = settle(Quantize().run(Net().eval(), Task(example=X[:2], calibrate=[X], quiet=True))[0])
     reference = Reference(model, X[:2], [X])
     path = export_onnx(model, X[:2], tmp_path / "model.onnx")
-    found = checked(
-        path, ["onnxruntime"], reference, lambda floats: export_onnx(model, X[:2], path, floats=floats)
-    )["onnxruntime"]
+    found = checked(path, ["onnxruntime"], reference, lambda floats: export_onnx(model, X[:2], path, floats=floats))[
+        "onnxruntime"
+    ]
     assert found.in_float == ("pool (AvgPool2d)",)
     assert found.steps is not None
     assert found.steps.beyond < 1e-3
