@@ -167,3 +167,10 @@ def test_an_original_at_chance_level_is_said(low: float, classes: int, said: boo
     assert _near_chance({"rows": [{"score": None, "score_interval": None}]}, task) is None
     if sentence is not None:
         assert f"guessing among {classes} classes would score {100 / classes:.1f} %" in sentence
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_calibration_data_must_be_finite(value: float) -> None:
+    batches = [torch.zeros(2, 1, 8, 8), torch.full((2, 1, 8, 8), value)]
+    with pytest.raises(DataError, match="calibration batch 1 holds NaN or infinite values"):
+        list(Task(example=batches[0], calibrate=batches).calibration())

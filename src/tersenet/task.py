@@ -222,16 +222,19 @@ class Task:
         """Batches for calibration, about `limit` samples in all; the training data serves where there are none.
 
         Raises:
-            DataError: when there is no such data, or it is empty.
+            DataError: when there is no such data, it is empty, or an input holds NaN or infinite values.
         """
         data = self.calibrate if self.calibrate is not None else self.train
         if data is None:
             raise DataError("no calibration data was given; pass calibrate= or train= (labels are not needed)")
         seen = 0
-        for batch in batches_at(data, 0):
+        for number, batch in enumerate(batches_at(data, 0)):
             if seen >= limit:
                 break
-            seen += len(inputs_of(batch)[0])
+            inputs = inputs_of(batch)
+            if not all(torch.isfinite(each).all() for each in inputs if each.is_floating_point()):
+                raise DataError(f"calibration batch {number} holds NaN or infinite values; remove them")
+            seen += len(inputs[0])
             yield batch
         if seen == 0:
             raise DataError("the calibration data is empty (0 samples); give at least one batch")
