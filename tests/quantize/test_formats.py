@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
-from tersenet.errors import SettingsError
+from tersenet.errors import ModelError, SettingsError
 from tersenet.quantize.formats import Format, Storage
+from tersenet.quantize.quantize import Quantize
+from tersenet.task import Task
 
 
 @pytest.mark.parametrize(
@@ -47,3 +51,18 @@ def test_entries_hold_what_the_formats_leave_open() -> None:
     assert entry == {"weights": "int4", "code": "grid", "bits": 4, "signed": False, "granularity": 32}
     assert storage.entry("binary2", (8, 64)) == {"weights": "binary2", "code": "bases", "count": 2}
     assert storage.entry("bf16", (8, 64)) == {"weights": "bf16", "code": "float", "format": "bf16"}
+
+
+def test_formats_for_layers_that_there_are_not_are_refused() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)).eval(), torch.randn(2, 3, 8, 8)
+    task = Task(example=x, calibrate=[(x,)], quiet=True)
+    with pytest.raises(SettingsError, match="formats names 'layer9"):
+        Quantize(formats={"layer9.*": "float"}).run(model, task)
+    assert "2" not in Quantize(formats={"2": "float"}).run(model, task)[1]["layers"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_16_bits_are_refused_in_one_sentence(dtype: torch.dtype) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).eval().to(dtype), torch.randn(2, 3, 8, 8)
+    with pytest.raises(ModelError, match=r"0.weight is b?float16.*model.float\(\)"):
+        Quantize().run(model, Task(example=x.to(dtype), calibrate=[(x.to(dtype),)], quiet=True))

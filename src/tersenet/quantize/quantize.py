@@ -139,6 +139,9 @@ class Quantize(Step):
                 "and no zero point; give activations: null"
             )
 
+    def names(self) -> dict[str, tuple[str, ...]]:
+        return {**super().names(), "formats": tuple(self.formats)}
+
     def format_of(self, path: str, layer: nn.Module) -> str:
         """The format of one layer, or "float"."""
         for pattern, name in self.formats.items():
@@ -184,7 +187,13 @@ class Quantize(Step):
         return dataclasses.replace(self, skip=(*self.skip, *floats), formats={**formats, **self.formats}, offer=())
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
-        """{"layers": {path: scheme}}, and with activations the input, the points and what stays float."""
+        """{"layers": {path: scheme}}, and with activations the input, the points and what stays float.
+
+        Raises:
+            ModelError: on weights of 16 bits, with activations.
+        """
+        if self.activations is not None:
+            _refuse_half(model)
         if self.spare:
             from tersenet.quantize.sensitivity import spared
 
@@ -282,3 +291,13 @@ class Quantize(Step):
                 calibrate(model, task, self.ranges, self.percentile, self.samples)
         if (quantized or refined) and not task.quiet:
             say(look(model, task))
+
+
+def _refuse_half(model: nn.Module) -> None:
+    """Raises ModelError on weights of 16 bits: ranges are calibrated in float32, where squares do not overflow."""
+    for path, weight in model.named_parameters():
+        if weight.dtype in (torch.float16, torch.bfloat16):
+            raise ModelError(
+                f"{path} is {str(weight.dtype).removeprefix('torch.')}, and int8 is made of float32 networks; "
+                "call model.float() and give float32 inputs"
+            )
