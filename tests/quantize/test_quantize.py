@@ -271,6 +271,11 @@ def test_matching_nothing_after_weights_leaves_the_weights() -> None:
     assert torch.equal(before, after(X))
 
 
+def test_formats_of_layers_that_are_not_there_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r"formats names 'conv9', .* did you mean"):
+        Quantize(formats={"conv9": "int4"}, activations=None).run(tiny(), task_for(tiny()))
+
+
 def test_choices_are_the_layers_at_the_input() -> None:
     """What lies between two rounded values is rounded by ONNX Runtime anyway, and so is no choice."""
     model = tiny()
