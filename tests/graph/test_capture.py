@@ -210,7 +210,9 @@ def test_files_compute_what_the_forward_does(name: str, tmp_path: Path) -> None:
     assert close(load_terse(file)(x.clone()), model(x.clone()))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["decode of boxes", "masked_fill", "result not read", "autocast on", "output_size", "len"]
+)
 def test_int8_stays_near_the_forward(name: str) -> None:
     model, x = CASES[name]().eval(), example()
     made, _ = Quantize(samples=8).run(copy.deepcopy(model), Task(example=x, calibrate=[x] * 4, quiet=True))

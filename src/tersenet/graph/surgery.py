@@ -242,8 +242,9 @@ def _layer_edits(
     model: nn.Module, path: str, roles: Mapping[str, Sequence[int]], take: Any
 ) -> list[tuple[Any, str, Any]]:
     """Takes what stays of a layer's tensors; gives the attributes that change, (module, name, new value)."""
+    here = getattr(model, "meta", {}).get("renamed", {}).get(path, path)  # a graph names layers inside of layers anew
     try:
-        module: Any = model.get_submodule(path)
+        module: Any = model.get_submodule(here)
     except AttributeError:
         raise SurgeryError(f"there is no layer '{path}' to cut; was the plan made for another model?") from None
     known = axes(module)

@@ -12,6 +12,7 @@ import warnings
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from tersenet.bricks.brick import Brick
@@ -19,6 +20,8 @@ from tersenet.bricks.opened import make_permanent, unwrapped
 from tersenet.bricks.plain import is_plain
 from tersenet.errors import MadePermanent, TraceError
 from tersenet.graph.trace import Example, trace
+
+_KINDS = (_ConvNd, nn.Linear, _BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def opened(model: nn.Module, example: Example) -> nn.Module:
@@ -42,7 +45,11 @@ def opened(model: nn.Module, example: Example) -> nn.Module:
 
 
 def _has_own_forward(module: Any) -> bool:
-    return isinstance(module, _ConvNd | nn.Linear) and not isinstance(module, Brick) and not is_plain(module)
+    """Whether a convolution or linear layer computes in its own way, or a norm holds other layers with numbers."""
+    if isinstance(module, Brick) or not isinstance(module, _KINDS):
+        return False
+    holds = any(child.state_dict() for name, child in module.named_children() if name != "parametrizations")
+    return (holds or isinstance(module, _ConvNd | nn.Linear)) and not is_plain(module)
 
 
 def _taken_apart(model: nn.Module, own: list[str], example: Example) -> tuple[nn.Module, list[str]]:
@@ -51,7 +58,7 @@ def _taken_apart(model: nn.Module, own: list[str], example: Example) -> tuple[nn
         graph = trace(model, example, permanent=True)
     except TraceError:
         return model, []  # steps that need the graph will say why; the others leave these layers alone
-    plain = {path for path, module in graph.named_modules() if isinstance(module, _ConvNd | nn.Linear)}
+    plain = {path for path, module in graph.named_modules() if isinstance(module, _KINDS)}
     found = [path for path in own if path in plain]
     if not found:
         return model, []

@@ -192,6 +192,7 @@ class _Folder:
         if permanent:
             self._compute_weights()
         self.root: dict[str, Any] = {}
+        self.renamed: dict[str, str] = {}
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
 
@@ -234,6 +235,7 @@ class _Folder:
         self._unnest()
         module = fx.GraphModule(self.root, self.graph, class_name="Graph")
         module.training = self.model.training
+        module.meta["renamed"] = self.renamed
         return module
 
     def _compute_weights(self) -> None:
@@ -332,6 +334,7 @@ class _Folder:
                     continue
                 new = self._free(f"{outer}_{leaf.replace('.', '_')}")
                 self.root[new] = self.root.pop(path)
+                self.renamed[path] = new
                 for node in self.graph.nodes:
                     if node.op in ("call_module", "get_attr") and node.target == path:
                         node.target = new
