@@ -102,9 +102,10 @@ def options(
     if not debug:
         # Third-party chatter; our own warnings are shown as a sentence.
         warnings.simplefilter("ignore")
-        from tersenet.errors import NoEffect
+        from tersenet.errors import MadePermanent, NoEffect
 
         warnings.simplefilter("always", NoEffect)
+        warnings.simplefilter("always", MadePermanent)
         warnings.simplefilter("always", InputWarning)
         warnings.filterwarnings("always", module=r"tersenet\.data\b")  # images that were left out
         warnings.showwarning = lambda message, category, *_, **__: print(f"warning: {message}", file=sys.stderr)

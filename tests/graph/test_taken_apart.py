@@ -148,8 +148,8 @@ def test_layers_with_a_forward_of_their_own_are_not(make: Callable[[], nn.Module
 
 
 STEPS = [
-    Quantize(weights="fp16", activations=None), Quantize(activations=None), Quantize(weights="kmeans8", activations=None),
-    Quantize(samples=8), ShrinkFile(price=1e-9), PruneWeights(sparsity=0.05), FoldBatchNorm(),
+    Quantize(weights="fp16", activations=None), Quantize(activations=None), Quantize(samples=8),
+    Quantize(weights="kmeans8", activations=None), ShrinkFile(price=1e-9), PruneWeights(sparsity=0.05), FoldBatchNorm(),
 ]  # fmt: skip
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "pads": lambda: body(Padded(3, 8, 3)),
