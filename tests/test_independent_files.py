@@ -15,7 +15,7 @@ from cases import Tiny, task_for, tiny
 from tersenet.deploy import graph_json
 from tersenet.deploy.artifact import load_terse, save_terse
 from tersenet.dry_run import dry_run, dry_run_table
-from tersenet.errors import ExportError, RunError, TraceError
+from tersenet.errors import ExportError, RunError, SettingsError, TraceError
 from tersenet.gate import gate
 from tersenet.job import compress
 from tersenet.recipe import Recipe
@@ -189,3 +189,46 @@ def test_what_a_score_rests_on_is_known_again() -> None:
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=2, shuffle=True)
     assert data_digest(loader) == data_digest(loader)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# -------------------------------------------------------------------------------------------------- several inputs
+
+
+class Pair(nn.Module):
+    """Token ids (N, 6) and an image (N, 3, 8, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.conv, self.norm = nn.Embedding(700, 8), nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+        self.norm.running_mean.normal_()
+
+    def forward(self, ids: Tensor, x: Tensor) -> dict[str, Tensor]:
+        features = self.embed(ids).mean(1) + torch.relu(self.norm(self.conv(x))).mean((2, 3))
+        return {"features": features, "logits": self.head(features)}
+
+
+def pairs() -> Task:
+    generator = torch.Generator().manual_seed(0)
+    ids, x = torch.randint(0, 700, (12, 6), generator=generator), torch.randn(12, 3, 8, 8, generator=generator)
+    y = torch.randint(0, 4, (12,), generator=generator)
+    data = [((ids[i : i + 4], x[i : i + 4]), y[i : i + 4]) for i in range(0, 12, 4)]
+    return Task(example=(ids[:2], x[:2]), train=data, calibrate=data, test=data, quiet=True)
+
+
+@pytest.mark.minutes
+def test_a_model_of_several_inputs_is_shipped_and_scored(tmp_path: Path) -> None:
+    model, task = Pair().eval(), pairs()
+    run = compress(model, task, FOLD, out=tmp_path / "run")
+    by_hand = torch.cat([model(*inputs)["logits"].argmax(1) == y for inputs, y in task.test]).double().mean()  # type: ignore[union-attr]
+    for row in run.rows:
+        assert row["scores"] == {"pytorch": pytest.approx(float(by_hand)), "onnxruntime": pytest.approx(float(by_hand))}
+        assert row["latency_ms"]["onnxruntime"]["median"] > 0
+    assert run.report["files"]["model.onnx"]["max_abs_error"] < 1e-5
+
+
+def test_a_step_for_one_input_says_so() -> None:
+    for step in (Recipe.parse("steps: [{prune_channels: {}}]").steps[0], Recipe.parse("steps: [quantize]").steps[0]):
+        with pytest.raises(SettingsError, match="takes 2 inputs, and this step serves models of one; leave it out"):
+            step.run(Pair().eval(), pairs())

@@ -27,7 +27,7 @@ from tersenet.scored_on import data_digest, scored_on
 from tersenet.ship import check_runtimes, foresee_files, ship
 from tersenet.step import Chain, Step
 from tersenet.targets import NO_TARGET, Target, aim_of, keep_search, recipe_of, searched
-from tersenet.task import Task, score_model, what_is_scored
+from tersenet.task import Task, inputs_of, score_model, what_is_scored
 
 
 def compress(
@@ -154,7 +154,8 @@ def _identity(original: nn.Module, task: Task, steps: Sequence[Step]) -> dict[st
     except RecipeError:  # a step made in Python, such as Recover
         recipe = repr(steps)
     sizes = [len(data) if hasattr(data, "__len__") else None for data in (task.train, task.calibrate)]  # type: ignore[arg-type]
-    data = hashlib.sha256(task.example.numpy().tobytes() + repr((sizes, task.preparation)).encode()).hexdigest()
+    shown = b"".join(x.numpy().tobytes() for x in inputs_of((task.example, None)))
+    data = hashlib.sha256(shown + repr((sizes, task.preparation)).encode()).hexdigest()
     held_out = None if task.validate is None else data_digest(task.validate)
     return {
         "recipe": recipe, "starting model": identity_of(original), "data": data, "held-out set": held_out,

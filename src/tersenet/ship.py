@@ -24,6 +24,7 @@ from tersenet.deploy.machine import usable_cores
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.pt2 import export_pt2
 from tersenet.deploy.reference import Reference
+from tersenet.deploy.runner import as_array
 from tersenet.deploy.runtimes import RUNTIMES, open_file
 from tersenet.deploy.timings import Measurement
 from tersenet.deploy.verify import Agreement, score_file
@@ -32,7 +33,7 @@ from tersenet.graph.outputs import return_flat
 from tersenet.graph.trace import trace
 from tersenet.report.headline import SLACK
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
-from tersenet.task import Score, Task, batch_input
+from tersenet.task import Score, Task, inputs_of
 
 # Instructions that multiply 8-bit integers and add the products, as the processor names them.
 _INTEGER_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "dotprod", "i8mm"}
@@ -225,9 +226,9 @@ def time_files(
     """
     entries = []
     for name, (path, task) in files.items():
-        x = batch_input(next(iter(inputs(task))))
-        array = x[:1].repeat(batch, *[1] * (x.dim() - 1)).float().numpy()
-        entries.append(Entry(name, path, runtime, array))
+        given = inputs_of(next(iter(inputs(task))))
+        arrays = tuple(as_array(x[:1].repeat(batch, *[1] * (x.dim() - 1))) for x in given)
+        entries.append(Entry(name, path, runtime, arrays if len(arrays) > 1 else arrays[0]))
     return measure_apart(entries, turns=turns, batch=batch, threads=threads, progress=not quiet, energy=False)
 
 

@@ -48,6 +48,7 @@ class Step:
     needs_trained: ClassVar[bool] = True
     special_runtime: ClassVar[bool] = False
     changes_structure: ClassVar[bool] = True
+    several_inputs: ClassVar[bool] = False  # whether models of more inputs than one are served
     changes_task: ClassVar[bool] = False  # what follows has another task: `task_after`
     chooses_layers: ClassVar[bool] = True  # whether it follows `only` and `skip`
     makes_layers: ClassVar[bool] = False  # of paths or types that the model did not have
@@ -179,6 +180,10 @@ class Step:
             SettingsError: among others, when a setting names a layer that there is not.
         """
         try:
+            if isinstance(task.example, tuple) and not self.several_inputs:
+                raise SettingsError(
+                    f"the model takes {len(task.example)} inputs, and this step serves models of one; leave it out"
+                )
             if self.family != "train":
                 model = opened(model, task.example)
             for gone in check_names(self, model):

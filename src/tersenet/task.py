@@ -172,7 +172,8 @@ class Task:
     """Everything a step may know beside the model.
 
     Args:
-        example: one input with a batch of at least 2, (N, C, H, W); never data of the test set.
+        example: one input with a batch of at least 2, (N, C, H, W), or a tuple of all inputs by order; never data of
+            the test set. Batches of several inputs are ((a, b), target).
         train: for training; None when there are no labels.
         calibrate: for ranges and statistics; labels are not used.
         validate: a held-out set that the model was not trained on, for choosing; None when there is none.

@@ -37,12 +37,12 @@ from tersenet.numerics.intervals import bootstrap_median
 
 class Entry(NamedTuple):
     """A file that takes part: a name of its own, where it is, in which runtime, and on which inputs (N, ...), where
-    these are not those of all."""
+    these are not those of all; of a file with several inputs a tuple."""
 
     name: str
     path: Path
     runtime: str
-    x: np.ndarray | None = None
+    x: np.ndarray | tuple[np.ndarray, ...] | None = None
 
     @property
     def key(self) -> Key:
@@ -188,9 +188,11 @@ def _one_opening(
         for entry in entries:
             worker = workers[entry.key] = stack.enter_context(Worker(entry, cores))
             opened = worker.ask("open", path=str(entry.path), runtime=entry.runtime, threads=threads)
-            inputs = inputs_for(entry.name, opened["input_shape"], x if entry.x is None else entry.x, batch)
-            np.save(scratch / "input.npy", inputs)
-            first = worker.ask("input", file=str(scratch / "input.npy"))
+            several = entry.x if isinstance(entry.x, tuple) else ()
+            own = entry.x if isinstance(entry.x, np.ndarray) else x
+            inputs = several[0] if several else inputs_for(entry.name, opened["input_shape"], own, batch)
+            np.savez(scratch / "input.npz", *(several or (inputs,)))
+            first = worker.ask("input", file=str(scratch / "input.npz"))
             footprints[entry.key] = Footprint(opened["load_ms"], first["first_ms"], first["peak_bytes"])
             if energy and not first["counted"] and (found := estimate_file(entry.path, inputs.shape)) is not None:
                 energies[entry.key] = found

@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class Opening:
         runner = open_file(path, runtime, threads)
         return cls(runner, (time.perf_counter() - start) * 1e3, resident)
 
-    def first_calls(self, x: np.ndarray) -> Footprint:
+    def first_calls(self, x: Sequence[np.ndarray]) -> Footprint:
         """Makes the first calls; refuses inputs (N, ...) that do not fit, as `Runner.run`."""
         start = time.perf_counter()
         self.runner.run(x)
@@ -83,7 +84,11 @@ class Opening:
         for _ in range(_CALLS - 1):
             self.runner.run(x)
         peak = _memory("VmHWM")
-        grown = None if self.resident is None or peak is None else max(0, peak - self.resident - x.nbytes)
+        grown = (
+            None
+            if self.resident is None or peak is None
+            else max(0, peak - self.resident - sum(each.nbytes for each in x))
+        )
         return Footprint(self.load_ms, first_ms, grown)
 
 

@@ -10,9 +10,9 @@ output:
     {"do": "warm"}                                 -> {"calls", "ms", "stable"}
     {"do": "turn", "discard", "calls"}             -> {"ns": [...], "joules"}
 
-`file` is a .npy of float32, (N, ...). What goes wrong is answered as {"error": class, "said": sentence}. It ends when
-its input ends, so it does not outlive the process that started it. While it waits it only blocks on a read, and takes
-no time from the others.
+`file` is a .npz of all inputs by order, (N, ...) each. What goes wrong is answered as {"error": class, "said":
+sentence}. It ends when its input ends, so it does not outlive the process that started it. While it waits it only
+blocks on a read, and takes no time from the others.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Session:
 
     def __init__(self) -> None:
         self.opening: Opening | None = None
-        self.x: Any = None
+        self.x: Any = ()
         self.counters: Counters | None = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +55,8 @@ class Session:
         import numpy as np
 
         assert self.opening is not None
-        self.x = np.load(file, allow_pickle=False)
+        with np.load(file, allow_pickle=False) as arrays:
+            self.x = tuple(arrays[f"arr_{i}"] for i in range(len(arrays.files)))
         found = self.opening.first_calls(self.x)
         gc.collect()
         gc.disable()
@@ -66,18 +67,18 @@ class Session:
 
         assert self.opening is not None
         call, x = self.opening.runner.call, self.x
-        return warm_up(lambda: call(x))._asdict()
+        return warm_up(lambda: call(*x))._asdict()
 
     def turn(self, discard: int, calls: int) -> dict[str, Any]:
         assert self.opening is not None
         call, x, clock = self.opening.runner.call, self.x, time.perf_counter_ns
         for _ in range(discard):
-            call(x)
+            call(*x)
         before = self.counters.read() if self.counters else ()
         times = []
         for _ in range(calls):
             start = clock()
-            call(x)
+            call(*x)
             times.append(clock() - start)
         joules = self.counters.joules(before, self.counters.read()) / calls if self.counters else None
         return {"ns": times, "joules": joules}

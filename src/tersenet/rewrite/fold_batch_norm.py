@@ -28,6 +28,7 @@ class FoldBatchNorm(Step):
     family: ClassVar[str] = "rewrite"
     summary: ClassVar[str] = "folds batch norms into the layers before them"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
+    several_inputs: ClassVar[bool] = True
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"pairs": [[layer, norm], ...]}: paths, in the order of the forward."""

@@ -22,6 +22,7 @@ class Settle(Step):
     family: ClassVar[str] = "settle"
     summary: ClassVar[str] = "makes masks and rounding permanent"
     serves: ClassVar[tuple[str, ...]] = ("any layer with a mask or rounding",)
+    several_inputs: ClassVar[bool] = True
     chooses_layers: ClassVar[bool] = False
     makes_layers: ClassVar[bool] = True
 
