@@ -10,7 +10,7 @@ output:
     {"do": "warm"}                                 -> {"calls", "ms", "stable"}
     {"do": "turn", "discard", "calls"}             -> {"ns": [...], "joules"}
 
-`file` is a .npz of all inputs by order, (N, ...) each. What goes wrong is answered as {"error": class, "said":
+`file` is a .npy, (N, ...), or a .npz of all inputs by order. What goes wrong is answered as {"error": class, "said":
 sentence}. It ends when its input ends, so it does not outlive the process that started it. While it waits it only
 blocks on a read, and takes no time from the others.
 """
@@ -55,8 +55,8 @@ class Session:
         import numpy as np
 
         assert self.opening is not None
-        with np.load(file, allow_pickle=False) as arrays:
-            self.x = tuple(arrays[f"arr_{i}"] for i in range(len(arrays.files)))
+        read = np.load(file, allow_pickle=False)
+        self.x = (read,) if isinstance(read, np.ndarray) else tuple(read[f"arr_{i}"] for i in range(len(read.files)))
         found = self.opening.first_calls(self.x)
         gc.collect()
         gc.disable()
