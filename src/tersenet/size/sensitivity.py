@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from tersenet.numerics.divergence import TEMPERATURE
+from tersenet.numerics.outputs import floats
 
 _BATCH = 64
 # Of the largest of a layer: a channel that no drawn class spoke of may matter all the same.
@@ -46,10 +47,12 @@ def output_sensitivities(graph: fx.GraphModule, calls: Mapping[fx.Node, str], im
 
         with torch.enable_grad():
             outputs = Watch(graph).run(batch)
-            logs = torch.log_softmax(outputs.flatten(1).float() / TEMPERATURE, dim=1)
-            drawn = torch.multinomial(logs.detach().cpu().exp(), 1, generator=source).to(logs.device)
-            # A softened divergence is worth temperature^2 times its nats, so a gradient temperature times.
-            total = TEMPERATURE * logs.gather(1, drawn).sum()
+            total = torch.zeros(())
+            for each in floats(outputs):  # every output is a distribution of its own, as in numerics/divergence.py
+                logs = torch.log_softmax(each.reshape(len(batch), -1).float() / TEMPERATURE, dim=1)
+                drawn = torch.multinomial(logs.detach().cpu().exp(), 1, generator=source).to(logs.device)
+                # A softened divergence is worth temperature^2 times its nats, so a gradient temperature times.
+                total = total.to(logs.device) + TEMPERATURE * logs.gather(1, drawn).sum()
             gradients = torch.autograd.grad(total, list(given.values()), allow_unused=True)
         for path, gradient in zip(given, gradients, strict=True):
             if gradient is None:
