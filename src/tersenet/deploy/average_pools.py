@@ -90,7 +90,13 @@ def _pool(graph: fx.GraphModule, node: fx.Node) -> _Pool | None:
         given.append(getattr(layer, "divisor_override", None))
     elif node.op == "call_function" and node.target in _FUNCTIONS:
         dims = _FUNCTIONS[node.target]
-        defaults = {"kernel_size": None, "stride": [], "padding": 0, "ceil_mode": False, "count_include_pad": True}
+        defaults: dict[str, Any] = {
+            "kernel_size": None,
+            "stride": [],
+            "padding": 0,
+            "ceil_mode": False,
+            "count_include_pad": True,
+        }
         defaults["divisor_override"] = None
         settings = {**defaults, **dict(zip(defaults, node.args[1:], strict=False)), **node.kwargs}
         given = [settings[name] for name in defaults]

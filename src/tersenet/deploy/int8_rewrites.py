@@ -95,7 +95,7 @@ def _settings(graph: fx.GraphModule, node: fx.Node) -> tuple[list[int] | None, b
     keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
     dims = [] if dims is None else dims
     plain = isinstance(dims, list | tuple) and all(isinstance(dim, int) for dim in dims)
-    return [int(dim) for dim in dims] if plain else None, bool(keepdim)  # type: ignore[union-attr]
+    return [int(dim) for dim in dims] if plain else None, bool(keepdim)  # type: ignore[union-attr, arg-type]
 
 
 class _Product(nn.Module):

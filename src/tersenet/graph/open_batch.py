@@ -40,7 +40,9 @@ class _OpenInt(_int, metaclass=_Meta):
 def sizes_kept(model: nn.Module) -> Iterator[None]:
     """Inside, `len` of a tensor and, in the files of the model's own classes, `int` of a size give open sizes."""
     names = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
-    files = [vars(sys.modules[name]) for name in names if not name.startswith(("torch.", "builtins"))]
+    files = [
+        vars(sys.modules[name]) for name in names if name in sys.modules and not name.startswith(("torch.", "builtins"))
+    ]
     files = [names for names in files if "int" not in names]
     builtins.len = _open_len  # type: ignore[assignment]
     for names_of in files:
