@@ -46,6 +46,7 @@ def checked(
                 break
             floats += culprits
             rewrite(floats)
+        assert wrong is not None
         try:
             check(agreements[wrong], f"{path} in {wrong}")
         except ExportError as error:
