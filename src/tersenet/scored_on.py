@@ -26,7 +26,7 @@ def scored_on(task: Task) -> str | None:
 
 def data_digest(data: Iterable[Any]) -> str:
     """A checksum of the number of batches and of some of them, inputs and targets; of a list, of all."""
-    digest = hashlib.sha256(repr(len(data) if hasattr(data, "__len__") else None).encode())
+    digest = hashlib.sha256(repr(len(data) if hasattr(data, "__len__") else None).encode())  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):  # a loader that shuffles draws; nothing else shall notice
         torch.default_generator.manual_seed(0)
         for batch in _some(data):

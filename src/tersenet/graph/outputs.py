@@ -76,7 +76,7 @@ def in_plain_containers(program: ExportedProgram) -> ExportedProgram:
     spec = program.call_spec.out_spec
     if spec is not None and "immutable" in str(spec):
         plain = _without_subclasses(pytree.tree_unflatten(range(spec.num_leaves), spec))
-        program.module_call_graph[0].signature.out_spec = pytree.tree_structure(plain)  # type: ignore[union-attr]
+        program.module_call_graph[0].signature.out_spec = pytree.tree_structure(plain)
     return program
 
 
