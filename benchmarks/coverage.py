@@ -16,7 +16,6 @@ Needs timm and torchvision. Writes docs/coverage.md from all results, old and ne
 from __future__ import annotations
 
 import argparse
-import copy
 import fnmatch
 import importlib.util
 import json

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Which settings of which operators are tried, and which operators cannot stand in a network, with the reason.
 
 One line is "names @source: setting | setting". A setting of a function is what stands behind its first argument, or

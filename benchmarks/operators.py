@@ -1,4 +1,4 @@
-"""The operator table: every layer, function and tensor method of torch that can stand in a network, each in a small one.
+"""The operator table: every layer, function and tensor method of torch that can stand in a network, in a small one.
 
 The list is torch's own: the classes of torch.nn, the functions of torch.nn.functional, and what torch.overrides says
 can be overridden. What is tried with each is in operator_settings.py, and so are the reasons of what is left out. Each
@@ -187,7 +187,7 @@ class Net(nn.Module):
         self.function = setting.function
         self.operator = None
         if setting.layer is not None:
-            self.operator = eval(f"f({setting.layer})", {"f": setting.function, "torch": torch})  # noqa: S307
+            self.operator = eval(f"f({setting.layer})", {"f": setting.function, "torch": torch})
         self.heads = nn.ModuleList()
         self.free = nn.ParameterDict()
         outputs = self.middle(torch.randn(2, *size))
@@ -200,7 +200,7 @@ class Net(nn.Module):
         channels, beside = self.before(x), self.beside(x)
         function = self.function if self.operator is None else self.operator
         known = {"f": function, "x": channels, "y": beside, "u": channels.sigmoid(), "p": self.parameter}
-        result = eval(self.code, {"torch": torch, "F": F}, known)  # noqa: S307 - the settings are this project's own
+        result = eval(self.code, {"torch": torch, "F": F}, known)
         parts = [part for part in torch.utils._pytree.tree_leaves(result) if isinstance(part, Tensor)]
         if not parts:
             raise ValueError("gives no tensor")
@@ -324,7 +324,11 @@ RUN: dict[str, Callable[[Net, Tensor, Path], Any]] = {
 
 def row(setting: Setting, checks: tuple[str, ...], old: dict[str, Any], memory: dict[str, Any]) -> dict[str, Any]:
     """Results of one setting; of those that become the same graph, one is run."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         try:
             model, x = build(setting)
@@ -397,7 +401,7 @@ def main() -> None:
         chosen = arguments.only and fnmatch.fnmatch(one.key, arguments.only)
         if chosen or (arguments.wrong and "WRONG" in json.dumps(old)) or "left_out" in old:
             old = {check: value for check, value in old.items() if check not in (*checks, "left_out")}
-        if arguments.only and not chosen or all(check in old for check in checks):
+        if (arguments.only and not chosen) or all(check in old for check in checks):
             continue
         log["rows"][one.key] = row(one, checks, old, memory)
         print(one.key, json.dumps(log["rows"][one.key]), flush=True)

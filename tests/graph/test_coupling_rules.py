@@ -126,6 +126,8 @@ NORMS: dict[str, Callable[[], Net]] = {
         lambda y: pool((y - (s := torch.var_mean(y, 1, keepdim=True))[1]) / (s[0] + 1).sqrt())
     ),
     "length_over_channels": lambda: after(lambda y: pool(F.normalize(y, dim=1))),
+    "max_over_channels": lambda: after(lambda y: pool(y * y.amax(1, keepdim=True).sigmoid())),
+    "greatest_over_channels": lambda: after(lambda y: pool(y * y.max(1, keepdim=True).values)),
     "response": lambda: after(
         lambda y: pool(y * (g := y.norm(p=2, dim=(2, 3), keepdim=True)) / (g.mean(1, keepdim=True) + 1e-6))
     ),
@@ -133,10 +135,9 @@ NORMS: dict[str, Callable[[], Net]] = {
 
 # name -> (network, what its reason must say)
 STAYS: dict[str, tuple[Callable[[], Net], str]] = {
-    "max_over_channels": (lambda: Net(
-        lambda m, x: m.fc(m.c1(x).amax(1).flatten(1)), c1=conv(3, 6), fc=nn.Linear(64, 4)), "works across"),
-    "greatest_over_channels": (lambda: Net(
-        lambda m, x: m.fc(m.c1(x).max(1).values.flatten(1)), c1=conv(3, 6), fc=nn.Linear(64, 4)), "works across"),
+    "place_of_greatest": (lambda: Net(
+        lambda m, x: m.fc(m.c1(x).max(1).indices.flatten(1).float()), c1=conv(3, 6), fc=nn.Linear(64, 4)),
+        "works across"),
     "argmax_over_channels": (lambda: Net(
         lambda m, x: m.fc(m.c1(x).argmax(1).flatten(1).float()), c1=conv(3, 6), fc=nn.Linear(64, 4)), "works across"),
     "longest_over_channels": (lambda: Net(

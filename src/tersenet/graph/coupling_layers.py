@@ -35,7 +35,7 @@ def layer(call: Call, module: Any, path: str) -> Any:
         call.labels.unite_rows(labels.reshape(axis.groups, -1), why)
         times = module.out_channels // axis.size if isinstance(getattr(module, "out_channels", None), int) else 1
         if state[dim] is None:
-            return tuple(None for _ in call.shape)
+            return state
         return tuple(np.repeat(labels, times) if d == dim else v for d, v in enumerate(state))
     if "pad" in known:
         zeros = call.labels.fresh(known["pad"].size)
@@ -89,8 +89,7 @@ LAYERS: list[tuple[Any, Callable[[Call, Any], State]]] = [
     (_ALONE, lambda call, module: same(call)),
     (_MOVING, lambda call, module: spatial(call) if len(call.shape) == _rank(module) else _refuse(call)),
     ((nn.Softmax, nn.LogSoftmax, nn.Softmin), _softmax_layer),
-    ((nn.Softmax2d,), lambda call, module: _refuse(call)),
-    ((nn.Flatten, nn.Unflatten), _flatten_layer),
+    ((nn.Flatten,), _flatten_layer),
     ((nn.ChannelShuffle,), _shuffle_layer),
     ((nn.PixelShuffle,), lambda call, module: pixel_shuffle(call)),
 ]

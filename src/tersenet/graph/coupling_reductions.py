@@ -1,8 +1,9 @@
 """What operators that sum up, compare, order or move things along a dimension do to channel labels.
 
 A sum over channels stays what it was when channels of zeros go. A mean, a variance and a length over channels become
-those of the channels that are left, like the statistics of a layer norm, and count as norms here. A maximum, a softmax
-or an order over channels depends on what was removed, so those channels stay.
+those of the channels that are left, like the statistics of a layer norm, and count as norms here; so does a maximum,
+as that of attention over places (CBAM, Woo et al., arXiv:1807.06521). A softmax, an order, or the place of a maximum
+depends on what was removed, so those channels stay.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tersenet.graph.labels import Call, State, Vector, nothing, unknown
 
 # Over these the rest is as good as it was.
 _FAIR = ("sum", "mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm")
+_EXTREMES = ("max", "min", "amax", "amin")  # as are these, where only their values are read and not their places
 
 
 def _schema(call: Call) -> tuple[list[str], int]:
@@ -45,7 +47,9 @@ def reduction(call: Call) -> Any:
     keep = bool(call.arg(names.index("keepdim"), "keepdim", False)) if "keepdim" in names else False
     dims = _dims(given, len(state))
     power = call.arg(1, "ord", 2) if call.name in ("linalg_vector_norm", "norm") else 2
-    if call.name not in _FAIR or power not in (None, 1, 2):
+    placed = several > 1 and any(user.args[1:] != (0,) for user in call.node.users)
+    fair = call.name in _FAIR or (call.name in _EXTREMES and not placed)
+    if not fair or power not in (None, 1, 2):
         call.freeze("works across them", *[state[dim] for dim in dims])
     result = _reduced(call, dims, keep)
     return result if several == 1 else [result] * several

@@ -16,6 +16,7 @@ from tersenet.graph.coupling_products import PRODUCTS
 from tersenet.graph.coupling_reductions import REDUCTIONS
 from tersenet.graph.coupling_shapes import SHAPES
 from tersenet.graph.labels import Call, State, Vector, nothing, unknown
+from tersenet.graph.skips import is_residual
 
 
 def same(call: Call) -> State:
@@ -26,7 +27,9 @@ def elementwise(call: Call) -> State:
     """Unites the inputs' channels, with broadcasting."""
     shape = call.shape
     result: list[Vector | None] = [None] * len(shape)
-    inputs = [(call.states[n], n.meta["shape"]) for n in call.node.all_input_nodes if "shape" in n.meta]
+    nodes = [n for n in call.node.all_input_nodes if "shape" in n.meta]
+    inputs = [(call.states[n], n.meta["shape"]) for n in nodes]
+    residual = call.name in ("add", "sub") and len(nodes) > 1 and is_residual(nodes[0], nodes[1])
     for back in range(1, len(shape) + 1):
         parts = [
             state[-back] for state, size in inputs if len(size) >= back and not (size[-back] == 1 and shape[-back] > 1)
@@ -38,7 +41,7 @@ def elementwise(call: Call) -> State:
             call.labels.unite(labelled[0], other, call.because("meets channels that cannot be cut"))
         if labelled:
             result[-back] = labelled[0]
-            if len(labelled) > 1 and call.name in ("add", "sub"):
+            if len(labelled) > 1 and residual:
                 call.labels.added.append(labelled[0])
     return tuple(result)
 
@@ -56,6 +59,29 @@ def spatial_pair(call: Call) -> list[State]:
     call.freeze("works along them", *state[2:])
     passed = (*state[:2], *[None] * (len(state) - 2))
     return [passed, passed]
+
+
+def unpool(call: Call) -> State:
+    """Max unpooling: values go back to their places; both inputs hold the same channels."""
+    state = call.input
+    places = call.states[call.arg(1, "indices")]
+    call.freeze("works along them", *state[2:], *places[2:])
+    if state[1] is not None and places[1] is not None:
+        call.labels.unite(state[1], places[1], call.because("meets channels that cannot be cut"))
+    elif state[1] is not None or places[1] is not None:
+        call.freeze("meets a tensor whose size is fixed", state[1], places[1])
+        return nothing(call)
+    return (*state[:2], *[None] * (len(state) - 2))
+
+
+def shuffle(call: Call) -> State:
+    """(G, K) channels -> (K, G): the groups lose the same places."""
+    state = call.input
+    if state[1] is None:
+        return state
+    rows = state[1].reshape(call.arg(1, "groups"), -1)
+    call.labels.unite_rows(rows, call.because("meets channels that cannot be cut"))
+    return (state[0], rows.T.reshape(-1), *state[2:])
 
 
 def permute(call: Call) -> State:
@@ -162,17 +188,23 @@ def pixel_shuffle(call: Call) -> State:
 _TABLE: dict[Callable[[Call], Any], str] = {
     same: "contiguous clone alias detach to _to_copy type_as float dropout feature_dropout alpha_dropout relu relu6 "
     "silu mish hardtanh hardswish hardsigmoid leaky_relu elu selu celu gelu sigmoid tanh softplus logsigmoid "
-    "log_sigmoid lift_fresh_copy lift_fresh zeros_like ones_like full_like rand_like randn_like empty_like",
+    "log_sigmoid threshold rrelu feature_alpha_dropout atleast_1d "
+    "lift_fresh_copy lift_fresh zeros_like ones_like full_like rand_like randn_like "
+    "empty_like",
     nothing: "sym_size",
     spatial: "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d "
-    "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d upsample_nearest1d upsample_nearest2d "
+    "adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d "
     "upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
     "_upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d "
     "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d",
-    spatial_pair: "max_pool2d_with_indices adaptive_max_pool2d adaptive_max_pool3d max_pool3d_with_indices",
+    spatial_pair: "max_pool1d_with_indices max_pool2d_with_indices adaptive_max_pool1d adaptive_max_pool2d "
+    "adaptive_max_pool3d max_pool3d_with_indices",
     permute: "permute", transpose: "transpose t swapaxes swapdims numpy_T", movedim: "movedim moveaxis",
     swapped: "mT adjoint", unsqueeze: "unsqueeze", flip: "flip",
-    narrow: "narrow", elementwise: "expand_as",
+    narrow: "narrow", unpool: "max_unpool2d max_unpool3d", shuffle: "channel_shuffle native_channel_shuffle",
+    # the second names of pointwise operators, which torch does not mark as such
+    elementwise: "expand_as absolute negative arccos arccosh arcsin arcsinh arctan arctan2 arctanh less less_equal "
+    "greater greater_equal not_equal multiply subtract divide true_divide clip fix square float_power",
     select: "select", concatenate: "cat concat", getitem: "getitem", pixel_shuffle: "pixel_shuffle",
     **REDUCTIONS, **SHAPES, **PRODUCTS,
 }  # fmt: skip

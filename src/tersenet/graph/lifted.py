@@ -111,6 +111,8 @@ def _batch_norm(node: fx.Node, args: list[Any]) -> nn.Module | None:
 
 
 def _other_norm(node: fx.Node, args: list[Any]) -> nn.Module | None:
+    if node.target in (aten.layer_norm.default, aten.rms_norm.default) and len(args[1]) > 1:
+        return None  # followed as an operator, each of its dimensions by itself
     if node.target is aten.layer_norm.default:
         shape, _, bias, eps = (args + [None] * 5)[1:5]
         return nn.LayerNorm(shape, eps=1e-5 if eps is None else eps, bias=bias is not None)

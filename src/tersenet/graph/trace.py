@@ -436,6 +436,14 @@ def _parameters_of(layer: nn.Module) -> set[str]:
     return {name for name, value in layer._parameters.items() if value is not None}
 
 
+# Layers that are seen as the operators they are made of, whose channels graph/coupling.py can follow.
+_FOLLOWED = (
+    nn.GLU, nn.PixelUnshuffle, nn.modules.padding._CircularPadNd, nn.Unfold, nn.Fold, nn.Unflatten, nn.Embedding,
+    nn.EmbeddingBag, nn.Bilinear, nn.CosineSimilarity, nn.PairwiseDistance, nn.LocalResponseNorm, nn.Softmax2d,
+    nn.modules.pooling._MaxUnpoolNd,
+)  # fmt: skip
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether the graph shows this module as one node: childless torch.nn layers, bricks, parametrized layers."""
     if isinstance(module, Brick):
@@ -445,6 +453,10 @@ def is_leaf(module: nn.Module) -> bool:
     if parametrize.is_parametrized(module):
         return True
     if type(module) is nn.Module:  # a bare holder of parameters, as in an exported program
+        return False
+    if isinstance(module, _FOLLOWED) or (
+        isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) > 1
+    ):
         return False
     return type(module).__module__.startswith("torch.nn.modules") and next(module.children(), None) is None
 
