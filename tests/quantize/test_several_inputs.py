@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +54,13 @@ def test_calibration_batches_with_another_number_of_inputs_are_refused() -> None
         Quantize().run(Two().eval(), task)
 
 
-def test_rounding_that_follows_one_input_is_refused_with_two() -> None:
-    with pytest.raises(DataError, match="this model has 2 inputs, and rounding other than 'nearest'"):
-        Quantize(rounding="repaired").run(Two().eval(), task_of(two_inputs(8)))
+@pytest.mark.parametrize(
+    "settings", [{"rounding": "repaired"}, {"correct_bias": True}, {"equalise": True}, {"spare": 1}], ids=str
+)
+def test_what_looks_at_every_layer_takes_both_inputs(settings: dict[str, Any], capsys: Any) -> None:
+    torch.manual_seed(0)
+    model, task = Two().eval(), dataclasses.replace(task_of(two_inputs(8)), quiet=False)
+    wanted = model(*two_inputs(5))
+    quantized, _ = Quantize(**settings).run(model, task)
+    for found, expected in zip(quantized(*two_inputs(5)), wanted, strict=True):
+        assert 0 < (found - expected).abs().max() < 0.05 * expected.abs().max()

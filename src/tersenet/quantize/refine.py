@@ -21,7 +21,7 @@ from tersenet.graph import rows
 from tersenet.graph.trace import trace
 from tersenet.quantize.learn import learned
 from tersenet.quantize.repair import Inputs, repaired
-from tersenet.quantize.side_by_side import SideBySide, images_for
+from tersenet.quantize.side_by_side import SideBySide, inputs_for
 from tersenet.task import Task
 
 
@@ -32,12 +32,12 @@ def refine(model: nn.Module, task: Task, rounding: str, correct_bias: bool, samp
         model: what `Quantize.apply` returned, with ranges and shared values chosen.
         rounding, correct_bias, samples: as in `Quantize`; of the samples, as many as fit in memory are taken.
     """
-    images = images_for(model, task, samples)
-    graph = trace(model, images[:2])
-    largest = max((rows.size(node) for node in graph.graph.nodes), default=1) // len(images[:2])
-    images = images[: max(8, rows.FLOATS // max(1, largest))]
+    inputs = inputs_for(model, task, samples)
+    graph = trace(model, tuple(x[:2] for x in inputs))
+    largest = max((rows.size(node) for node in graph.graph.nodes), default=1) // len(inputs[0][:2])
+    inputs = tuple(x[: max(8, rows.FLOATS // max(1, largest))] for x in inputs)
     with evaluating(model), torch.no_grad():
-        _Refine(graph, len(images), rounding, correct_bias).run(images)
+        _Refine(graph, len(inputs[0]), rounding, correct_bias).run(*inputs)
 
 
 class _Refine(SideBySide):

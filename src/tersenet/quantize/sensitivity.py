@@ -22,7 +22,7 @@ from tersenet.graph.trace import trace
 from tersenet.numerics.divergence import divergence
 from tersenet.quantize.formats import Storage, for_storage
 from tersenet.quantize.nearest import fit_code
-from tersenet.quantize.side_by_side import images_for
+from tersenet.quantize.side_by_side import inputs_for
 from tersenet.task import Task
 
 if TYPE_CHECKING:
@@ -76,13 +76,13 @@ def find_sensitivities(step: Quantize, model: nn.Module, task: Task, images: Ten
 def spared(step: Quantize, model: nn.Module, task: Task) -> tuple[str, ...]:
     """The `step.spare` layers whose rounding alone moves the outputs of calibration images furthest."""
     layers = layers_to_choose(dataclasses.replace(step, spare=0), model, task)
-    few = images_for(model, task, _IMAGES)
+    few = inputs_for(model, task, _IMAGES)
     folded = trace(copy.deepcopy(model).eval(), task.example)
     if step.activations is not None:
         fold_all(folded)
     with torch.no_grad():
-        wanted = folded(few)
-        hurt = {path: divergence(wanted, _rounded(folded, path, name, few)) for path, name in layers.items()}
+        wanted = folded(*few)
+        hurt = {path: divergence(wanted, _rounded(folded, path, name, *few)) for path, name in layers.items()}
     return tuple(sorted(hurt, key=hurt.__getitem__, reverse=True)[: step.spare])
 
 
@@ -93,18 +93,18 @@ def _whole(step: Quantize, model: nn.Module, task: Task, path: str, images: Tens
     return divergence(model(images), alone(images))
 
 
-def _rounded(graph: fx.GraphModule, path: str, name: str, images: Tensor) -> Tensor:
+def _rounded(graph: fx.GraphModule, path: str, name: str, *inputs: Tensor) -> Any:
     """The outputs with one layer rounded to nearest; the layer is left as it was."""
     layer: Any = graph.get_submodule(path)
     weight = stored_weight(layer)
     before = weight.detach().clone()
     entry = Storage().entry(name, tuple(weight.shape))
     if entry is None:
-        return graph(images)
+        return graph(*inputs)
     brick: Any = for_storage(copy.deepcopy(layer), entry)
     fit_code(brick.code, brick.weight)
     weight.copy_(brick.rounded_weight())
     try:
-        return graph(images)
+        return graph(*inputs)
     finally:
         weight.copy_(before)

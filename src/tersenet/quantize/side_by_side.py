@@ -12,7 +12,6 @@ from torch.fx.node import map_arg
 from tersenet.bricks.coded import RoundedLayer
 from tersenet.bricks.quantized import QuantizedLayer
 from tersenet.bricks.quantizer import Quantizer
-from tersenet.errors import DataError
 from tersenet.quantize.observe import check_inputs
 from tersenet.task import Task, inputs_of
 
@@ -68,17 +67,15 @@ def float_output(layer: Any, x: Tensor) -> Tensor:
     return nn.functional.linear(x, layer.weight, layer.bias)
 
 
-def images_for(model: nn.Module, task: Task, count: int) -> Tensor:
-    """(N, ...) unlabelled images, N at most `count`. Raises DataError on data that cannot be calibration data, and on
-    batches of several inputs, which what is done layer by layer does not follow."""
+def inputs_for(model: nn.Module, task: Task, count: int) -> tuple[Tensor, ...]:
+    """The inputs of the model, each (N, ...), from calibration data, N at most `count`.
+
+    Raises:
+        DataError: on data that cannot be calibration data.
+    """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     found = []
     for number, batch in enumerate(task.calibration(count)):
         check_inputs(inputs_of(batch), number, task)
-        if len(inputs_of(batch)) > 1:
-            raise DataError(
-                f"this model has {len(inputs_of(batch))} inputs, and rounding other than 'nearest', 'equalise' and "
-                "'correct_bias' work on models of one; leave these settings out"
-            )
-        found.append(inputs_of(batch)[0])
-    return torch.cat(found)[:count].to(device)
+        found.append(inputs_of(batch))
+    return tuple(torch.cat(part)[:count].to(device) for part in zip(*found, strict=True))

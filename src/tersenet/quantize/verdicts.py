@@ -18,7 +18,7 @@ from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.quantized import QuantizedLayer
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.graph.trace import trace
-from tersenet.quantize.side_by_side import SideBySide, float_output, images_for
+from tersenet.quantize.side_by_side import SideBySide, float_output, inputs_for
 from tersenet.task import Task
 
 # Shares of the variance (20 dB is 0.01) and of the squared values from which on a place is named.
@@ -63,14 +63,14 @@ class Findings:
 
 def look(model: nn.Module, task: Task, samples: int = 32) -> Findings:
     """Runs some calibration images through a quantized model, before it is settled; touches nothing."""
-    images = images_for(model, task, samples)
+    inputs = inputs_for(model, task, samples)
     with evaluating(model), torch.no_grad():
         if isinstance(model, fx.GraphModule) and any(isinstance(each, Quantizer) for each in model.modules()):
             graph = model  # our own; to trace it again takes longer than to run it
         else:
-            graph = trace(model, images[:2])
+            graph = trace(model, tuple(x[:2] for x in inputs))
         job = _Look(graph)
-        job.run(images)
+        job.run(*inputs)
     return Findings(job.errors, job.cuts, job.bits)
 
 
