@@ -6,10 +6,11 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from tersenet.graph.blocks import Blocks, residual_blocks
 from tersenet.graph.coupling import Coupling, coupling
+from tersenet.graph.trace import Example
 
 T = TypeVar("T")
 _FOUND: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Hashable, Any]]] = weakref.WeakKeyDictionary()
@@ -23,10 +24,10 @@ def remembered(model: nn.Module, what: str, key: Hashable, make: Callable[[], T]
     return found[what][1]
 
 
-def structure_of(model: nn.Module, example: Tensor) -> Hashable:
+def structure_of(model: nn.Module, example: Example) -> Hashable:
     """Changes when a layer is exchanged, cut or moved; not when its numbers change."""
     return (
-        tuple(example.shape),
+        *(tuple(x.shape) for x in (example if isinstance(example, tuple) else (example,))),
         *((path, id(module), module.extra_repr()) for path, module in model.named_modules()),
         *((name, id(parameter), tuple(parameter.shape)) for name, parameter in model.named_parameters()),
     )
@@ -38,11 +39,11 @@ def numbers_of(model: nn.Module) -> Hashable:
     return tuple((name, id(tensor), tensor._version) for name, tensor in tensors)
 
 
-def known_coupling(model: nn.Module, example: Tensor) -> Coupling:
+def known_coupling(model: nn.Module, example: Example) -> Coupling:
     """`graph.coupling.coupling`, remembered."""
     return remembered(model, "coupling", structure_of(model, example), lambda: coupling(model, example))
 
 
-def known_blocks(model: nn.Module, example: Tensor) -> Blocks:
+def known_blocks(model: nn.Module, example: Example) -> Blocks:
     """`graph.blocks.residual_blocks`, remembered."""
     return remembered(model, "blocks", structure_of(model, example), lambda: residual_blocks(model, example))

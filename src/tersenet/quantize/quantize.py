@@ -72,6 +72,7 @@ class Quantize(Step):
         pieces: of pq, how many pieces a layer's codebook has at most, 2 to 256.
     """
 
+    several_inputs: ClassVar[bool] = True
     family: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "quantizes weights, and activations to integers, after training"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
