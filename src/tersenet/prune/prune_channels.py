@@ -87,7 +87,6 @@ class PruneChannels(Step):
         skip: cut no channel that is made by a layer which matches.
     """
 
-    several_inputs: ClassVar[bool] = True
     family: ClassVar[str] = "prune"
     summary: ClassVar[str] = "removes whole channels, with everything that is coupled to them"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
