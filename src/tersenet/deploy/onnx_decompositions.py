@@ -60,7 +60,8 @@ def replace_resizes(graph: fx.GraphModule) -> None:
     for node in list(graph.graph.nodes):
         if node.op != "call_function" or node.target not in _RESIZES:
             continue
-        x, given, align_corners, *scales = (*node.args, *node.kwargs.values())
+        arguments: list[Any] = [*node.args, *node.kwargs.values()]
+        x, given, align_corners, *scales = arguments
         mode, (height, width) = _RESIZES[node.target], node.args[0].meta["shape"][2:]
         scales = [None, None] if not scales or scales[0] is None else scales[0] if len(scales) == 1 else scales
         counts = [int(n * f) for n, f in zip((height, width), scales, strict=True)] if given is None else list(given)

@@ -27,7 +27,7 @@ def foldable(graph: fx.GraphModule) -> list[tuple[str, str]]:
     The norm must be the only user of the layer, both must be called once, and the norm must keep running statistics.
     A layer with a mask keeps it; one with another parametrization is left alone: settle it first.
     """
-    return [(str(node.args[0].target), str(node.target)) for node, why in _norms(graph) if why is None]
+    return [(str(node.all_input_nodes[0].target), str(node.target)) for node, why in _norms(graph) if why is None]
 
 
 def why_not_foldable(graph: fx.GraphModule) -> dict[str, str]:

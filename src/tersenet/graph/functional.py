@@ -58,7 +58,7 @@ def writes(node: fx.Node) -> list[fx.Node]:
     for i, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-            map_arg(value, found.append)  # type: ignore[arg-type]
+            map_arg(value, found.append)
     return found
 
 

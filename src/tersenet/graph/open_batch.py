@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-_len, _int = builtins.len, builtins.int
+_len, _int = builtins.len, int
 
 
 def _open_len(value: Any) -> Any:
@@ -31,7 +31,7 @@ class _Meta(type):
         return issubclass(kind, _int)
 
 
-class _OpenInt(_int, metaclass=_Meta):
+class _OpenInt(int, metaclass=_Meta):
     def __new__(cls, *args: Any) -> Any:
         return args[0] if args and isinstance(args[0], torch.SymInt) else _int(*args)
 
@@ -44,7 +44,7 @@ def sizes_kept(model: nn.Module) -> Iterator[None]:
         vars(sys.modules[name]) for name in names if name in sys.modules and not name.startswith(("torch.", "builtins"))
     ]
     files = [names for names in files if "int" not in names]
-    builtins.len = _open_len  # type: ignore[assignment]
+    builtins.len = _open_len
     for names_of in files:
         names_of["int"] = _OpenInt
     try:

@@ -217,7 +217,7 @@ class _Folder:
             elif node.op == "output":
                 flat = fx.map_arg(self._outputs(node), self._get)
                 spec = self.program.call_spec.out_spec
-                self.graph.output(nested(list(flat), spec, type(self.model).__name__))  # type: ignore[arg-type]
+                self.graph.output(nested(list(flat), spec, type(self.model).__name__))
                 continue
             elif node.op == "get_attr":
                 raise TraceError(
