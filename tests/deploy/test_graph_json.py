@@ -73,6 +73,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (2, 3, 4, 4),
     ),
     "normed": (lambda: nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.PReLU(), nn.Hardswish()), (2, 8)),
+    "named as a brick": (lambda: nn.Sequential(nn.Linear(8, 8), nn.Threshold(0.1, 2.0)), (2, 8)),
 }
 
 

@@ -135,3 +135,18 @@ def test_only_a_shortcut_makes_an_addition_residual(name: str) -> None:
     known = coupling(Sum(parts).eval(), torch.randn(2, 3, 8, 8))
     found = any(bundle.residual for bundle in known.bundles)
     assert found == residual
+
+
+def test_a_pointwise_operator_of_two_outputs_stops_channels_and_nothing_else() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.middle, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mantissa, _ = torch.frexp(self.first(x))
+            return self.last(self.middle(mantissa))
+
+    known = coupling(Parts().eval(), torch.randn(2, 3, 8, 8))
+    assert "frexp" in known.frozen["first"]
+    assert [bundle.members for bundle in known.bundles] == [(("middle", "out"), ("last", "in"))]

@@ -121,7 +121,12 @@ _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Dropout3d: ("p", "inplace"),
 }
 
-LAYERS = {kind.__name__: (kind, arguments) for kind, arguments in _ARGUMENTS.items()}
+# By name; torch's Threshold is not the brick of that name.
+LAYERS = {
+    f"nn.{kind.__name__}" if kind.__name__ in BRICKS else kind.__name__: (kind, arguments)
+    for kind, arguments in _ARGUMENTS.items()
+}
+_NAMES = {kind: name for name, (kind, _) in LAYERS.items()}
 
 
 def layer_to_json(path: str, layer: nn.Module) -> list[Any]:
@@ -136,8 +141,9 @@ def layer_to_json(path: str, layer: nn.Module) -> list[Any]:
         return [name, layer.config()]
     kind: type[nn.Module] = type(layer)
     if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:  # the last layer of an attention, as linear as any
-        kind, name = nn.Linear, "Linear"
-    if name in LAYERS and LAYERS[name][0] is kind:
+        kind = nn.Linear
+    if kind in _NAMES:
+        name = _NAMES[kind]
         values = {argument: getattr(layer, argument) for argument in LAYERS[name][1]}
         if "bias" in values:
             values["bias"] = values["bias"] is not None

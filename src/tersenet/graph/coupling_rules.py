@@ -214,7 +214,8 @@ OPERATORS = {name: rule for rule, names in _TABLE.items() for name in names.spli
 def operator(call: Call) -> Any:
     """The labels after an operator between layers."""
     rule = OPERATORS.get(call.name)
-    pointwise = torch.Tag.pointwise in getattr(call.node.target, "tags", ())
+    # One of several outputs, such as frexp's, has no shape of its own.
+    pointwise = torch.Tag.pointwise in getattr(call.node.target, "tags", ()) and "shape" in call.node.meta
     if pointwise and (rule is None or len(call.node.all_input_nodes) > 1):  # max of two tensors is no reduction
         rule = elementwise
     if rule is None:
