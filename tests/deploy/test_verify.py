@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from tersenet.deploy.folded import with_half_weights
 from tersenet.deploy.reference import Reference
-from tersenet.deploy.runtimes import Runner, open_file
+from tersenet.deploy.runtimes import Runner, open_file, open_module
 from tersenet.deploy.stepwise import Steps
 from tersenet.deploy.verify import Agreement, check, compare, score_file, verify
 from tersenet.errors import DataError, ExportError
@@ -105,3 +106,15 @@ def test_the_tasks_own_forward_and_metric_are_kept():
     got = score_file(runner_of(lambda y: y), task, data)
     assert got.value == pytest.approx(2 / 3)
     assert got.samples == 3
+
+
+def test_a_variant_of_the_model_is_allowed_and_no_more(tiny_model):
+    example = torch.randn(4, 3, 8, 8)
+    before, after = (Reference(tiny_model, example, [example]) for _ in range(2))
+    half = with_half_weights(tiny_model, example)
+    after.allow(half)
+    compare_half = compare(open_module(half), before), compare(open_module(half), after)
+    assert [each.agrees for each in compare_half] == [False, True]
+    wrong = with_half_weights(tiny_model, example)
+    next(iter(wrong.parameters())).data.mul_(1.1)
+    assert not compare(open_module(wrong), after).agrees

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tersenet.bricks.opened import copied, make_permanent
 from tersenet.bricks.settle import settle
@@ -24,4 +25,13 @@ def folded_graph(model: nn.Module, example: Example) -> fx.GraphModule:
         raise TraceError(fixed)
     fold_all(graph)
     settle(graph)
+    return graph
+
+
+def with_half_weights(model: nn.Module, example: Example) -> fx.GraphModule:
+    """`folded_graph` with the weights of convolutions and linear layers rounded to 16 bits, kept as float32."""
+    graph = folded_graph(model, example)
+    for layer in graph.modules():
+        if isinstance(layer, _ConvNd | nn.Linear):
+            layer.weight.data = layer.weight.detach().half().float()
     return graph

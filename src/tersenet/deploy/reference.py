@@ -132,6 +132,15 @@ class Reference:
             for a, b, floor in zip(largest, rms, floors, strict=True)
         ]
 
+    def allow(self, variant: nn.Module) -> None:
+        """Allows a file twice what separates a variant of the model from it, such as one with weights of 16 bits."""
+        pairs = zip(_together(self.outputs(self.model)), _together(self.outputs(variant)), strict=True)
+        errors = [difference(a, b) for a, b in pairs]
+        self.tolerances = [
+            Tolerance(known.largest + 2 * float(error.max(initial=0.0)), known.rms + 2 * root_mean_square(error))
+            for known, error in zip(self.tolerances, errors, strict=True)
+        ]
+
     def _run(self, interpreter: Perturbed) -> Outputs:
         return [run(interpreter, batch) for batch in self.batches]
 
