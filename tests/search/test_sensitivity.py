@@ -57,7 +57,8 @@ def test_outputs_leave_the_modes_as_they_are() -> None:
     model.train()
     norm = model.get_submodule("bn").eval()
     before = copy.deepcopy(model.state_dict())
-    torch.testing.assert_close(outputs_of(model, IMAGES.repeat(3, 1, 1, 1)), whole.repeat(3, 1))
+    (found,) = outputs_of(model, IMAGES.repeat(3, 1, 1, 1))
+    torch.testing.assert_close(found, whole.repeat(3, 1))
     assert (model.training, norm.training, model.get_submodule("first").training) == (True, False, True)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 

@@ -142,7 +142,8 @@ def trace(model: nn.Module, example: Example, permanent: bool = False) -> fx.Gra
     program, fixed = _functional(model, example, calls)
     graph = _Folder(model, program, calls, permanent).graph_module()
     graph.meta["fixed"] = fixed
-    check(model, graph, inputs_of(example), fixed is None)
+    with _attributes_kept(model):  # the model runs here, too
+        check(model, graph, inputs_of(example), fixed is None)
     return graph
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tersenet.bricks.plain import is_plain
+from tersenet.bricks.plain import is_kind, is_plain
 from tersenet.graph.fold import fold, foldable, neutralize, why_not_foldable
 from tersenet.graph.trace import trace
 from tersenet.left_alone import LEFT_OUT, LeftAlone, gathered
@@ -36,7 +36,7 @@ class FoldBatchNorm(Step):
         pairs = [
             [layer, norm]
             for layer, norm in foldable(trace(model, task.example))
-            if layer in here and norm in here and is_plain(here[layer]) and self.matches(layer, here[layer])
+            if layer in here and norm in here and is_kind(here[layer], nn.Module) and self.matches(layer, here[layer])
         ]
         return {"pairs": pairs} if pairs else {}
 
