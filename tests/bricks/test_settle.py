@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tersenet.bricks.mask import attach
 from tersenet.bricks.settle import attached, settle
-from tersenet.errors import NoEffect
+from tersenet.errors import MadePermanent, NoEffect
 from tersenet.graph.trace import export
 from tersenet.quantize.quantize import Quantize
 from tersenet.rewrite.settle import Settle
@@ -32,11 +33,15 @@ X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 TASK = Task(example=X[:2], calibrate=[(X, torch.zeros(4))], quiet=True)
 
 
+def half_masked() -> nn.Module:
+    model = network()
+    attach(model[0]).mask.copy_(torch.arange(108).reshape(4, 3, 3, 3) % 2 == 1)
+    return model
+
+
 @pytest.mark.parametrize("activations", ["int8", None])
 def test_outputs_stay_equal_and_weights_become_integers(activations: str | None) -> None:
-    model = network()
-    parametrize.register_parametrization(model[0], "weight", Half())
-    model, _ = Quantize(activations=activations).run(model, TASK)
+    model, _ = Quantize(activations=activations).run(half_masked(), TASK)
     before = model(X)
     settled, plan = Settle().run(model, TASK)
     assert plan["attached"] == {"0": "parametrized+quantized", "3": "quantized"}
@@ -45,6 +50,21 @@ def test_outputs_stay_equal_and_weights_become_integers(activations: str | None)
     state = settled.state_dict()
     assert {key for key, value in state.items() if value.dtype == torch.int8} == {"0.weight", "3.weight"}
     assert not bool(state["0.weight"].flatten()[::2].any())
+
+
+@pytest.mark.parametrize("activations", ["int8", None])
+def test_a_parametrization_is_permanent_before_it_is_rounded(activations: str | None) -> None:
+    model = network()
+    parametrize.register_parametrization(model[0], "weight", Half())
+    with pytest.warns(MadePermanent, match="the parametrization Half of 0"):
+        model, _ = Quantize(activations=activations).run(model, TASK)
+    masked, _ = Quantize(activations=activations).run(half_masked(), TASK)
+    before = model(X)
+    assert torch.equal(before, masked(X))
+    settled, plan = Settle().run(model, TASK)
+    assert plan["attached"] == {"0": "quantized", "3": "quantized"}
+    assert torch.equal(settled(X), before)
+    assert not bool(settled.state_dict()["0.weight"].flatten()[::2].any())
 
 
 def test_nothing_to_settle_is_said() -> None:
