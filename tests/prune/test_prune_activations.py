@@ -220,7 +220,7 @@ def test_wrong_use_is_said() -> None:
     task = residual_task(model)
     with pytest.raises(DataError, match="no calibration data"):
         PruneActivations().run(copy.deepcopy(model), Task(example=task.example, quiet=True))
-    with pytest.raises(DataError, match="not finite"):
+    with pytest.raises(DataError, match="calibration batch 0 holds NaN or infinite values"):
         PruneActivations().run(copy.deepcopy(model), Task(example=task.example, calibrate=[task.example / 0]))
     model.bn.weight.data[0] = float("nan")
     with pytest.raises(ModelError, match=r"activations in front of thresholds.* are not finite"):
