@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.threshold import Threshold
-from tersenet.errors import DataError, ModelError, SettingsError
+from tersenet.errors import ModelError, SettingsError
 from tersenet.graph.trace import said_input, trace, trace_with
 from tersenet.left_alone import LEFT_OUT, LeftAlone, another_kind, by_layer
 from tersenet.numerics.divergence import divergence
@@ -162,8 +162,6 @@ class _Choice:
         self.settings, self.model, self.task, self.bricks = settings, model, task, bricks
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         batches = [batch_input(batch) for batch in task.calibration(_COMPARED_ON)]
-        if not all(bool(torch.isfinite(batch).all()) for batch in batches):
-            raise DataError("the calibration data holds values that are not finite (NaN or infinity); remove them")
         self.images = torch.cat(batches)[:_COMPARED_ON].to(self.device)
         self.wanted: Tensor | None = None
         self.weights = dict.fromkeys(bricks, 1.0)
