@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tersenet.deploy.onnx_decompositions import in_float
+
 aten = torch.ops.aten
 
 _FUNCTIONS = {aten.avg_pool1d.default: 1, aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}
@@ -72,7 +74,7 @@ def rewrite_average_pools(graph: fx.GraphModule, quantized: bool) -> None:
         pool = _pool(graph, node)
         if pool is not None and pool.differs(quantized):
             path = f"average_pools.{node.name}"
-            graph.add_submodule(path, _AsOnnx(pool, node.args[0].meta["shape"][2:], node.meta["shape"][2:]))
+            graph.add_submodule(path, _AsOnnx(pool, node.args[0].meta["shape"][2:], node.meta["shape"][2:], quantized))
             with graph.graph.inserting_before(node):
                 new = graph.graph.call_module(path, (node.args[0],))
             new.meta = dict(node.meta)
@@ -121,19 +123,24 @@ def _spread(value: int | Sequence[int], dims: int) -> list[int]:
 
 
 class _AsOnnx(nn.Module):
-    """(N, C, ...) -> (N, C, ...) of the sizes in `shape`; `sizes` are those of the input."""
+    """(N, C, ...) -> (N, C, ...) of the sizes in `shape`; `sizes` are those of the input.
+
+    In a quantized network OpenVINO would round the average to 8 bits before the factor, so that pool stays in float.
+    """
 
     factors: Tensor | None
 
-    def __init__(self, pool: _Pool, sizes: Sequence[int], shape: Sequence[int]) -> None:
+    def __init__(self, pool: _Pool, sizes: Sequence[int], shape: Sequence[int], quantized: bool) -> None:
         super().__init__()
         after = [pad + more for pad, more in zip(pool.padding, pool.ragged, strict=True)]
         windows = {"kernel_shape": pool.kernel, "strides": pool.stride, "pads": [*pool.padding, *after]}
         self.attributes: dict[str, Any] = {**windows, "count_include_pad": 0}
         self.shape = tuple(shape)
         self.register_buffer("factors", pool.factors(sizes))
+        self.in_float = quantized and self.factors is not None
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:2], *self.shape)
+        x = in_float(x) if self.in_float else x
         averaged = torch.onnx.ops.symbolic("AveragePool", (x,), self.attributes, dtype=x.dtype, shape=shape)
         return averaged if self.factors is None else averaged * self.factors

@@ -12,6 +12,9 @@ behind a reduction into the reduction's kernel:
 - A constant that is expanded to the batch (a class token) and concatenated makes other layers lose their bias, or
   OpenVINO stops: the concatenation becomes a Pad of floats plus a constant, which needs no batch size. So do the
   statistics of an instance norm, which the exporter repeats for each sample: it becomes a batch norm.
+
+ONNX Runtime rounds the float weights of a convolution, transposed ones too, or a Gemm to 8 bits by itself, one scale
+for all channels, where it stands between integers. Layers that are left in float are made to read floats.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ _PADS = {aten.pad.default, aten.constant_pad_nd.default}
 _CONCATS = {aten.cat.default, aten.concat.default}
 _RANK = 4
 _HUGE = 3e38
+_FLOAT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 def rewrite_for_int8(graph: fx.GraphModule) -> None:
@@ -46,6 +50,9 @@ def rewrite_for_int8(graph: fx.GraphModule) -> None:
             _fix_statistics(graph, str(node.target))
         elif node.target in _PADS:
             _pad_floats(graph, node)
+        elif node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), _FLOAT_LAYERS):
+            if _quantizer(graph, node.args[0]) is not None:
+                _read_floats(graph, node, node.args[0])
         elif node.target in _CONCATS:
             _concatenate_by_addition(graph, node)
     graph.recompile()
@@ -155,10 +162,14 @@ def _pad_floats(graph: fx.GraphModule, node: fx.Node) -> None:
     assert isinstance(source, fx.Node)
     rank = len(source.meta.get("shape", ()))
     if len(sides) >= 2 * (rank - 1) and any(sides[2 * (rank - 2) :]) and _quantizer(graph, source) is not None:
-        with graph.graph.inserting_before(node):
-            same = graph.graph.call_function(_same, (source,))
-        same.meta = dict(source.meta)
-        node.replace_input_with(source, same)
+        _read_floats(graph, node, source)
+
+
+def _read_floats(graph: fx.GraphModule, node: fx.Node, source: fx.Node) -> None:
+    with graph.graph.inserting_before(node):
+        same = graph.graph.call_function(_same, (source,))
+    same.meta = dict(source.meta)
+    node.replace_input_with(source, same)
 
 
 def _concatenate_by_addition(graph: fx.GraphModule, node: fx.Node) -> None:
