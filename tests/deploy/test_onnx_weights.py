@@ -65,7 +65,9 @@ def test_a_weight_takes_the_bits_that_were_promised(weights: str, bits: int, tmp
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 512, bias=False))
     few = export_onnx(model, X[:2], tmp_path / "float.onnx").stat().st_size - 512 * 192 * 4
-    model, _ = Quantize(weights=weights, activations=None, **({"pieces": 64} if weights == "pq" else {})).run(model, TASK)
+    model, _ = Quantize(weights=weights, activations=None, **({"pieces": 64} if weights == "pq" else {})).run(
+        model, TASK
+    )
     path = export_onnx(model, X[:2], tmp_path / "model.onnx")
     tables = 9_000  # those of digits, scales of 512 outputs, the operators
     assert path.stat().st_size - few <= 512 * 192 * bits / 8 + tables
