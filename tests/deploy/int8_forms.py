@@ -148,7 +148,6 @@ def _transformers() -> dict[str, nn.Module]:
     def parameter(*shape: int) -> nn.Parameter:
         return nn.Parameter(torch.randn(shape))
 
-    convnext: dict[str, Any] = {"conv": _conv(kernel=7, padding=3, groups=WIDTH), "norm": nn.LayerNorm(WIDTH)}
     return {
         "layer_norm": _headed(Function(_tokens), nn.LayerNorm(WIDTH), linear()),
         "class_token": _headed(Parts(_with_class_token, token=parameter(1, 1, WIDTH)), linear()),
@@ -159,12 +158,14 @@ def _transformers() -> dict[str, nn.Module]:
             )
         ),
         "attention": _headed(Parts(_attention, norm=nn.LayerNorm(WIDTH), qkv=linear(3 * WIDTH), out=linear())),
-        "convnext": _headed(
-            Parts(
-                _convnext, **convnext, up=linear(16), back=nn.Linear(16, WIDTH), gamma=parameter(WIDTH, 1, 1),
-            )
-        ),
     }  # fmt: skip
+
+
+def _layer_scale() -> dict[str, nn.Module]:
+    layers: dict[str, Any] = {"conv": _conv(kernel=7, padding=3, groups=WIDTH), "norm": nn.LayerNorm(WIDTH)}
+    linears: dict[str, Any] = {"up": nn.Linear(WIDTH, 16), "back": nn.Linear(16, WIDTH)}
+    gamma = nn.Parameter(torch.randn(WIDTH, 1, 1))
+    return {"convnext": _headed(Parts(_convnext, **layers, **linears, gamma=gamma))}
 
 
 def _pools() -> dict[str, nn.Module]:
@@ -213,6 +214,7 @@ BUNDLES: dict[str, Callable[[], dict[str, nn.Module]]] = {
     "amin": lambda: _reductions("amin"),
     "norms": _norms,
     "transformers": _transformers,
+    "layer_scale": _layer_scale,
     "pools": _pools,
     "others": _others,
 }
