@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from tersenet.bricks.brick import Brick
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.graph.points import is_global_pool, only_moves, signed_quantizers
 
@@ -50,7 +51,7 @@ def rewrite_for_int8(graph: fx.GraphModule) -> None:
             _fix_statistics(graph, str(node.target))
         elif node.target in _PADS:
             _pad_floats(graph, node)
-        elif node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), _FLOAT_LAYERS):
+        elif node.op == "call_module" and _is_float(graph.get_submodule(str(node.target))):
             if _quantizer(graph, node.args[0]) is not None:
                 _read_floats(graph, node, node.args[0])
         elif node.target in _CONCATS:
@@ -163,6 +164,11 @@ def _pad_floats(graph: fx.GraphModule, node: fx.Node) -> None:
     rank = len(source.meta.get("shape", ()))
     if len(sides) >= 2 * (rank - 1) and any(sides[2 * (rank - 2) :]) and _quantizer(graph, source) is not None:
         _read_floats(graph, node, source)
+
+
+def _is_float(layer: nn.Module) -> bool:
+    """Whether a layer is left in float; bricks hold few bits."""
+    return isinstance(layer, _FLOAT_LAYERS) and not isinstance(layer, Brick)
 
 
 def _read_floats(graph: fx.GraphModule, node: fx.Node, source: fx.Node) -> None:
