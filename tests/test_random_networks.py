@@ -1,6 +1,6 @@
 """Fifty random networks through cut, fold, files and int8: each right, or refused in one sentence, and few refused.
 
-benchmarks/random_networks.py does the same to a thousand, and has its log beside it. hypothesis draws the networks,
+benchmarks/random_networks.py does the same to as many as asked for. hypothesis draws the networks,
 the same ones each time; what fails is printed as the parts that it was drawn from.
 """
 
