@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "graph": {"errors", "numerics", "bricks"},
     "task": {"errors", "numerics"},
     "named": {"errors"},
-    "left_alone": set(),
+    "left_alone": {"named"},
     "scored_on": {"task"},
     "step": {"errors", "bricks", "graph", "left_alone", "named", "task"},
     "repeat": {"errors", "left_alone", "named", "task", "step"},

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from tersenet.named import holds_layers, type_of
+
 LOG = logging.getLogger("tersenet")
 LEFT_OUT = "are left out by only or skip"
 REASONS = 3  # lines of reasons in a terminal
@@ -108,10 +110,7 @@ def weights_of(model: nn.Module) -> dict[str, int]:
             if value.dim() < 2 or id(value) in seen:
                 continue
             seen.add(id(value))
-            holds = (
-                owner == path and next(module.children(), None) is not None and "parametrizations" not in dir(module)
-            )
-            key = ".".join(filter(None, (path, name))) if holds else owner
+            key = ".".join(filter(None, (path, name))) if owner == path and holds_layers(module) else owner
             found[key] = found.get(key, 0) + value.numel()
     return found
 
@@ -133,7 +132,7 @@ def by_layer(model: nn.Module, why: Callable[[str, nn.Module], str | None], advi
 
 def another_kind(module: nn.Module) -> str:
     """The reason of a step that serves convolutions and linear layers."""
-    return f"are no convolutions or linear layers, but {type(module).__name__}"
+    return f"are no convolutions or linear layers, but {type_of(module)}"
 
 
 def lines(of: LeftAlone) -> list[str]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from tersenet.errors import SettingsError
 
+_NO_LAYERS = ("torch.nn.modules.module", "torch.nn.modules.container")  # what only holds others
 # What was found in the model that a chain began with; its steps may take layers away that a later one names.
 _FOUND: ContextVar[frozenset[str]] = ContextVar("patterns found before", default=frozenset())
 
@@ -42,9 +43,32 @@ def kinds_of(module: nn.Module) -> set[str]:
     return {cls.__name__.lower() for cls in type(module).__mro__ if issubclass(cls, nn.Module)}
 
 
+def type_of(module: nn.Module) -> str:
+    """The name of a module's type, as whoever wrote the model knows it: not of what torch derives for masks."""
+    return next(cls.__name__ for cls in type(module).__mro__ if cls.__module__ != "torch.nn.utils.parametrize")
+
+
+def holds_layers(module: nn.Module) -> bool:
+    """Whether a module has layers inside; what torch attaches to compute a weight, as for masks, is none."""
+    return any(name != "parametrizations" for name, _ in module.named_children())
+
+
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module does something itself, and does not only hold others."""
-    return next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None
+    """Whether a module does something itself, and does not only hold others: one of torch.nn may do both, such as an
+    attention or a batch norm that holds its activation. A block with a parameter of its own is none, since no step
+    takes what it says of a block for the layers in it."""
+    if not holds_layers(module):
+        return True
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return (bool(own) or "parametrizations" in module._modules) and any(
+        cls.__module__.startswith("torch.nn.modules") and cls.__module__ not in _NO_LAYERS
+        for cls in type(module).__mro__
+    )
+
+
+def _named(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module, of all that settings may be about; masks and what else is attached to a layer are part of it."""
+    return {path: it for path, it in model.named_modules() if "parametrizations" not in path.split(".")}
 
 
 def check_names(step: Namer, model: nn.Module) -> list[str]:
@@ -112,20 +136,20 @@ def _all(steps: Iterable[Any]) -> Iterator[Any]:
 
 
 def _has(step: Namer, setting: str, pattern: str, model: nn.Module) -> bool:
-    if any(hits(pattern, path, module) and step.can_name(module) for path, module in model.named_modules()):
+    if any(hits(pattern, path, module) and step.can_name(module) for path, module in _named(model).items()):
         return True
     # Channels can also be those of a parameter outside of layers, which is named by itself.
     return setting not in ("only", "skip") and pattern in dict([*model.named_parameters(), *model.named_buffers()])
 
 
 def _refusal(step: Namer, setting: str, pattern: str, model: nn.Module) -> str:
-    here = dict(model.named_modules())
+    here = _named(model)
     if any(hits(pattern, path, module) for path, module in here.items()):
         inside = pattern in here and any(path.startswith(f"{pattern}.") for path in here)
         advice = f"write '{pattern}.*' for all of them" if inside else "name the layers in it"
         return f"{setting} names {pattern!r}, which holds layers and is none itself; {advice}"
     known = [path for path, module in here.items() if path and step.can_name(module)]
-    kinds = dict.fromkeys(type(here[path]).__name__ for path in known)
+    kinds = dict.fromkeys(type_of(here[path]) for path in known)
     near = _near(pattern, [*known, *kinds])
     return f"{setting} names {pattern!r}, and no layer of this model is called that or is of that type; {near}"
 
