@@ -72,9 +72,7 @@ def test_a_layer_is_one_with_masks_and_without(make: type[nn.Sequential], patter
         ("Linea", r"did you mean Linear\?"),
     ],
 )
-def test_what_is_no_layer_is_refused_with_masks_and_without(
-    make: type[nn.Sequential], pattern: str, said: str
-) -> None:
+def test_what_is_no_layer_is_refused_with_masks_and_without(make: type[nn.Sequential], pattern: str, said: str) -> None:
     with pytest.raises(SettingsError, match=said):
         check_names(PruneWeights(skip=(pattern,)), make())
 
