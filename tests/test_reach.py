@@ -8,7 +8,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -41,11 +40,6 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="what every step checks first (wrappers, names, what is left alone) opens 9 files and 36 functions; the "
-    "bound stands",
-)
 def test_weights_to_int8() -> None:
     model, x = network(), torch.zeros(2, 64)
     task = Task(example=x)

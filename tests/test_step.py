@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import is_parametrized
 
-from tersenet.errors import ModelError, NoEffect, SettingsError
+from tersenet.errors import MadePermanent, ModelError, NoEffect, SettingsError
+from tersenet.left_alone import LeftAlone, listening
+from tersenet.prune.penalties import GroupLasso
+from tersenet.prune.ramp import Ramp
 from tersenet.step import Chain, Plan, Step, layers, replace, snake_case
 from tersenet.task import Task
 
@@ -163,3 +171,68 @@ def test_replace_can_replace_the_root() -> None:
     assert isinstance(model[2][0], nn.Identity)
     root = nn.Identity()
     assert replace(model, {"": root}) is root
+
+
+def hooked(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
+        torch.nn.utils.weight_norm(model[0])
+    return model
+
+
+def parametrized(model: nn.Module) -> nn.Module:
+    parametrizations.weight_norm(model[0])
+    return model
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x)
+
+
+def doubled(model: nn.Module) -> nn.Module:
+    model[0] = Doubled(4, 4)
+    return model
+
+
+@pytest.mark.parametrize("change", [hooked, parametrized, doubled, nn.DataParallel])
+def test_a_step_that_is_called_by_itself_opens_the_model(change: Callable[[nn.Module], nn.Module]) -> None:
+    model = change(net()).eval()
+    x = torch.randn(2, 4)
+    before = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MadePermanent)
+        made, plan = Widen(by=0.0).run(model, TASK)
+    assert list(plan) == ["0", "2.0"]
+    assert not any(is_parametrized(module) or module._forward_pre_hooks for module in made.modules())
+    assert torch.allclose(made(x), before, atol=1e-6)
+
+
+def test_nothing_is_asked_of_a_step_that_nobody_hears() -> None:
+    asked = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Telling(Widen):
+        def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+            asked.append(self.by)
+            return LeftAlone("weights", 0.5, ())
+
+    @dataclass(frozen=True, kw_only=True)
+    class Outer(Step):
+        def plan(self, model: nn.Module, task: Task) -> Plan:
+            Telling(by=2.0).run(copy.deepcopy(model), task)
+            return {"tried": True}
+
+    Telling(by=1.0).run(net(), TASK)
+    assert asked == []
+    with listening() as heard:
+        Chain(steps=(Outer(), Telling(by=3.0))).run(net(), TASK)
+    assert asked == [3.0]
+    assert [name for name, _ in heard] == ["telling"]
+
+
+def test_a_companion_takes_patterns_as_a_step_does() -> None:
+    with pytest.raises(SettingsError, match=r"write only: \[linear\]"):
+        GroupLasso(only="linear")  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match=r"margin is 0\.2, which changes nothing here: it is for regrow: true"):
+        Ramp(sparsity=0.5, regrow=False, margin=0.2)

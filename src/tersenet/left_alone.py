@@ -23,7 +23,8 @@ LEFT_OUT = "are left out by only or skip"
 REASONS = 3  # lines of reasons in a terminal
 WIDTH = 74  # of such a line; commands indent it
 SHOWN = 5  # layers that are named where all of them would be too many
-_HEARD: ContextVar[list[tuple[str, LeftAlone]] | None] = ContextVar("heard of steps", default=None)
+SILENT = ()  # nobody hears of a step, and the log neither
+HEARD: ContextVar[list[tuple[str, LeftAlone]] | tuple[()] | None] = ContextVar("heard of steps", default=None)
 
 
 @dataclass(frozen=True)
@@ -173,28 +174,27 @@ def some(layers: Sequence[str], count: int = SHOWN) -> str:
 def listening() -> Iterator[list[tuple[str, LeftAlone]]]:
     """(name of a step, what it left alone) of all that run while it is open, in order."""
     found: list[tuple[str, LeftAlone]] = []
-    token = _HEARD.set(found)
+    token = HEARD.set(found)
     try:
         yield found
     finally:
-        _HEARD.reset(token)
+        HEARD.reset(token)
 
 
 @contextlib.contextmanager
 def trying() -> Iterator[None]:
     """Nobody hears of what runs while it is open."""
-    with listening():
+    token = HEARD.set(SILENT)
+    try:
         yield
+    finally:
+        HEARD.reset(token)
 
 
-def is_heard() -> bool:
-    return _HEARD.get() is not None or LOG.isEnabledFor(logging.INFO)
-
-
-def tell(step: str, of: LeftAlone | None) -> None:
+def tell(step: str, of: LeftAlone) -> None:
     """Says what a step left alone to whoever listens, else to the log."""
-    heard = _HEARD.get()
-    if of is not None and heard is not None:
+    heard = HEARD.get()
+    if isinstance(heard, list):
         heard.append((step, of))
-    elif of is not None:
+    elif heard is None:
         LOG.info("%s %s", step, "\n".join(lines(of)))

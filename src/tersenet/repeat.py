@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tersenet.errors import DataError, NoEffect, SettingsError
 from tersenet.left_alone import LeftAlone, listening, tell
 from tersenet.named import remembering
-from tersenet.step import Chain, Plan, Step, refuse_idle
+from tersenet.step import Chain, Plan, Step
 from tersenet.task import Task, batch_input, batches_at, score_model
 
 # An epoch that no training reaches, so that its augmentation is new to the model.
@@ -66,7 +66,6 @@ class Repeat(Step):
     images: int = 2000
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         object.__setattr__(self, "steps", tuple(self.steps))
         if not self.steps:
             raise SettingsError("repeat has no steps; give those of one round, such as prune_channels and train")
@@ -75,8 +74,7 @@ class Repeat(Step):
         for name in ("at_most", "images"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.until_drop is None:
-            refuse_idle(self, {"images": "until_drop"})
+        super().__post_init__(**({"images": "until_drop"} if self.until_drop is None else {}))
 
     def data_needed(self) -> str:
         needs = {step.data_needed() for step in self.steps} | ({"inputs"} if self.until_drop is not None else set())

@@ -8,18 +8,19 @@ A chain of steps is a step. The idea of a group of parts being a part is that of
 from __future__ import annotations
 
 import copy
+import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tersenet.bricks.plain import is_kind
+from tersenet.bricks.plain import is_kind, is_plain
 from tersenet.errors import NoEffect, SettingsError, TersenetError
 from tersenet.graph.taken_apart import opened
-from tersenet.left_alone import LeftAlone, is_heard, tell, trying
+from tersenet.left_alone import HEARD, LOG, SILENT, LeftAlone, tell
 from tersenet.named import check_names, foresee_names, hits, is_layer, remembering
 from tersenet.task import Task
 
@@ -32,40 +33,39 @@ def snake_case(name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """One change to a model. A subclass is a frozen dataclass: its fields are the settings, and it holds nothing else.
+class Part:
+    """What steps and companions share. A subclass is a frozen dataclass: its fields are the settings, and it holds
+    nothing else."""
 
-    Args:
-        only: act only on layers that match one of these; empty means all.
-        skip: leave layers that match one of these alone. A pattern is a layer's path ("layer1.0.conv1"), a path with
-            wildcards ("layer1.*"), or a layer type ("linear", "Conv2d"). One that is about no layer is refused.
-    """
-
-    family: ClassVar[str] = ""
     summary: ClassVar[str] = ""
-    serves: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[str] = "nothing"  # of the data: "nothing", "inputs" (unlabelled will do) or "labels"
-    needs_trained: ClassVar[bool] = True
-    special_runtime: ClassVar[bool] = False
-    changes_structure: ClassVar[bool] = True
-    several_inputs: ClassVar[bool] = False  # whether models of more inputs than one are served
-    changes_task: ClassVar[bool] = False  # what follows has another task: `task_after`
-    chooses_layers: ClassVar[bool] = True  # whether it follows `only` and `skip`
-    makes_layers: ClassVar[bool] = False  # of paths or types that the model did not have
+    chooses_layers: ClassVar[bool] = True  # whether it follows `only` and `skip`, where it has them
+    naming: ClassVar[tuple[str, ...]] = ("only", "skip")  # settings that hold patterns
 
-    only: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
+    def __post_init__(self, **idle: str) -> None:
+        """Checks patterns, and refuses settings that would change nothing beside the others, since whoever sets one
+        expects something of it.
 
-    def __post_init__(self) -> None:
+        Args:
+            idle: what a setting is for, for those that must stay at their defaults.
+        Raises:
+            SettingsError: naming the first that is wrong.
+        """
         for name in ("only", "skip"):
-            value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
+            value = getattr(self, name, ())
+            if isinstance(value, str) or not isinstance(value, Iterable) or not all(isinstance(p, str) for p in value):
                 raise SettingsError(f"{name} must be a list of patterns, got {value!r}; write {name}: [{value}]")
             if value and not self.chooses_layers:
                 raise SettingsError(
                     f"{name} is {list(value)!r}, but {self.name} takes the model as a whole; leave it out"
                 )
-            object.__setattr__(self, name, tuple(value))
+            if hasattr(self, name):
+                object.__setattr__(self, name, tuple(value))
+        for each in fields(self) if idle else ():
+            value = getattr(self, each.name)
+            if each.name in idle and value != each.default:
+                raise SettingsError(
+                    f"{each.name} is {value!r}, which changes nothing here: it is for {idle[each.name]}; leave it out"
+                )
 
     @property
     def name(self) -> str:
@@ -77,24 +77,45 @@ class Step:
 
     def names(self) -> dict[str, tuple[str, ...]]:
         """Setting -> the patterns in it, each of which must be about a layer of the model."""
-        return {"only": self.only, "skip": self.skip}
+        return {setting: tuple(getattr(self, setting, None) or ()) for setting in self.naming}
 
     def can_name(self, module: nn.Module) -> bool:
         """Whether the settings may be about this module; a pattern must be about one that they may. Most steps ask for
         layers: the path of what only holds layers is about none of them."""
         return is_layer(module)
 
+    def matches(self, path: str, module: nn.Module) -> bool:
+        """Whether `only` and `skip` leave this layer to it."""
+        only, skip = getattr(self, "only", ()), getattr(self, "skip", ())
+        return (not only or any(hits(p, path, module) for p in only)) and not any(hits(p, path, module) for p in skip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Part):
+    """One change to a model.
+
+    Args:
+        only: act only on layers that match one of these; empty means all.
+        skip: leave layers that match one of these alone. A pattern is a layer's path ("layer1.0.conv1"), a path with
+            wildcards ("layer1.*"), or a layer type ("linear", "Conv2d"). One that is about no layer is refused.
+    """
+
+    family: ClassVar[str] = ""
+    serves: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[str] = "nothing"  # of the data: "nothing", "inputs" (unlabelled will do) or "labels"
+    needs_trained: ClassVar[bool] = True
+    special_runtime: ClassVar[bool] = False
+    changes_structure: ClassVar[bool] = True
+    several_inputs: ClassVar[bool] = False  # whether models of more inputs than one are served
+    changes_task: ClassVar[bool] = False  # what follows has another task: `task_after`
+    makes_layers: ClassVar[bool] = False  # of paths or types that the model did not have
+
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+
     def data_needed(self) -> str:
         """What this step needs of the data with these settings; most need what `needs` says."""
         return self.needs
-
-    def matches(self, path: str, module: nn.Module) -> bool:
-        """Whether `only` and `skip` leave this layer to the step."""
-
-        def hit(pattern: str) -> bool:
-            return hits(pattern, path, module)
-
-        return (not self.only or any(map(hit, self.only))) and not any(map(hit, self.skip))
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """Decides, and leaves the model as it was. JSON only; {} means that the structure stays."""
@@ -179,24 +200,30 @@ class Step:
         Raises:
             SettingsError: among others, when a setting names a layer that there is not.
         """
+        listener = HEARD.get()
         try:
             if isinstance(task.example, tuple) and not self.several_inputs:
                 raise SettingsError(
                     f"the model takes {len(task.example)} inputs, and this step serves models of one; leave it out"
                 )
-            if self.family != "train":
+            if self.family != "train" and not all(map(is_plain, model.modules())):
                 model = opened(model, task.example)
-            for gone in check_names(self, model):
-                warnings.warn(gone, NoEffect, stacklevel=2)
-            with trying():
+            if any(getattr(self, setting, None) for setting in (*self.naming, "companions")):
+                for gone in check_names(self, model):
+                    warnings.warn(gone, NoEffect, stacklevel=2)
+            token = HEARD.set(SILENT)  # what a step only tries is not said
+            try:
                 plan = self.plan(model, task)
-            if self.changes_structure and not plan:
-                warnings.warn(f"{self.name} matched no layer and left the model as it was", NoEffect, stacklevel=2)
-            left = self.left_alone(model, plan, task) if is_heard() else None
-            with trying():
+                if self.changes_structure and not plan:
+                    warnings.warn(f"{self.name} matched no layer and left the model as it was", NoEffect, stacklevel=2)
+                asked = isinstance(listener, list) or (listener is None and LOG.isEnabledFor(logging.INFO))
+                left = self.left_alone(model, plan, task) if asked else None
                 model = self.apply(model, plan)
                 self.fit(model, task)
-            tell(self.name, left)
+            finally:
+                HEARD.reset(token)
+            if left is not None:
+                tell(self.name, left)
         except TersenetError as error:
             # Said once, at the door: which step it was. The innermost step names itself, chains stay silent.
             if not getattr(error, "step", None):
@@ -251,26 +278,8 @@ class Chain(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Companion:
+class Companion(Part):
     """Shapes a training run: an extra loss, a schedule. Given to Train or to any step that trains."""
-
-    summary: ClassVar[str] = ""
-
-    @property
-    def name(self) -> str:
-        return snake_case(type(self).__name__)
-
-    def settings(self) -> dict[str, Any]:
-        """The fields as they stand, in order of definition."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def names(self) -> dict[str, tuple[str, ...]]:
-        """Setting -> the patterns in it, as in `Step.names`."""
-        return {name: getattr(self, name) for name in ("only", "skip") if hasattr(self, name)}
-
-    def can_name(self, module: nn.Module) -> bool:
-        """As `Step.can_name`."""
-        return is_layer(module)
 
     def opened(self, task: Task) -> Companion:
         """The companion with what it names opened, such as the files of teachers, so that a training is known by these
@@ -289,23 +298,7 @@ class Companion:
         """Called before each batch with the share of the training that is done, 0 to 1."""
 
 
-def refuse_idle(part: Step | Companion, idle: Mapping[str, str]) -> None:
-    """Refuses settings that would change nothing beside the others, since whoever sets one expects something of it.
-
-    Args:
-        idle: setting -> what it is for, for those that must stay at their defaults.
-    Raises:
-        SettingsError: naming the first that does not.
-    """
-    for each in fields(part):
-        value = getattr(part, each.name)
-        if each.name in idle and value != each.default:
-            raise SettingsError(
-                f"{each.name} is {value!r}, which changes nothing here: it is for {idle[each.name]}; leave it out"
-            )
-
-
-def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...], step: Step | None = None) -> Iterator[tuple[str, Any]]:
+def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...], step: Part | None = None) -> Iterator[tuple[str, Any]]:
     """The (path, module) pairs of some types that `step` is allowed to touch, in the model's order."""
     for path, module in model.named_modules():
         if is_kind(module, kinds) and (step is None or step.matches(path, module)):

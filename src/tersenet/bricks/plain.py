@@ -19,26 +19,19 @@ from tersenet.bricks.brick import Brick
 
 # What decides what a layer computes, beside the settings that it keeps as attributes.
 _DECIDES = ("forward", "__call__", "_call_impl", "_conv_forward", "_output_padding", "__getattr__", "__getattribute__")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def torch_kind(module: nn.Module) -> type[nn.Module] | None:
-    """The nearest class of torch.nn that a module is of or derives from; None for other modules and for bricks."""
-    if isinstance(module, Brick):
-        return None
-    kind = next((cls for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn.modules")), None)
-    return kind if kind is not nn.Module else None
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch.nn, or computes what the layer that it derives from does.
+    """Whether a module is one of torch.nn, or computes what the one that it derives from does. A brick is none.
 
     A forward of its own is run once beside torch's, with a small input, and both must make the same calls with the
     same tensors. Hooks and what is patched onto the object count as a forward of its own; parametrizations do not: they
     decide what a weight is, and not what is done with it (`at_most_masked` and others ask for them).
     """
-    kind = torch_kind(module)
-    if kind is None or has_hooks(module):
+    kind = next((cls for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn.modules")), nn.Module)
+    if kind is nn.Module or isinstance(module, Brick):
+        return False
+    if (module._forward_hooks or module._forward_pre_hooks) and has_hooks(module):
         return False
     own = type(module)
     if parametrize.is_parametrized(module):
@@ -58,9 +51,8 @@ def is_kind(module: nn.Module, kinds: Any) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something runs before or after this module's forward that could change what it gives."""
-    return any(
-        not getattr(hook, "of_tersenet", False) for name in _HOOKS[:2] for hook in getattr(module, name, {}).values()
-    )
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not getattr(hook, "of_tersenet", False) for hook in hooks)
 
 
 class _Calls(TorchFunctionMode):

@@ -9,7 +9,6 @@ histograms is that of Migacz, "8-bit inference with TensorRT", GTC 2017.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,34 +49,27 @@ def weight_scales(weight: Tensor, bits: int = 8, method: str = "mse") -> Tensor:
     if method != "mse":
         return full
     shares = SHARES if bits > 4 else FEW_BITS_SHARES
+    found = []
     block = max(1, _BLOCK // max(1, rows.shape[1]))
-    return torch.cat(
-        [
-            _best_scales(part, scale, shares, high)
-            for part, scale in zip(rows.split(block), full.split(block), strict=True)
-        ]
-    )
-
-
-def _best_scales(rows: Tensor, full: Tensor, shares: Sequence[float], high: int) -> Tensor:
-    """(R,): of the scales `full` times each share, falling from 1, those of least squared error for (R, C) values."""
-    best, least = full, torch.full_like(full, torch.inf)
-    steps, error = torch.empty_like(rows), torch.empty_like(rows)
-    for number, share in enumerate(shares):
-        scale = full * share
-        torch.div(rows, scale[:, None], out=steps)
-        torch.round(steps, out=error)
-        error.clamp_(-high, high).sub_(steps)
-        squares = torch.linalg.vecdot(error, error) * scale.square()
-        better = squares < least
-        best, least = torch.where(better, scale, best), torch.where(better, squares, least)
-        # What is cut off only grows from here on; where that alone is worse than the best, nothing can follow. Of few
-        # bits the best ranges are small, and looking costs more than it spares.
-        if high > 7 and number % 4 == 3:
-            cut = steps.abs_().sub_(high).clamp_min_(0)
-            if bool((torch.linalg.vecdot(cut, cut) * scale.square() > least).all()):
-                break
-    return best
+    for part, widest in zip(rows.split(block), full.split(block), strict=True):
+        best, least = widest, torch.full_like(widest, torch.inf)
+        steps, error = torch.empty_like(part), torch.empty_like(part)
+        for number, share in enumerate(shares):
+            scale = widest * share
+            torch.div(part, scale[:, None], out=steps)
+            torch.round(steps, out=error)
+            error.clamp_(-high, high).sub_(steps)
+            squares = torch.linalg.vecdot(error, error) * scale.square()
+            better = squares < least
+            best, least = torch.where(better, scale, best), torch.where(better, squares, least)
+            # What is cut off only grows from here on; where that alone is worse than the best, nothing can follow. Of
+            # few bits the best ranges are small, and looking costs more than it spares.
+            if high > 7 and number % 4 == 3:
+                cut = steps.abs_().sub_(high).clamp_min_(0)
+                if bool((torch.linalg.vecdot(cut, cut) * scale.square() > least).all()):
+                    break
+        found.append(best)
+    return torch.cat(found)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tersenet.errors import SettingsError
 from tersenet.prune.activation_sites import READERS
-from tersenet.step import Companion, Step
+from tersenet.step import Companion
 from tersenet.task import Task
 
 KINDS = ("hoyer", "l1")
@@ -52,17 +52,14 @@ class ActivationPenalty(Companion):
             raise SettingsError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if not 0 <= self.weight < math.inf:
             raise SettingsError(f"weight must be at least 0, got {self.weight}")
-        step = Step(only=self.only, skip=self.skip)
-        object.__setattr__(self, "only", step.only)
-        object.__setattr__(self, "skip", step.skip)
+        super().__post_init__()
 
     def tick(self, model: nn.Module, progress: float) -> None:
         """Looks on during the next forward; `loss` stops looking, so that nothing stays attached to the model."""
         _stop(model)
-        step = Step(only=self.only, skip=self.skip)
         watch = _Watch()
         for path, layer in model.named_modules():
-            if isinstance(layer, READERS) and step.matches(path, layer):
+            if isinstance(layer, READERS) and self.matches(path, layer):
                 watch.handles.append(layer.register_forward_pre_hook(watch.see))
         _watches[model] = watch
 

@@ -55,6 +55,7 @@ class DropBlocks(Step):
     family: ClassVar[str] = "prune"
     summary: ClassVar[str] = "leaves out whole residual blocks, the least important first"
     serves: ClassVar[tuple[str, ...]] = ("residual block",)
+    naming: ClassVar[tuple[str, ...]] = ("only", "skip", "blocks")
 
     blocks: tuple[str, ...] = ()
     count: int = 0
@@ -69,9 +70,6 @@ class DropBlocks(Step):
             raise SettingsError(f"count must be at least 0, got {self.count}; it is the number of blocks to drop")
         if self.blocks and self.count:
             raise SettingsError(f"blocks names {len(self.blocks)} and count is {self.count}; give one of the two")
-
-    def names(self) -> dict[str, tuple[str, ...]]:
-        return {**super().names(), "blocks": self.blocks}
 
     def can_name(self, module: nn.Module) -> bool:
         return True  # blocks hold layers

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from tersenet.errors import ModelError, SettingsError
-from tersenet.step import Companion, Step, layers
+from tersenet.step import Companion, layers
 from tersenet.task import Task
 
 Groups = Literal["filters", "channels", "kernels"]
@@ -43,13 +43,7 @@ class _Penalty(Companion):
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
             raise SettingsError(f"strength must be at least 0, got {self.strength}; 1e-4 is usual")
-        chosen = self._layers_of_interest()
-        object.__setattr__(self, "only", chosen.only)
-        object.__setattr__(self, "skip", chosen.skip)
-
-    def _layers_of_interest(self) -> Step:
-        """`only` and `skip` mean what they mean in every step."""
-        return Step(only=self.only, skip=self.skip)
+        super().__post_init__()
 
     def tick(self, model: nn.Module, progress: float) -> None:
         _progress[model] = progress
@@ -79,9 +73,7 @@ class ScalePenalty(_Penalty):
     def loss(self, model: nn.Module, task: Task, batch: Any, outputs: Any) -> Tensor:
         """Raises ModelError where no batch norm with scales is touched."""
         scales = [
-            norm.weight.float().abs().sum()
-            for _, norm in layers(model, (_BatchNorm,), self._layers_of_interest())
-            if norm.weight is not None
+            norm.weight.float().abs().sum() for _, norm in layers(model, (_BatchNorm,), self) if norm.weight is not None
         ]
         if not scales:
             raise ModelError("scale_penalty found no batch norm with scales; use group_lasso, or only and skip less")
@@ -116,7 +108,7 @@ class GroupLasso(_Penalty):
     def loss(self, model: nn.Module, task: Task, batch: Any, outputs: Any) -> Tensor:
         """Raises ModelError where no layer is touched."""
         kinds = (_ConvNd,) if self.groups == "kernels" else (_ConvNd, nn.Linear)
-        norms = [_group_lasso(layer, self.groups) for _, layer in layers(model, kinds, self._layers_of_interest())]
+        norms = [_group_lasso(layer, self.groups) for _, layer in layers(model, kinds, self)]
         if not norms:
             raise ModelError(f"group_lasso found no layer with {self.groups}; change only and skip")
         return self._now(model) * torch.stack(norms).sum()

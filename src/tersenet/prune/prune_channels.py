@@ -48,7 +48,7 @@ from tersenet.prune.repair import repair
 from tersenet.prune.sensitivity import compared, divergences
 from tersenet.prune.standing import RESIDUAL, standing
 from tersenet.prune.subject import Subject
-from tersenet.step import Plan, Step, refuse_idle
+from tersenet.step import Plan, Step
 from tersenet.task import Task
 
 # 1,024 images in all, of which some only judge.
@@ -90,6 +90,7 @@ class PruneChannels(Step):
     family: ClassVar[str] = "prune"
     summary: ClassVar[str] = "removes whole channels, with everything that is coupled to them"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
+    naming: ClassVar[tuple[str, ...]] = ("only", "skip", "widths", "keep")
 
     sparsity: float = 0.5
     importance: str = "l2"
@@ -105,7 +106,6 @@ class PruneChannels(Step):
     keep: Mapping[str, Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 0 <= self.sparsity < 1:
             raise SettingsError(
                 f"sparsity must lie in [0, 1), got {self.sparsity}; it is the share of channels removed"
@@ -136,7 +136,7 @@ class PruneChannels(Step):
             idle["sparsity"] = f"cuts without {rivals[0]}"
         if self.threshold is not None and self.scope == "global":
             raise SettingsError("scope is 'global', which changes nothing beside threshold, the same bar everywhere")
-        refuse_idle(self, idle)
+        super().__post_init__(**idle)
         if self.keep is not None:
             object.__setattr__(self, "keep", {path: list(places) for path, places in self.keep.items()})
         if self.widths is not None:
@@ -144,9 +144,6 @@ class PruneChannels(Step):
             if wrong:
                 raise SettingsError(f"widths must be whole numbers of at least 1 channel, got {wrong[0]}")
             object.__setattr__(self, "widths", dict(self.widths))
-
-    def names(self) -> dict[str, tuple[str, ...]]:
-        return {**super().names(), "widths": tuple(self.widths or ()), "keep": tuple(self.keep or ())}
 
     def data_needed(self) -> str:
         if self.keep is not None:

@@ -26,7 +26,7 @@ from tersenet.numerics.patterns import Pattern, can_lose, parse
 from tersenet.numerics.sparse_bytes import foretold
 from tersenet.prune.choose import Cutoff, ScopeSetting, Scored, choose, output_first, scope_of
 from tersenet.prune.weight_scores import DATA, IMPORTANCES, scores_of
-from tersenet.step import Plan, Step, refuse_idle
+from tersenet.step import Plan, Step
 from tersenet.task import Task
 
 # Choices of a search: shares of zeros; layers of fewer weights save next to nothing.
@@ -65,6 +65,7 @@ class PruneWeights(Step):
     summary: ClassVar[str] = "sets weights to zero, one by one or in patterns, and keeps them there by masks"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
     special_runtime: ClassVar[bool] = True
+    naming: ClassVar[tuple[str, ...]] = ("only", "skip", "layers")
 
     sparsity: float | None = None
     pattern: str = "weight"
@@ -77,7 +78,6 @@ class PruneWeights(Step):
     layers: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         pattern = parse(self.pattern)
         if self.importance not in IMPORTANCES:
             raise SettingsError(f"importance must be one of {', '.join(IMPORTANCES)}, got {self.importance!r}")
@@ -101,11 +101,8 @@ class PruneWeights(Step):
             raise SettingsError(f"samples must be at least 1, got {self.samples}")
         if self.threshold is not None and self.scope == "global":
             raise SettingsError("scope is 'global', which changes nothing beside threshold, the same bar everywhere")
-        if self.data_needed() == "nothing":
-            refuse_idle(self, {"samples": "refit, and importances that read data"})
-
-    def names(self) -> dict[str, tuple[str, ...]]:
-        return {**super().names(), "layers": tuple(self.layers or ())}
+        reads = "refit, and importances that read data"
+        super().__post_init__(**({"samples": reads} if self.data_needed() == "nothing" else {}))
 
     def data_needed(self) -> str:
         needed = DATA[self.importance]

@@ -19,7 +19,7 @@ from tersenet.errors import SettingsError
 from tersenet.numerics.patterns import parse
 from tersenet.prune.choose import Cutoff, ScopeSetting, Scored, choose, output_first, scope_of
 from tersenet.prune.weight_scores import FROM_WEIGHTS
-from tersenet.step import Companion, refuse_idle
+from tersenet.step import Companion
 from tersenet.task import Task
 
 
@@ -69,8 +69,7 @@ class Ramp(Companion):
                 f"begin is {self.begin} and end is {self.end}; they must be shares of the training with "
                 "0 <= begin < end < 1, such as 0 and 0.75"
             )
-        if not self.regrow:
-            refuse_idle(self, {"margin": "regrow: true"})
+        super().__post_init__(**({} if self.regrow else {"margin": "regrow: true"}))
         if self.updates < 1:
             raise SettingsError(f"updates must be at least 1, got {self.updates}; 100 is usual")
         if self.importance not in FROM_WEIGHTS:

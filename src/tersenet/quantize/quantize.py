@@ -22,6 +22,7 @@ from tersenet.bricks.quantized import QuantizedLayer, quantized_kind
 from tersenet.errors import ModelError, SettingsError
 from tersenet.graph.trace import trace
 from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
+from tersenet.named import hits
 from tersenet.numerics.ranges import weight_scales
 from tersenet.quantize.calibrate import calibrate
 from tersenet.quantize.equalise import equalise
@@ -29,7 +30,7 @@ from tersenet.quantize.formats import Format, Storage, for_storage
 from tersenet.quantize.nearest import fit_code
 from tersenet.quantize.refine import refine
 from tersenet.quantize.verdicts import look, say
-from tersenet.step import Plan, Step, refuse_idle, replace
+from tersenet.step import Plan, Step, replace
 from tersenet.task import Task
 
 RANGES = ("mse", "minmax", "percentile", "divergence")
@@ -78,6 +79,7 @@ class Quantize(Step):
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
     needs: ClassVar[str] = "inputs"
     makes_layers: ClassVar[bool] = True
+    naming: ClassVar[tuple[str, ...]] = ("only", "skip", "formats")
 
     weights: str = "int8"
     activations: str | None = "int8"
@@ -96,7 +98,6 @@ class Quantize(Step):
     pieces: int = 256
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         object.__setattr__(self, "offer", tuple(self.offer))
         if self.offer and self.weights not in _INTEGERS:
             raise SettingsError(f"offer goes with weights int2 to int8, got {self.weights!r}; choose one of them")
@@ -129,7 +130,7 @@ class Quantize(Step):
         idle = {} if "pq" in named else dict.fromkeys(("piece", "pieces"), "pq weights")
         if self.ranges != "percentile":
             idle["percentile"] = "ranges: percentile"
-        refuse_idle(self, idle)
+        super().__post_init__(**idle)
         if self.activations is None and self.ranges in ("percentile", "divergence"):
             raise SettingsError(
                 f"ranges is {self.ranges!r}, which is for activations; weights alone take mse or minmax"
@@ -140,13 +141,10 @@ class Quantize(Step):
                 "and no zero point; give activations: null"
             )
 
-    def names(self) -> dict[str, tuple[str, ...]]:
-        return {**super().names(), "formats": tuple(self.formats)}
-
     def format_of(self, path: str, layer: nn.Module) -> str:
         """The format of one layer, or "float"."""
         for pattern, name in self.formats.items():
-            if Step(only=(pattern,)).matches(path, layer):
+            if hits(pattern, path, layer):
                 return name
         return self.weights
 

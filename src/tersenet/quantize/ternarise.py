@@ -17,7 +17,7 @@ from tersenet.errors import ModelError, SettingsError
 from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
 from tersenet.quantize.learned_graph import edges_of
 from tersenet.quantize.quantize_aware import few_bit_twin
-from tersenet.step import Plan, Step, refuse_idle, replace
+from tersenet.step import Plan, Step, replace
 from tersenet.task import Task
 
 
@@ -45,15 +45,14 @@ class Ternarise(Step):
     edges: Literal["float", "same"] = "float"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.method not in ("twn", "twn_exact", "ttq"):
             raise SettingsError(f"method must be twn, twn_exact or ttq, got {self.method!r}")
         if self.granularity not in ("channel", "tensor"):
             raise SettingsError(f"granularity must be channel or tensor, got {self.granularity!r}")
         if self.edges not in ("float", "same"):
             raise SettingsError(f"edges must be float or same, got {self.edges!r}")
-        if self.method == "ttq":
-            refuse_idle(self, {"granularity": "twn and twn_exact, since ttq has two scales for each layer"})
+        scales = "twn and twn_exact, since ttq has two scales for each layer"
+        super().__post_init__(**({"granularity": scales} if self.method == "ttq" else {}))
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"layers": {path: scheme}}."""

@@ -25,7 +25,7 @@ from tersenet.graph.trace import trace
 from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
 from tersenet.size.judge import Judge
 from tersenet.size.rounding import Pricer, why_not_rounded
-from tersenet.step import Plan, Step, refuse_idle
+from tersenet.step import Plan, Step
 from tersenet.task import Task, batch_input
 
 # Divergence in nats per bit: from what no network noticed to what left nothing of any.
@@ -72,7 +72,6 @@ class ShrinkFile(Step):
     images: int = 2000
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         given = [name for name in ("bytes", "max_drop", "price") if getattr(self, name) is not None]
         if len(given) != 1:
             found = "none" if not given else " and ".join(given)
@@ -86,9 +85,7 @@ class ShrinkFile(Step):
         for name in ("samples", "images"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-        if self.max_drop is None:
-            refuse_idle(self, {"images": "max_drop"})
+        super().__post_init__(**({"images": "max_drop"} if self.max_drop is None else {}))
 
     def data_needed(self) -> str:
         return "nothing" if self.max_drop is None else "inputs"
