@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from tersenet.bricks.mask import attach
 from tersenet.bricks.settle import attached, settle
 from tersenet.errors import MadePermanent, NoEffect
-from tersenet.graph.trace import export
+from tersenet.graph.capture import export
 from tersenet.quantize.quantize import Quantize
 from tersenet.rewrite.settle import Settle
 from tersenet.task import Task

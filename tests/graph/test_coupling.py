@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from tersenet.bricks.shortcut import PadShortcut
+from tersenet.graph.capture import export
 from tersenet.graph.coupling import coupling
 from tersenet.graph.recut import recut
 from tersenet.graph.surgery import cut
-from tersenet.graph.trace import export
 
 
 class Net(nn.Module):

@@ -15,9 +15,9 @@ from torch.nn.utils import parametrize
 
 from tersenet.bricks.mask import Mask
 from tersenet.errors import SurgeryError
+from tersenet.graph.capture import export
 from tersenet.graph.coupling import Coupling, coupling
 from tersenet.graph.recut import recut
-from tersenet.graph.trace import export
 
 HEADS, SIZE, WIDTH, TOKENS = 4, 3, 12, 5
 

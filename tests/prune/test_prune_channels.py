@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tersenet.errors import NoEffect, SettingsError, SurgeryError
+from tersenet.graph.capture import export
 from tersenet.graph.costs import totals
-from tersenet.graph.trace import export
 from tersenet.models import build, reference
 from tersenet.prune.prune_channels import PruneChannels
 from tersenet.task import Task, score_model

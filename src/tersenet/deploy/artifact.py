@@ -24,8 +24,9 @@ from tersenet.deploy import graph_json
 from tersenet.deploy.lazy import keep_coded
 from tersenet.deploy.runner import Input
 from tersenet.errors import ExportError, FileError, SettingsError, TraceError
+from tersenet.graph.capture import Example
 from tersenet.graph.outputs import describe, output_of, return_flat, return_nested
-from tersenet.graph.trace import Example, fixed_batch, trace
+from tersenet.graph.trace import fixed_batch, trace
 from tersenet.task import Preparation
 
 _KIND = "model"

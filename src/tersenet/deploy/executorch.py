@@ -23,7 +23,7 @@ from tersenet.deploy.quiet import quiet_native
 from tersenet.deploy.runner import Array, Input, Runner, as_array
 from tersenet.deploy.trailer import read_trailer, with_trailer
 from tersenet.errors import ExportError, FileError, TersenetError, require
-from tersenet.graph.trace import export
+from tersenet.graph.capture import export
 from tersenet.task import Preparation
 
 # Types of inputs as ExecuTorch's files number them (those of c10::ScalarType), and as numpy names them.

@@ -8,8 +8,9 @@ from torch.nn.modules.conv import _ConvNd
 from tersenet.bricks.opened import copied, make_permanent
 from tersenet.bricks.settle import settle
 from tersenet.errors import TraceError
+from tersenet.graph.capture import Example
 from tersenet.graph.fold import fold_all
-from tersenet.graph.trace import Example, fixed_batch, trace
+from tersenet.graph.trace import fixed_batch, trace
 
 
 def folded_graph(model: nn.Module, example: Example) -> fx.GraphModule:

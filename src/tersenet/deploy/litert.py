@@ -24,7 +24,7 @@ from tersenet.deploy.quiet import quiet_native
 from tersenet.deploy.runner import Array, Input, Runner
 from tersenet.deploy.trailer import read_trailer, with_trailer
 from tersenet.errors import ExportError, SettingsError, TersenetError, require
-from tersenet.graph.trace import export
+from tersenet.graph.capture import export
 from tersenet.task import Preparation
 
 

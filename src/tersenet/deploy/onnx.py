@@ -34,9 +34,9 @@ from tersenet.deploy.onnx_decompositions import decompose, keep_in_float, replac
 from tersenet.deploy.onnx_packing import make_floats_once, pack_constants
 from tersenet.deploy.onnx_weights import StoredAsOnnx, unpack_weights
 from tersenet.errors import ExportError, require
+from tersenet.graph.capture import Example, export
 from tersenet.graph.outputs import OUTPUTS, names, return_flat
 from tersenet.graph.points import clip_bounds, is_global_pool, signed_quantizers
-from tersenet.graph.trace import Example, export
 from tersenet.task import Preparation
 
 OPSET = 20  # what torch 2.13 writes by itself; both runtimes read it

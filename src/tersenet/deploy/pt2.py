@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from tersenet.atomic import writing
 from tersenet.bricks.opened import copied, make_permanent
 from tersenet.deploy.runner import Input
 from tersenet.errors import FileError, TraceError
+from tersenet.graph.capture import Example, export_open
 from tersenet.graph.outputs import OUTPUTS, structure_of
-from tersenet.graph.trace import Example, export_open
 
 _METADATA = "metadata.json"
 # The operators of a captured forward. from_file is left out: it touches the disk.
@@ -64,16 +65,26 @@ def export_pt2(model: nn.Module, example: Example, path: str | Path, metadata: d
     if fixed is not None:
         raise TraceError(fixed)
     program.example_inputs = None  # else the example, perhaps somebody's photograph, would ship inside the file
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths and lines of the author's machine, most of a small file's bytes
     # Through memory, because the archive takes the name of the file that it is written to.
     buffer = io.BytesIO()
-    with _quiet():
+    with _quiet(), _without_lines(program):
         torch.export.save(program, buffer, extra_files={_METADATA: json.dumps(metadata or {})})
     path = Path(path)
     with writing(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
     return path
+
+
+@contextlib.contextmanager
+def _without_lines(program: ExportedProgram) -> Iterator[None]:
+    """While it is open, no operator knows where it comes from: paths and lines of the author's machine, which would be
+    most of a small file's bytes."""
+    lines = {node: node.meta.pop("stack_trace") for node in program.graph.nodes if "stack_trace" in node.meta}
+    try:
+        yield
+    finally:
+        for node, line in lines.items():
+            node.meta["stack_trace"] = line
 
 
 def read_pt2(path: str | Path) -> tuple[nn.Module, tuple[int | None, ...], dict[str, str]]:

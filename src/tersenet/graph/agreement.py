@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,14 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 from tersenet.bricks.evaluating import evaluating
 from tersenet.errors import TraceError
+from tersenet.graph.structure import structure
 
 # Shares of the largest output that summing in another order may change. A capture only reorders where it joins
 # operators; anything that is forgotten or added is far above.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _seen: set[str] = set()
-_serials: dict[int, tuple[weakref.ref[Any], int]] = {}
-_counter = itertools.count()
-_OWN = vars(nn.Module()).keys()
 
 
 def check(model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Tensor], open_batch: bool) -> None:
@@ -47,6 +43,17 @@ def check(model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Tensor], ope
     for batch, made in _made_inputs(inputs, open_batch):
         _compare(model, graph, made, batch)
     _seen.add(key)
+
+
+def still_right(model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> bool:
+    """Whether a graph that was captured from another model of the same structure computes what this one does."""
+    if any(tensor.device.type == "meta" for tensor in (*model.parameters(), *model.buffers(), *inputs)):
+        return True
+    try:
+        wanted, found = (tree_leaves(run(each, inputs)) for each in (model, graph))
+    except Exception:  # noqa: BLE001 - a new capture will say what is wrong
+        return False
+    return len(wanted) == len(found) and all(map(_equal, wanted, found))
 
 
 def _compare(model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Tensor], batch: int | None) -> None:
@@ -193,49 +200,13 @@ def _numbers(value: Tensor) -> bool:
 
 def _fingerprint(model: nn.Module, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> str:
     """What decides whether a graph computes what a model does, without the numbers of parameters and buffers."""
-    digest = hashlib.sha256()
-
-    def add(*values: Any) -> None:
-        digest.update(repr(values).encode())
-
-    add([(tuple(x.shape), x.dtype) for x in inputs])
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, fx.GraphModule):
-            add(path, module.code)
-        else:
-            settings = [(key, _settled(value)) for key, value in vars(module).items() if key not in _OWN]
-            add(path, _serial(type(module)), settings)
-        add([_serial(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())])
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            add(name, None if tensor is None else (tuple(tensor.shape), tensor.dtype))
+    said = [structure(model, inputs)]
     for node in graph.graph.nodes:
-        add(node.op, str(node.target), str(node.args), str(node.kwargs))
+        said.append(f"{node.op} {node.target} {node.args} {node.kwargs}")
         if node.op == "call_module":
             layer = graph.get_submodule(str(node.target))
-            add(type(layer).__qualname__, layer.extra_repr())
-    return digest.hexdigest()
-
-
-def _settled(value: Any, depth: int = 0) -> Any:
-    """A setting as something that says all of it: its value where it is plain, else which object it is."""
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
-        return repr(value)
-    if isinstance(value, list | tuple) and depth < 4 and len(value) <= 64:
-        return [type(value).__name__, *[_settled(item, depth + 1) for item in value]]
-    if isinstance(value, dict) and depth < 4 and len(value) <= 64:
-        return [(repr(key), _settled(item, depth + 1)) for key, item in value.items()]
-    return (type(value).__name__, _serial(value))
-
-
-def _serial(value: Any) -> int:
-    """A number that this object alone has; one that cannot be told apart later gets another each time."""
-    known = _serials.get(id(value))
-    if known is not None and known[0]() is value:
-        return known[1]
-    number = next(_counter)
-    with contextlib.suppress(TypeError):
-        _serials[id(value)] = (weakref.ref(value), number)
-    return number
+            said.append(f"{type(layer).__qualname__} {layer.extra_repr()}")
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
 def _name(model: nn.Module) -> str:

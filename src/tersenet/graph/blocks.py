@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from tersenet.errors import SurgeryError
+from tersenet.graph.calls import is_leaf
 from tersenet.graph.points import clip_bounds
-from tersenet.graph.trace import is_leaf, trace
+from tersenet.graph.trace import trace
 
 aten = torch.ops.aten
 

@@ -24,12 +24,13 @@ from torch import Tensor, fx, nn
 
 from tersenet.errors import SurgeryError
 from tersenet.graph import trial
+from tersenet.graph.capture import Example, inputs_of
 from tersenet.graph.coupling_layers import layer
 from tersenet.graph.coupling_rules import operator
 from tersenet.graph.labels import Call, Labels
 from tersenet.graph.literals import Rewrite, rewrites
 from tersenet.graph.surgery import axes
-from tersenet.graph.trace import Example, has_open_batch, inputs_of, said_input, trace
+from tersenet.graph.trace import has_open_batch, said_input, trace
 
 Kept = dict[str, dict[str, list[int]]]
 _ATTEMPTS = 3  # ways to split a dimension; more dimensions than (3, heads, size) are rare

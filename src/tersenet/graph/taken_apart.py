@@ -19,7 +19,8 @@ from tersenet.bricks.brick import Brick
 from tersenet.bricks.opened import make_permanent, unwrapped
 from tersenet.bricks.plain import is_plain
 from tersenet.errors import MadePermanent, TraceError
-from tersenet.graph.trace import Example, trace
+from tersenet.graph.capture import Example
+from tersenet.graph.trace import trace
 
 _KINDS = (_ConvNd, nn.Linear, _BatchNorm, nn.GroupNorm, nn.LayerNorm)
 

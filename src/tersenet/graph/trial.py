@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tersenet.graph.calls import is_leaf
 from tersenet.graph.literals import Rewrite, resize
 from tersenet.graph.surgery import Cut, cut, tensor_of
-from tersenet.graph.trace import is_leaf
 
 Shapes = Mapping[fx.Node, tuple[int, ...]]
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from tersenet.bricks.evaluating import evaluating
 from tersenet.errors import SettingsError
 from tersenet.graph.blocks import Blocks, drop, paths_within
+from tersenet.graph.calls import is_leaf
 from tersenet.graph.surgery import Cut
 from tersenet.graph.taken_apart import opened
-from tersenet.graph.trace import is_leaf, trace
+from tersenet.graph.trace import trace
 from tersenet.left_alone import LEFT_OUT, LeftAlone, gathered, weights_of
 from tersenet.numerics.divergence import divergence
 from tersenet.prune.known import known_blocks

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from tersenet.graph.blocks import Blocks, residual_blocks
+from tersenet.graph.capture import Example
 from tersenet.graph.coupling import Coupling, coupling
-from tersenet.graph.trace import Example
 
 T = TypeVar("T")
 _FOUND: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Hashable, Any]]] = weakref.WeakKeyDictionary()

@@ -23,10 +23,11 @@ from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.mask import mask_of, stored_weight
 from tersenet.graph import rows
 from tersenet.graph.surgery import Cut
-from tersenet.graph.trace import aten, trace
+from tersenet.graph.trace import trace
 from tersenet.numerics.compensation import least_squares
 from tersenet.numerics.masked_squares import masked_least_squares
 
+aten = torch.ops.aten
 _ADDITIONS = (operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor)
 
 
