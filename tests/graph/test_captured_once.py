@@ -6,7 +6,7 @@ import copy
 import gc
 import io
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,13 @@ def x() -> Tensor:
 
 
 @pytest.fixture
-def count(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def count(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The models that torch.export captured."""
     monkeypatch.setattr(capture, "_known", type(capture._known)())
     made: list[Any] = []
     real = torch.export.export
     monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: made.append(args[0]) or real(*args, **kwargs))
-    yield made
+    return made
 
 
 def right(model: nn.Module) -> None:
