@@ -14,6 +14,7 @@ from torch import nn
 from tersenet.bricks.opened import copied, unwrapped
 from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.machine import machine
+from tersenet.findings import collecting
 from tersenet.graph.costs import totals
 from tersenet.graph.taken_apart import opened
 from tersenet.left_alone import listening
@@ -72,12 +73,14 @@ def dry_run(
     left_out = [step.name for step in whole if without_training(step) is None]
     with tempfile.TemporaryDirectory() as folder:
         left: dict[str, list[dict[str, Any]]] = {}
+        notes: dict[str, list[str]] = {}
         names, models, tasks = ["original"], [copy.deepcopy(model).eval()], [task]
         # First, to hear early of what cannot be written.
         shipped = [ship(models[0], task, Path(folder), "00", runtimes)]
         for index, step in enumerate(steps, start=1):
-            with remembering(steps, model), listening() as heard:
+            with remembering(steps, model), listening() as heard, collecting() as findings:
                 changed, plan = step.run(copy.deepcopy(models[-1]), tasks[-1])
+            notes[f"{index}. {step.name}"] = findings
             left[f"{index}. {step.name}"] = [each.to_json(name) for name, each in heard]
             names.append(f"{index}. {step.name}")
             models.append(changed.eval())
@@ -100,7 +103,7 @@ def dry_run(
             row: dict[str, Any] = {
                 "step": name, "params": cost.params, "macs": cost.macs, "file_bytes": shipped[index].file_bytes,
                 "latency_ms": {runtime: found.latency(name) for runtime, found in timed.items()},
-                "peak_bytes": peaks(timed, name), "notes": list(shipped[index].notes),
+                "peak_bytes": peaks(timed, name), "notes": [*notes.get(name, []), *shipped[index].notes],
                 **({"left_alone": left[name]} if left.get(name) else {}),
             }  # fmt: skip
             if index:

@@ -17,6 +17,7 @@ from torch import nn
 from tersenet import __version__
 from tersenet.bricks.opened import copied, unwrapped
 from tersenet.errors import DataError, RecipeError
+from tersenet.findings import collecting
 from tersenet.graph.taken_apart import opened
 from tersenet.left_alone import lines, listening
 from tersenet.named import foresee_names, remembering
@@ -181,10 +182,12 @@ def _run_steps(journal: Journal, original: nn.Module, task: Task, say: Callable[
         say(f"[bold]{index}/{len(journal.steps)}[/bold] {step.name}")
         started = time.monotonic()
         folder = journal.training_folder(index, step.name)
-        with remembering(journal.steps, original), listening() as heard:
+        with remembering(journal.steps, original), listening() as heard, collecting() as findings:
             model, plan = step.run(model, dataclasses.replace(task, folder=folder))
         task = step.task_after(task, plan)
         found: dict[str, Any] = {"seconds": round(time.monotonic() - started, 2)}
+        if findings:
+            found["findings"] = findings
         if heard:
             found["left_alone"] = [left.to_json(name) for name, left in heard]
         for name, left in heard:

@@ -109,7 +109,8 @@ def prove(
         commands=[command] if command else [],
         targets=[*judged(wanted, rows, runtimes[0]), *_drop(rows, settings)],
         preparation=preparation_dict(task),
-        warnings=list(dict.fromkeys(note for name in names for note in shipped[name].notes))
+        warnings=[f"{entry.name}: {said}" for entry in journal.entries for said in entry.row.get("findings", [])]
+        + list(dict.fromkeys(note for name in names for note in shipped[name].notes))
         + [note for before, name in pairwise(names) for note in _slower(shipped, latencies, name, before)],
     )
     (folder / "recipe.yaml").write_text(journal.identity["recipe"], encoding="utf-8")

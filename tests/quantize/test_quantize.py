@@ -297,3 +297,24 @@ def test_sensitivities_are_those_of_rounding_one_layer() -> None:
     assert set(found) == {"conv1"}
     assert found["conv1"]["float"] == 0.0
     assert 0 < found["conv1"]["int8"] < 0.05
+
+
+def test_an_activation_module_that_is_called_again_has_a_grid_for_each_call() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.act = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.two(self.act(self.one(x)))).mean((2, 3)) * 2
+
+    torch.manual_seed(0)
+    model = Twice().eval()
+    with torch.no_grad():
+        model.one.weight.mul_(100)
+        model.two.weight.div_(100)
+    made, plan = Quantize(ranges="minmax").run(model, task_of())
+    assert all(len(members) == 1 for members in plan["points"].values()), plan["points"]
+    scales = [float(m.scale) for path, m in made.named_modules() if isinstance(m, Quantizer) and "act" in path]
+    assert len(scales) == 2
+    assert max(scales) > 20 * min(scales), scales

@@ -109,8 +109,12 @@ class _Walk:
         names: dict[fx.Node, str] = {}
         for node in self.nodes:
             if node in self.rounded:
-                name = names.setdefault(self._root(node), f"{_path_name(node)}_out")
-                groups.setdefault(name, []).append(node.name)
+                root = self._root(node)
+                if root not in names:
+                    name = f"{_path_name(node)}_out"
+                    # A ReLU that is called again has the path of the first call, and its values a range of their own.
+                    names[root] = name if name not in groups else _free(f"{node.name}_out", groups)
+                groups.setdefault(names[root], []).append(node.name)
         return Points(groups, self._floats())
 
     def _kind(self, node: fx.Node) -> str:
@@ -320,6 +324,12 @@ def _returns_indices(layer: nn.Module) -> bool:
 def _path_name(node: fx.Node) -> str:
     """A name that can be a module's: the layer's path where the node is one."""
     return str(node.target if node.op == "call_module" else node.name).replace(".", "_")
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
 
 
 def insert_after(graph: fx.GraphModule, groups: dict[str, list[str]], path: str, make: Callable[[], nn.Module]) -> None:

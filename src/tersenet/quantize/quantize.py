@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.bricks.coded import RoundedLayer
+from tersenet.bricks.opened import copied
 from tersenet.bricks.quantized import QuantizedLayer, quantized_kind
 from tersenet.errors import ModelError, SettingsError
+from tersenet.findings import is_asked, tell
 from tersenet.graph.trace import trace
 from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
 from tersenet.named import hits
@@ -29,7 +31,6 @@ from tersenet.quantize.equalise import equalise
 from tersenet.quantize.formats import Format, Storage, for_storage
 from tersenet.quantize.nearest import fit_code
 from tersenet.quantize.refine import refine
-from tersenet.quantize.verdicts import look, say
 from tersenet.step import Plan, Step, replace
 from tersenet.task import Task
 
@@ -257,6 +258,21 @@ class Quantize(Step):
             )
         return replace(model, swaps)
 
+    def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
+        """As every step. Where it costs much, says where and what helps against it, tried (quantize/remedies.py)."""
+        looks = self.data_needed() == "inputs" or (
+            self.granularity != "channel" and (task.calibrate is not None or task.train is not None)
+        )
+        if not looks or not is_asked(task.quiet):
+            return super().run(model, task)
+        from tersenet.quantize.remedies import diagnose
+
+        before = copied(model)  # weights are changed in place
+        made, plan = super().run(model, task)
+        if plan:
+            tell(diagnose(self, before, made, task), task.quiet)
+        return made, plan
+
     def fit(self, model: nn.Module, task: Task) -> None:
         """Chooses what codes share, then the ranges of activations on `task.calibration(samples)`; then repairs.
 
@@ -283,13 +299,10 @@ class Quantize(Step):
         )
         if quantized:
             calibrate(model, task, self.ranges, self.percentile, self.samples)
-        refined = bool(bricks) and (self.rounding != "nearest" or self.correct_bias)
-        if refined:
+        if bricks and (self.rounding != "nearest" or self.correct_bias):
             refine(model, task, self.rounding, self.correct_bias, self.samples)
             if quantized:  # the layers give other values now
                 calibrate(model, task, self.ranges, self.percentile, self.samples)
-        if (quantized or refined) and not task.quiet:
-            say(look(model, task))
 
 
 def _refuse_half(model: nn.Module) -> None:

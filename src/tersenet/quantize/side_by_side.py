@@ -29,8 +29,8 @@ class SideBySide(fx.Interpreter):
         self.calls = Counter(node.target for node in graph.graph.nodes if node.op == "call_module")
 
     def visit(self, node: fx.Node, layer: Any, was: Tensor, now: Tensor) -> None:
-        """Called before a layer that is called once runs: what it reads in the float network, and now. Both networks
-        have run up to it; the float one through it too, so that the layer may be changed."""
+        """Called before a quantizer, or a layer that is called once, runs: what it reads in the float network, and now.
+        Both networks have run up to it; the float one through it too, so that the layer may be changed."""
 
     def run_node(self, node: fx.Node) -> Any:
         if node.op == "output":
@@ -40,9 +40,10 @@ class SideBySide(fx.Interpreter):
             self.floats[node] = value.clone()  # operators may work in place
             return value
         was = self._float(node)
-        if node.op == "call_module" and isinstance(node.args[0], fx.Node) and self.calls[node.target] == 1:
-            before = node.args[0]
-            self.visit(node, self.module.get_submodule(str(node.target)), self.floats[before], self.env[before])
+        if node.op == "call_module" and isinstance(node.args[0], fx.Node):
+            before, layer = node.args[0], self.module.get_submodule(str(node.target))
+            if self.calls[node.target] == 1 or isinstance(layer, Quantizer):
+                self.visit(node, layer, self.floats[before], self.env[before])
         self.floats[node] = was
         value = super().run_node(node)
         for used in self.user_to_last_uses.get(node, []):
