@@ -7,6 +7,7 @@ tried, each a quantization of its own on few images, one after another until one
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.bricks.evaluating import evaluating
-from tersenet.errors import TersenetError
+from tersenet.errors import SettingsError, TersenetError
 from tersenet.findings import unasked
 from tersenet.numerics.outputs import floats
 from tersenet.quantize.side_by_side import inputs_for
@@ -74,7 +75,8 @@ def remedies(step: Quantize, findings: Findings) -> list[tuple[str, Quantize]]:
     found: list[tuple[str, Quantize]] = []
 
     def add(words: str, **changes: Any) -> None:
-        found.append((words, dataclasses.replace(step, **changes)))
+        with contextlib.suppress(SettingsError):  # other settings of the step may not go with it
+            found.append((words, dataclasses.replace(step, **changes)))
 
     if step.granularity != "channel":
         add("granularity: channel", granularity="channel")
