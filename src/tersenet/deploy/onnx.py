@@ -28,6 +28,7 @@ from tersenet.bricks.coded import StoredLayer
 from tersenet.bricks.quantized import Int8Conv2d, Int8Layer, Int8Linear
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.deploy.average_pools import rewrite_average_pools
+from tersenet.deploy.exported_once import exported_once
 from tersenet.deploy.folded import folded_graph
 from tersenet.deploy.int8_rewrites import rewrite_for_int8
 from tersenet.deploy.onnx_decompositions import decompose, keep_in_float, replace_resizes
@@ -103,18 +104,22 @@ def write_onnx(
     structure = return_flat(graph)
     inputs = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
     inputs = ["input"] if len(inputs) == 1 else inputs
-    program = export(graph, example)
-    rounds = any(isinstance(module, QuantizeDequantize) for module in graph.modules())
     given = example if isinstance(example, tuple) else (example,)
-    with _silence():
-        try:
-            made = torch.onnx.export(
-                decompose(program, rounds), given, dynamo=True, opset_version=OPSET, verbose=False, input_names=inputs
-            )
-            assert made is not None
-            proto = made.model_proto
-        except Exception as error:  # the exporter raises many kinds; each becomes one sentence
-            raise ExportError(f"{name} could not be written as ONNX: {_reason(error)}") from error
+
+    def made() -> Any:
+        rounds = any(isinstance(module, QuantizeDequantize) for module in graph.modules())
+        program = decompose(export(graph, example), rounds)
+        with _silence():
+            try:
+                found = torch.onnx.export(
+                    program, given, dynamo=True, opset_version=OPSET, verbose=False, input_names=inputs
+                )
+            except Exception as error:  # the exporter raises many kinds; each becomes one sentence
+                raise ExportError(f"{name} could not be written as ONNX: {_reason(error)}") from error
+        assert found is not None
+        return found.model_proto
+
+    proto = exported_once(graph, given, made)
     own = {} if structure == 0 else {OUTPUTS: json.dumps(structure)}
     _finish(onnx, proto, names(structure), {**_prepared(preparation), **own, **(metadata or {})}, pack)
     if proto.ByteSize() > _LARGEST:

@@ -39,8 +39,8 @@ def structure(model: nn.Module, inputs: Sequence[Tensor]) -> str:
             add(module.code)
         else:
             settings = [(key, _settled(value)) for key, value in vars(module).items() if key not in _OWN]
-            add(_serial(type(module)), settings)
-        add([_serial(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())])
+            add(serial(type(module)), settings)
+        add([serial(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())])
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             add(name)
             if tensor is not None:
@@ -57,16 +57,16 @@ def _settled(value: Any, depth: int = 0) -> Any:
     if depth < _DEEPEST and isinstance(value, dict) and len(value) <= _LONGEST:
         return [type(value).__name__, *[(repr(key), _settled(item, depth + 1)) for key, item in value.items()]]
     if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type):
-        return (type(value).__name__, _serial(value))
+        return (type(value).__name__, serial(value))
     if isinstance(value, Tensor):
-        return ("Tensor", _serial(value), value._version)
+        return ("Tensor", serial(value), value._version)
     # Other objects can be changed in place: they are what they hold.
     if depth < _DEEPEST and not isinstance(value, nn.Module) and (held := getattr(value, "__dict__", None)):
-        return [_serial(type(value)), _settled(held, depth + 1)]
-    return (type(value).__name__, _serial(value))
+        return [serial(type(value)), _settled(held, depth + 1)]
+    return (type(value).__name__, serial(value))
 
 
-def _serial(value: Any) -> int:
+def serial(value: Any) -> int:
     """A number that this object alone has; one that cannot be told apart later gets another each time."""
     known = _serials.get(id(value))
     if known is not None and known[0]() is value:
