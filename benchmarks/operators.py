@@ -1,415 +1,227 @@
 """The operator table: every layer, function and tensor method of torch that can stand in a network, in a small one.
 
-The list is torch's own: the classes of torch.nn, the functions of torch.nn.functional, and what torch.overrides says
-can be overridden. What is tried with each is in operator_settings.py, and so are the reasons of what is left out. Each
-setting stands between a convolution and a small head, and then:
+operator_list.py makes the list from torch itself. Each setting stands between a convolution and a small head, and then:
 
     captured    the graph computes what the network does, at another batch size
     cut         half of the channels before it go: equal to the uncut graph with zeros in their places, or why not
     .terse .pt2 written and read again: equal, or the sentence that refuses it
     ONNX        the file in ONNX Runtime and OpenVINO: equal, or the sentence
-    int8        the file in both: equal to its simulation, or the sentence
+    int8        the file in both: equal to its simulation, the operator left in float, or the sentence
 
     python benchmarks/operators.py                    what is missing in benchmarks/results/operators.json
     python benchmarks/operators.py --only '*pad*'     these again
+    python benchmarks/operators.py --wrong            those that are wrong, again
     python benchmarks/operators.py --checks captured,cut
 
-Writes docs/operators.md from all results, old and new.
+Writes docs/operators.md from all results, old and new. A row runs in a process of its own kind (operator_checks.py):
+an operator that ends it becomes a row that says so, and the next rows get a new process.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
 import fnmatch
-import functools
-import inspect
-import io
 import json
+import os
 import re
+import select
+import subprocess
+import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from masked_twin import Zeroed, difference, half
-from operator_settings import FUNCTIONS, LAYERS, LEFT_OUT
+from operator_list import Setting, table
 from operators_page import page
-from torch import Tensor, nn
-from torch.overrides import get_ignored_functions, get_overridable_functions
 
-from tersenet.deploy.artifact import load_terse, save_terse
 from tersenet.deploy.machine import machine
-from tersenet.deploy.onnx import export_onnx
-from tersenet.deploy.pt2 import export_pt2, read_pt2
-from tersenet.deploy.runtimes import open_file
-from tersenet.errors import TersenetError
-from tersenet.graph.coupling import coupling
-from tersenet.graph.recut import recut
-from tersenet.graph.trace import trace
-from tersenet.quantize.quantize import Quantize
-from tersenet.task import Task
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "operators.json"
 CHECKS = ("captured", "cut", "terse", "pt2", "onnx", "int8")
-RUNTIMES = ("onnxruntime", "openvino")
-FLOAT_TOLERANCE = 1e-4  # as a share of the largest output: sums in another order
-INT8_TOLERANCE = 4 / 255  # of the range of the outputs: ties in rounding, which a step here and there moves
-SOURCES = {"image": (3, 8, 8), "sequence": (3, 8), "volume": (3, 6, 6, 6), "tokens": (6, 3), "rows": (3,)}
-_LARGEST = 200  # letters of a sentence in the log
+LIMIT = 300  # seconds without an answer
+FRESH = 150  # rows of one process, whose memory grows
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One operator with one setting: `call` is the expression, `layer` what the constructor takes."""
+class Worker:
+    """The process of the rows."""
 
-    name: str  # "nn.Conv2d", "F.pad", "torch.add", "Tensor.add_"
-    said: str
-    source: str
-    call: str
-    layer: str | None = None
-    function: Any = field(default=None, compare=False)
+    def __init__(self, memory: dict[str, dict[str, Any]]) -> None:
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("operator_checks.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            bufsize=0,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self.rows = 0
+        self._say(memory)
 
-    @property
-    def key(self) -> str:
-        return f"{self.name}({self.said}) @{self.source}"
+    def _say(self, value: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write((json.dumps(value) + "\n").encode())
 
-
-# --- the list --------------------------------------------------------------------------------------------------------
-
-
-def names() -> dict[str, Any]:
-    """Everything that torch lists, "nn.Conv2d" -> what it is. Methods that are the same function are one."""
-    found: dict[str, Any] = {
-        f"nn.{name}": kind
-        for name, kind in sorted(vars(nn).items())
-        if isinstance(kind, type) and issubclass(kind, nn.Module)
-    }
-    for name, value in sorted(vars(F).items()):
-        if inspect.isroutine(value) and not name.startswith("_") and torch.is_tensor is not value:
-            found[f"F.{name}"] = value
-    own = {"torch.nn.functional", "torch.functional", "torch.Tensor"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        listed = get_overridable_functions()
-    for space, functions in listed.items():
-        prefix = getattr(space, "__name__", "Tensor")
-        prefix = "Tensor" if space is Tensor else "torch" if prefix in own else prefix
-        if space is F or not (inspect.ismodule(space) or space is Tensor):
-            continue
-        for function in functions:
-            name = getattr(function, "__name__", "")
-            if name and name not in ("__get__", "__set__", "__delete__"):
-                short = re.sub(r"^(linalg|special|fft)_", "", name) if prefix.count(".") else name
-                found[f"{prefix}.{short}"] = function
-    for name in ("T", "mT", "H", "mH", "real", "imag", "shape", "dtype", "device"):
-        found[f"Tensor.{name}"] = functools.partial(lambda x, attribute: getattr(x, attribute), attribute=name)
-    ignored = get_ignored_functions()
-    for name, value in sorted(vars(torch).items()):
-        if not name.startswith("_") and inspect.isbuiltin(value) and value in ignored:
-            found.setdefault(f"torch.{name}", value)
-    return found
-
-
-def base(name: str) -> str:
-    """The name that settings go by: `Tensor.add_`, `torch.add` and `Tensor.__add__` are `add`."""
-    space, _, short = name.rpartition(".")
-    if re.fullmatch(r"__(bool|float|int|long|index|array|contains|deepcopy)__", short):
-        return short
-    prefix = {"torch.linalg": "linalg_", "torch.special": "special_", "torch.fft": "fft_"}.get(space, "")
-    return prefix + short.strip("_")
-
-
-def left_out(name: str) -> str | None:
-    """Why an operator does not stand in a network."""
-    short = base(name)
-    known = parsed(LAYERS) if name.startswith("nn.") else parsed(FUNCTIONS)
-    if short in known or name in known:
-        return None
-    for pattern, why in LEFT_OUT.items():
-        if re.fullmatch(pattern, short):
-            return why
-    return None
-
-
-@functools.cache
-def parsed(table: str) -> dict[str, list[tuple[str, str]]]:
-    """name -> (source, setting)s."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    for line in table.strip().splitlines():
-        head, _, said = line.partition(": ")
-        words = head.rstrip(":").split()
-        source = next((word[1:] for word in words if word.startswith("@")), "")
-        for name in [word for word in words if not word.startswith("@")]:
-            found.setdefault(name, []).extend((source, one.strip()) for one in said.split(" | "))
-    return found
-
-
-def settings(name: str, function: Any) -> list[Setting]:
-    """What is tried with one operator."""
-    short = base(name)
-    digit = {"1": "sequence", "3": "volume"}
-    guess = next((digit[d] for d in re.findall(r"(\d)d", short) if d in digit), "image")
-    table = parsed(LAYERS) if name.startswith("nn.") else parsed(FUNCTIONS)
-    plain = name.rpartition(".")[2]
-    given = table.get(plain) or table.get(short) or table.get(short.removeprefix("special_")) or [("", "")]
-    found = []
-    for source, said in given:
-        if name.startswith("nn."):
-            layer, _, call = said.partition("=>")
-            found.append(Setting(name, said, source or guess, call.strip() or "f(x)", layer.strip(), function))
-        else:
-            call = said[1:] if said.startswith("=") else f"f(x, {said})" if said else "f(x)"
-            found.append(Setting(name, said, source or guess, call, None, function))
-    return found
-
-
-# --- the network -----------------------------------------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    """A layer that makes channels, the operator, and a head for what it gives."""
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__()
-        size = SOURCES[setting.source]
-        self.before, self.beside = (_source(setting.source) for _ in range(2))
-        self.rank = len(size) + 1
-        self.code: CodeType = compile(setting.call, "<the operator>", "eval")
-        self.function = setting.function
-        self.operator = None
-        if setting.layer is not None:
-            self.operator = eval(f"f({setting.layer})", {"f": setting.function, "torch": torch})
-        self.heads = nn.ModuleList()
-        self.free = nn.ParameterDict()
-        outputs = self.middle(torch.randn(2, *size))
-        if any(output.dim() == 0 or output.shape[0] != 2 for output in outputs):
-            raise ValueError(f"its output is no batch: {[tuple(output.shape) for output in outputs]}")
-        self.heads.extend(_head(output) for output in outputs)
-
-    def middle(self, x: Tensor) -> list[Tensor]:
-        """What the operator gives, as real numbers."""
-        channels, beside = self.before(x), self.beside(x)
-        function = self.function if self.operator is None else self.operator
-        known = {"f": function, "x": channels, "y": beside, "u": channels.sigmoid(), "p": self.parameter}
-        result = eval(self.code, {"torch": torch, "F": F}, known)
-        parts = [part for part in torch.utils._pytree.tree_leaves(result) if isinstance(part, Tensor)]
-        if not parts:
-            raise ValueError("gives no tensor")
-        if any(part.is_complex() for part in parts):
-            raise ValueError("gives complex numbers")
-        return [part if part.dtype == torch.float32 else part.float() for part in parts]
-
-    def parameter(self, name: str, *shape: int) -> Tensor:
-        if name not in self.free:
-            self.free[name] = nn.Parameter(torch.randn(shape) * 0.3)
-        return self.free[name]
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = [head(part) for head, part in zip(self.heads, self.middle(x), strict=True)]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
-
-
-def _source(kind: str) -> nn.Module:
-    if kind in ("tokens", "rows"):
-        return nn.Linear(3, 8)
-    conv = {"image": nn.Conv2d, "sequence": nn.Conv1d, "volume": nn.Conv3d}[kind]
-    return conv(3, 8, 3)
-
-
-def _head(output: Tensor) -> nn.Module:
-    """(N, ...) -> (N, 5)."""
-    if output.dim() == 4:
-        middle: list[nn.Module] = [nn.Conv2d(output.shape[1], 6, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        return nn.Sequential(*middle, nn.Linear(6, 5))
-    return nn.Sequential(nn.Flatten(), nn.Linear(output[0].numel(), 5))
-
-
-def build(setting: Setting) -> tuple[Net, Tensor]:
-    """The network in evaluation mode with random numbers, and three inputs."""
-    torch.manual_seed(0)
-    model = Net(setting)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_var is not None:
-            nn.init.uniform_(module.running_mean, -0.3, 0.3)  # type: ignore[arg-type]
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return model.eval(), torch.randn(3, *SOURCES[setting.source])
-
-
-# --- the checks ------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def captured(model: Net, x: Tensor, folder: Path) -> str:
-    return _same(trace(model, x[:2])(x), model(x))
-
-
-@torch.no_grad()
-def cut(model: Net, x: Tensor, folder: Path) -> str:
-    """ok, "partly" with the reason where something before it stays, or why everything stays."""
-    known = coupling(model, x[:2])
-    removed = half(known)
-    free = {path for bundle in known.bundles for path, role in bundle.members if role == "out"}
-    why = known.frozen.get("before", "")
-    if len(removed):
-        small = recut(copy.deepcopy(model), known.plan(model, removed)).eval()
-        said = _same(small(x[:2]), Zeroed(known, removed).run(x[:2]))
-        if said != "ok":
-            return said
-    return "ok" if "before" in free and not why else f"left alone: {why or 'no class of its own'}"
-
-
-def terse(model: Net, x: Tensor, folder: Path) -> str:
-    save_terse(model, x[:2], folder / "a.terse")
-    return _same(load_terse(folder / "a.terse")(x), model(x))
-
-
-def pt2(model: Net, x: Tensor, folder: Path) -> str:
-    export_pt2(model, x[:2], folder / "a.pt2")
-    return _same(read_pt2(folder / "a.pt2")[0](x), model(x))
-
-
-def onnx(model: Net, x: Tensor, folder: Path) -> dict[str, str]:
-    path = export_onnx(model, x[:2], folder / "a.onnx")
-    return _in_runtimes(path, x, model(x), FLOAT_TOLERANCE)
-
-
-def int8(model: Net, x: Tensor, folder: Path) -> dict[str, str]:
-    simulated, _ = Quantize(samples=16).run(copy.deepcopy(model), Task(example=x[:2], calibrate=[x], quiet=True))
-    path = export_onnx(simulated, x[:2], folder / "q.onnx")
-    return _in_runtimes(path, x, simulated(x), INT8_TOLERANCE)
-
-
-def _in_runtimes(path: Path, x: Tensor, expected: Tensor, tolerance: float) -> dict[str, str]:
-    found = {}
-    for runtime in RUNTIMES:
+    def row(self, key: str, checks: list[str]) -> tuple[dict[str, Any], str | None]:
+        """The results, and how the process ended, if it did."""
+        found: dict[str, Any] = {}
+        self.rows += 1
         try:
-            got = torch.from_numpy(open_file(path, runtime).run(x.numpy()))
-        except TersenetError as error:
-            found[runtime] = f"refused: {_short(error)}"
-            continue
-        found[runtime] = _same(got, expected, tolerance)
-    return found
+            self._say({"key": key, "checks": checks})
+        except BrokenPipeError:
+            return found, self.ended()
+        while True:
+            answer = self._answer()
+            if answer is None:
+                return found, self.ended()
+            if answer[0] == "done":
+                return found, None
+            found[answer[0]] = answer[1]
 
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], LIMIT)
+        line = self.process.stdout.readline() if ready else b""
+        return json.loads(line) if line else None
 
-def _same(found: Tensor, expected: Tensor, tolerance: float = FLOAT_TOLERANCE) -> str:
-    if found.shape != expected.shape:
-        return f"WRONG: shape {tuple(found.shape)} in place of {tuple(expected.shape)}"
-    if bool((found.isnan() != expected.isnan()).any()):
-        return "WRONG: other places are NaN"
-    off = difference(found.nan_to_num(0, 0, 0), expected.nan_to_num(0, 0, 0))
-    return "ok" if off <= tolerance else f"WRONG: off by {off:.2g}"
-
-
-def _short(error: BaseException) -> str:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"0x[0-9a-f]+|/\S*/", "", said)[:_LARGEST]
-
-
-RUN: dict[str, Callable[[Net, Tensor, Path], Any]] = {
-    "captured": captured, "cut": cut, "terse": terse, "pt2": pt2, "onnx": onnx, "int8": int8,
-}  # fmt: skip
-
-
-def row(setting: Setting, checks: tuple[str, ...], old: dict[str, Any], memory: dict[str, Any]) -> dict[str, Any]:
-    """Results of one setting; of those that become the same graph, one is run."""
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
+    def ended(self) -> str:
+        """Why the process is gone."""
         try:
-            model, x = build(setting)
-            with torch.no_grad():
-                model(x)
-        except Exception as error:  # noqa: BLE001 - whatever an operator says to a call that does not suit it
-            return {"left_out": f"{_short(error)}"}
-        graph = _graph(model, x, setting)
-        found = dict(old)
-        for check in checks:
-            if found.get(check) is not None:
-                continue
-            if (graph, check) in memory:
-                found[check] = memory[graph, check]
-                continue
-            with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-                found[check] = _tried(RUN[check], model, x, Path(folder))
-            if graph:
-                memory[graph, check] = found[check]
+            code = self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.close()
+            return f"no answer within {LIMIT} seconds"
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        said = re.sub(r"0x[0-9a-f]+|/\S*/", "", lines[-1])[:120] if lines else "nothing"
+        return f"the interpreter ended with {code}, saying {said}"
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout, self.errors):
+            assert pipe is not None
+            pipe.close()
+
+
+class Log:
+    """benchmarks/results/operators.json, one line per row."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        self.rows: dict[str, dict[str, Any]] = self.content.setdefault("rows", {})
+
+    def write(self) -> None:
+        about = {**self.content, "rows": None, "left_out": None}
+        parts = [json.dumps(about, indent=1).removesuffix("\n}").replace(',\n "rows": null', "")]
+        parts[0] = parts[0].replace('\n "rows": null,', "").replace(',\n "left_out": null', "")
+        for name in ("left_out", "rows"):
+            lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in self.content[name].items()]
+            parts.append(f' "{name}": {{\n' + ",\n".join(lines) + "\n }")
+        temporary = self.path.with_suffix(".new")
+        temporary.write_text(",\n".join(parts) + "\n}\n")
+        temporary.replace(self.path)
+
+    def memory(self, without: set[str]) -> dict[str, dict[str, Any]]:
+        """graph -> results that need not be had again."""
+        found: dict[str, dict[str, Any]] = {}
+        for key, row in self.rows.items():
+            if key not in without and "graph" in row:
+                found.setdefault(row["graph"], {}).update({check: row[check] for check in CHECKS if check in row})
         return found
 
-
-def _tried(check: Callable[[Net, Tensor, Path], Any], model: Net, x: Tensor, folder: Path) -> Any:
-    try:
-        return check(model, x, folder)
-    except TersenetError as error:
-        return f"refused: {_short(error)}"
-    except Exception as error:  # noqa: BLE001 - no sentence of ours, which is wrong too
-        return f"WRONG: {type(error).__name__}: {_short(error)}"
+    def share(self, found: dict[str, Any]) -> None:
+        """What is new of a graph holds for all rows of that graph."""
+        for row in self.rows.values():
+            if "graph" in found and row.get("graph") == found["graph"]:
+                row.update({check: found[check] for check in found if check != "captured"})
 
 
-def _graph(model: Net, x: Tensor, setting: Setting) -> str:
-    """What a network becomes when it is captured; empty where it cannot be."""
-    try:
-        graph = trace(model, x[:2])
-    except TersenetError:
-        return ""
-    layers = [f"{path} {module}" for path, module in graph.named_modules() if path]
-    return "\n".join([str(graph.graph), setting.source, *layers])
+def run(tried: list[Setting], log: Log, checks: tuple[str, ...]) -> None:
+    """Runs rows in processes of their own, and writes the log as it goes."""
+    worker: Worker | None = None
+    start, saved = time.monotonic(), time.monotonic()
+    waiting = {one.key for one in tried}
+    for number, one in enumerate(tried, 1):
+        for attempt in range(2):  # what an earlier row spoiled is not held against this one
+            if worker is None:
+                worker = Worker(log.memory(waiting))
+            found, ended = worker.row(one.key, list(checks))
+            if ended is None and worker.rows < FRESH:
+                break
+            worker.close()
+            worker = None
+            if ended is None:
+                break
+            missing = next((check for check in checks if check not in found), checks[-1])
+            if attempt == 1:
+                found |= {missing: f"WRONG: {ended}"} if "graph" in found else {"left_out": f"CRASH: {ended}"}
+        old = log.rows.get(one.key, {})
+        kept = {} if "left_out" in found else {check: value for check, value in old.items() if check in CHECKS}
+        log.rows[one.key] = {**kept, **found}
+        log.share(found)
+        waiting.discard(one.key)
+        pace = (time.monotonic() - start) / number
+        left = pace * (len(tried) - number) / 60
+        print(f"[{number}/{len(tried)}, {pace:.1f} s a row, {left:.0f} min left] {one.key}: {_told(found)}", flush=True)
+        if time.monotonic() - saved > 20:
+            log.write()
+            saved = time.monotonic()
+    if worker is not None:
+        worker.close()
 
 
-def table() -> tuple[dict[str, str], list[Setting]]:
-    """(what is left out and why, what is tried)."""
-    everything = names()
-    out = {name: why for name in everything if (why := left_out(name)) is not None}
-    return out, [one for name, value in everything.items() if name not in out for one in settings(name, value)]
+def _told(found: dict[str, Any]) -> str:
+    return json.dumps({key: value for key, value in found.items() if value not in ("ok", _ALL_OK) and key != "graph"})
+
+
+_ALL_OK = {"onnxruntime": "ok", "openvino": "ok"}
+
+
+def is_wrong(row: dict[str, Any]) -> bool:
+    """Whether something in a row is neither right nor refused in a sentence."""
+    return any(word in json.dumps(row) for word in ("WRONG", "CRASH", "Error:"))
+
+
+def missing(row: dict[str, Any]) -> list[str]:
+    """Checks that a row lacks."""
+    return [] if "left_out" in row else [check for check in CHECKS if check not in row]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="settings whose name matches this pattern, also those that are there already")
+    parser.add_argument("--only", action="append", help="settings that match this pattern, also those there already")
     parser.add_argument("--wrong", action="store_true", help="those that are wrong, again")
+    parser.add_argument("--said", help="those with a result that matches this regular expression, again")
     parser.add_argument("--checks", default=",".join(CHECKS))
+    parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "operators.md")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    log: dict[str, Any] = {"rows": {}}
-    if arguments.results.exists():
-        log = json.loads(arguments.results.read_text())
+    log = Log(arguments.results)
     checks = tuple(arguments.checks.split(","))
     out, tried = table()
-    log.update(machine=machine(), threads=1, torch=torch.__version__, left_out=out)
-    keys = {one.key for one in tried}
-    log["rows"] = {key: value for key, value in log["rows"].items() if key in keys}
-    memory: dict[str, Any] = {}
-    saved = time.monotonic()
-    for one in tried:
-        old = log["rows"].get(one.key, {})
-        chosen = arguments.only and fnmatch.fnmatch(one.key, arguments.only)
-        if chosen or (arguments.wrong and "WRONG" in json.dumps(old)) or "left_out" in old:
-            old = {check: value for check, value in old.items() if check not in (*checks, "left_out")}
-        if (arguments.only and not chosen) or all(check in old for check in checks):
-            continue
-        log["rows"][one.key] = row(one, checks, old, memory)
-        print(one.key, json.dumps(log["rows"][one.key]), flush=True)
-        if time.monotonic() - saved > 20:
-            arguments.results.write_text(json.dumps(log, indent=1) + "\n")
-            saved = time.monotonic()
-    arguments.results.write_text(json.dumps(log, indent=1) + "\n")
-    arguments.out.write_text(page(log))
+    order = {one.key: log.rows.get(one.key) for one in tried}
+    log.content["rows"] = log.rows = {key: row for key, row in order.items() if row is not None}
+    log.content.update(machine=machine(), threads=1, torch=torch.__version__, left_out=out)
+    if not arguments.page:
+        chosen = []
+        for one in tried:
+            row = log.rows.get(one.key, {})
+            again = any(fnmatch.fnmatch(one.key, pattern) for pattern in arguments.only or ())
+            again |= arguments.wrong and is_wrong(row)
+            again |= bool(arguments.said and re.search(arguments.said, json.dumps(row)))
+            picked = arguments.only or arguments.wrong or arguments.said
+            if again or (not picked and ("left_out" not in row and any(check not in row for check in checks))):
+                chosen.append(one)
+        run(chosen, log, checks)
+    log.content["rows"] = log.rows = {one.key: log.rows[one.key] for one in tried if one.key in log.rows}
+    log.write()
+    arguments.out.write_text(page(log.content))
 
 
 if __name__ == "__main__":
