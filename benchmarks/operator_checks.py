@@ -30,6 +30,7 @@ from masked_twin import Zeroed, difference, half
 from operator_list import Setting, table
 from torch import Tensor, fx, nn
 
+import tersenet.graph.trace as trace_module
 from tersenet.bricks.settle import settle
 from tersenet.deploy.artifact import load_terse, save_terse
 from tersenet.deploy.checked import checked
@@ -40,7 +41,7 @@ from tersenet.deploy.runtimes import open_file
 from tersenet.errors import TersenetError
 from tersenet.graph.coupling import coupling
 from tersenet.graph.recut import recut
-from tersenet.graph.trace import trace
+from tersenet.graph.trace import fixed_batch, trace
 from tersenet.quantize.quantize import Quantize
 from tersenet.task import Task
 
@@ -147,7 +148,14 @@ def build(setting: Setting) -> tuple[Net, Tensor]:
 
 
 def captured(model: Net, x: Tensor, folder: Path) -> str:
-    return _same(trace(model, x[:2])(x), model(x))
+    return _of_graph(trace(model, x[:2]), model, x)
+
+
+def _of_graph(graph: fx.GraphModule, model: Net, x: Tensor) -> str:
+    """Of a graph that takes one size of batch, its own sentence."""
+    why = fixed_batch(graph)
+    said = _same(graph(x[:2]), model(x[:2])) if why else _same(graph(x), model(x))
+    return f"refused: {_short(why)}" if why and said == "ok" else said
 
 
 def cut(model: Net, x: Tensor, folder: Path) -> str:
@@ -181,7 +189,7 @@ def onnx(model: Net, x: Tensor, folder: Path) -> dict[str, str]:
 
 def int8(model: Net, x: Tensor, folder: Path) -> dict[str, str]:
     task = Task(example=x[:2], calibrate=[x], quiet=True)
-    simulated = settle(Quantize(samples=16).run(copy.deepcopy(model), task)[0])
+    simulated = settle(Quantize(samples=16).run(model, task)[0])
     path = export_onnx(simulated, x[:2], folder / "q.onnx")
     return {runtime: _in_runtime(path, runtime, simulated, x, INT8_TOLERANCE) for runtime in RUNTIMES}
 
@@ -198,7 +206,8 @@ def _in_runtime(path: Path, runtime: str, model: nn.Module, x: Tensor, tolerance
     rewrite = functools.partial(_with_floats, model, x, own)
     rewrite(())
     try:
-        agreement = checked(own, [runtime], Reference(model, x[:2], [x]), rewrite if path.stem == "q" else None)[runtime]
+        rewritten = rewrite if path.stem == "q" else None
+        agreement = checked(own, [runtime], Reference(model, x[:2], [x]), rewritten)[runtime]
     except TersenetError as error:
         return f"refused: {_short(error)}"
     if agreement.in_float:
@@ -221,7 +230,8 @@ def _same(found: Tensor, expected: Tensor, tolerance: float = FLOAT_TOLERANCE) -
 
 def _short(error: object) -> str:
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"0x[0-9a-f]+|(?<![\w<])/\S*/", "", said)[:_LARGEST]
+    said = re.sub(r" \(parts = .*?strict=True\)\]\)|0x[0-9a-f]+|(?<![\w<])/\S*/", "", said)
+    return re.sub(r" \(in parts = .*?strict=True\)\]\)", "", said)[:_LARGEST]
 
 
 RUN: dict[str, Callable[[Net, Tensor, Path], Any]] = {
@@ -238,12 +248,18 @@ def row(setting: Setting, checks: list[str], memory: Memory, tell: Callable[[str
         said = str(error) if isinstance(error, NoNetwork) else f"{type(error).__name__}: {_short(error)}"
         tell("left_out", said)
         return
-    graph = digest(model, x, setting)
-    if graph:
-        tell("graph", graph)
-    known = memory.setdefault(graph, {}) if graph else {}
+    graph = captured_graph(model, x)
+    name = digest(graph, setting)
+    if name:
+        tell("graph", name)
+    known = memory.setdefault(name, {}) if name else {}
     for check in checks:
-        if check not in known or check == "captured":
+        if check == "captured" and graph is not None:
+            with torch.no_grad():
+                known[check] = _of_graph(graph, model, x)
+        elif check == "int8" and isinstance(known.get("onnx"), str):
+            known[check] = known["onnx"]  # no file of it can be written
+        elif check not in known:
             with tempfile.TemporaryDirectory() as folder:
                 known[check] = _tried(RUN[check], model, x, Path(folder))
         tell(check, known[check])
@@ -261,11 +277,16 @@ def _tried(check: Callable[[Net, Tensor, Path], Any], model: Net, x: Tensor, fol
             return f"WRONG: {type(error).__name__}: {_short(error)}"
 
 
-def digest(model: Net, x: Tensor, setting: Setting) -> str:
-    """Of what a network becomes when it is captured; empty where it cannot be."""
+def captured_graph(model: Net, x: Tensor) -> fx.GraphModule | None:
     try:
-        graph = trace(model, x[:2])
+        return trace(model, x[:2])
     except TersenetError:
+        return None
+
+
+def digest(graph: fx.GraphModule | None, setting: Setting) -> str:
+    """Of what a network becomes when it is captured; empty where it cannot be."""
+    if graph is None:
         return ""
     layers = [f"{path} {module}" for path, module in graph.named_modules() if path]
     numbers = [f"{node.target} {_fixed(graph, node)}" for node in graph.graph.nodes if node.op == "get_attr"]
@@ -279,18 +300,47 @@ def _fixed(graph: fx.GraphModule, node: fx.Node) -> str:
     return str(tuple(value.shape)) if isinstance(value, nn.Parameter) else str(value.tolist())
 
 
-def reuse_torchlib() -> None:
-    """The exporter reads its table of operators again for each file, which takes a third of the time of a row."""
-    from onnxscript._framework_apis import torch_2_5
+def reuse_captures() -> None:
+    """All checks of a row capture the same network; torch.export runs once for it."""
+    plain = trace_module._functional
+    last: list[Any] = [None, None, None]
 
-    torch_2_5.get_torchlib_ops = functools.cache(torch_2_5.get_torchlib_ops)
+    def once(model: nn.Module, example: Any, calls: Any) -> Any:
+        if not isinstance(model, Net):
+            return plain(model, example, calls)
+        if last[0] is not model:
+            last[1] = plain(model, example, calls)
+            last[0], last[2] = model, calls.made
+        calls.made = last[2]
+        return last[1]
+
+    trace_module._functional = once
+
+
+def reuse_tables() -> None:
+    """The exporter makes its tables of operators again for each file, which takes a third of the time of a row."""
+    from torch.onnx._internal.exporter import _decomp, _registration
+
+    registry = functools.cache(_registration.ONNXRegistry.from_torchlib)
+    _registration.ONNXRegistry.from_torchlib = staticmethod(registry)  # type: ignore[method-assign, assignment]
+    decompositions = _decomp.create_onnx_friendly_decomposition_table
+    made: dict[frozenset[Any], Any] = {}
+
+    def known(registered: Any) -> Any:
+        key = frozenset(registered)
+        if key not in made:
+            made[key] = dict(decompositions(registered).items())
+        return dict(made[key])
+
+    _decomp.create_onnx_friendly_decomposition_table = known
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what C++ prints is no answer
     torch.set_num_threads(1)
-    reuse_torchlib()
+    reuse_captures()
+    reuse_tables()
     settings = {one.key: one for one in table()[1]}
     memory: Memory = json.loads(sys.stdin.readline())
 

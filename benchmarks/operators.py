@@ -49,7 +49,7 @@ class Worker:
     """The process of the rows."""
 
     def __init__(self, memory: dict[str, dict[str, Any]]) -> None:
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("operator_checks.py"))],
             stdin=subprocess.PIPE,
@@ -141,12 +141,19 @@ class Log:
                 row.update({check: found[check] for check in found if check != "captured"})
 
 
-def run(tried: list[Setting], log: Log, checks: tuple[str, ...]) -> None:
-    """Runs rows in processes of their own, and writes the log as it goes."""
+def run(tried: list[Setting], log: Log, checks: tuple[str, ...], again: bool) -> None:
+    """Runs rows in processes of their own, and writes the log as it goes.
+
+    Args:
+        again: whether rows that are there already are run, too.
+    """
     worker: Worker | None = None
     start, saved = time.monotonic(), time.monotonic()
     waiting = {one.key for one in tried}
     for number, one in enumerate(tried, 1):
+        known = log.rows.get(one.key, {})
+        if not again and ("left_out" in known or all(check in known for check in checks)):
+            continue  # another row of the same graph was run
         for attempt in range(2):  # what an earlier row spoiled is not held against this one
             if worker is None:
                 worker = Worker(log.memory(waiting))
@@ -160,8 +167,8 @@ def run(tried: list[Setting], log: Log, checks: tuple[str, ...]) -> None:
             missing = next((check for check in checks if check not in found), checks[-1])
             if attempt == 1:
                 found |= {missing: f"WRONG: {ended}"} if "graph" in found else {"left_out": f"CRASH: {ended}"}
-        old = log.rows.get(one.key, {})
-        kept = {} if "left_out" in found else {check: value for check, value in old.items() if check in CHECKS}
+        same = "left_out" not in found and known.get("graph") == found.get("graph")
+        kept = {check: known[check] for check in CHECKS if same and check in known}
         log.rows[one.key] = {**kept, **found}
         log.share(found)
         waiting.discard(one.key)
@@ -171,6 +178,9 @@ def run(tried: list[Setting], log: Log, checks: tuple[str, ...]) -> None:
         if time.monotonic() - saved > 20:
             log.write()
             saved = time.monotonic()
+    for key, row in log.rows.items():  # graphs that were known before their rows
+        known = log.memory({key}).get(row.get("graph", ""), {})
+        row.update({check: known[check] for check in known if check not in row and check != "captured"})
     if worker is not None:
         worker.close()
 
@@ -197,6 +207,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="settings that match this pattern, also those there already")
     parser.add_argument("--wrong", action="store_true", help="those that are wrong, again")
     parser.add_argument("--said", help="those with a result that matches this regular expression, again")
+    parser.add_argument("--all", action="store_true", help="all, again")
     parser.add_argument("--checks", default=",".join(CHECKS))
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -209,16 +220,16 @@ def main() -> None:
     log.content["rows"] = log.rows = {key: row for key, row in order.items() if row is not None}
     log.content.update(machine=machine(), threads=1, torch=torch.__version__, left_out=out)
     if not arguments.page:
-        chosen = []
+        chosen, picked = [], bool(arguments.only or arguments.wrong or arguments.said)
         for one in tried:
             row = log.rows.get(one.key, {})
             again = any(fnmatch.fnmatch(one.key, pattern) for pattern in arguments.only or ())
             again |= arguments.wrong and is_wrong(row)
             again |= bool(arguments.said and re.search(arguments.said, json.dumps(row)))
-            picked = arguments.only or arguments.wrong or arguments.said
-            if again or (not picked and ("left_out" not in row and any(check not in row for check in checks))):
+            missing_here = "left_out" not in row and any(check not in row for check in checks)
+            if again or arguments.all or (not picked and missing_here):
                 chosen.append(one)
-        run(chosen, log, checks)
+        run(chosen, log, checks, picked or arguments.all)
     log.content["rows"] = log.rows = {one.key: log.rows[one.key] for one in tried if one.key in log.rows}
     log.write()
     arguments.out.write_text(page(log.content))

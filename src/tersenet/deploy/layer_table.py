@@ -42,6 +42,7 @@ _TRANSPOSED = (*_CONV[:5], "output_padding", "groups", "bias", "dilation", "padd
 _BATCH_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 _MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
 _AVG_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+_LP_POOL = ("norm_type", "kernel_size", "stride", "ceil_mode")
 _EMBEDDING = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
 _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -58,6 +59,7 @@ _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.BatchNorm1d: _BATCH_NORM,
     nn.BatchNorm2d: _BATCH_NORM,
     nn.BatchNorm3d: _BATCH_NORM,
+    nn.SyncBatchNorm: _BATCH_NORM,
     nn.InstanceNorm1d: _BATCH_NORM,
     nn.InstanceNorm2d: _BATCH_NORM,
     nn.InstanceNorm3d: _BATCH_NORM,
@@ -81,13 +83,17 @@ _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.PReLU: ("num_parameters",),
     nn.ReLU: ("inplace",),
     nn.ReLU6: ("inplace",),
+    nn.RReLU: ("lower", "upper", "inplace"),
     nn.SELU: ("inplace",),
     nn.SiLU: ("inplace",),
     nn.Sigmoid: (),
     nn.Softmax: ("dim",),
+    nn.Softmin: ("dim",),
     nn.Softplus: ("beta", "threshold"),
+    nn.Softshrink: ("lambd",),
     nn.Softsign: (),
     nn.Tanh: (),
+    nn.Tanhshrink: (),
     nn.Threshold: ("threshold", "value", "inplace"),
     # pooling and resizing
     nn.AdaptiveAvgPool1d: ("output_size",),
@@ -95,30 +101,45 @@ _ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.AdaptiveAvgPool3d: ("output_size",),
     nn.AdaptiveMaxPool1d: ("output_size", "return_indices"),
     nn.AdaptiveMaxPool2d: ("output_size", "return_indices"),
+    nn.AdaptiveMaxPool3d: ("output_size", "return_indices"),
     nn.AvgPool1d: _AVG_POOL,
     nn.AvgPool2d: (*_AVG_POOL, "divisor_override"),
     nn.AvgPool3d: (*_AVG_POOL, "divisor_override"),
+    nn.LPPool1d: _LP_POOL,
+    nn.LPPool2d: _LP_POOL,
+    nn.LPPool3d: _LP_POOL,
     nn.MaxPool1d: _MAX_POOL,
     nn.MaxPool2d: _MAX_POOL,
     nn.MaxPool3d: _MAX_POOL,
     nn.Upsample: ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor"),
+    nn.UpsamplingBilinear2d: ("size", "scale_factor"),
+    nn.UpsamplingNearest2d: ("size", "scale_factor"),
     # shape
     nn.ChannelShuffle: ("groups",),
+    nn.ConstantPad1d: ("padding", "value"),
     nn.ConstantPad2d: ("padding", "value"),
+    nn.ConstantPad3d: ("padding", "value"),
     nn.Flatten: ("start_dim", "end_dim"),
     nn.Identity: (),
     nn.PixelShuffle: ("upscale_factor",),
     nn.PixelUnshuffle: ("downscale_factor",),
+    nn.ReflectionPad1d: ("padding",),
     nn.ReflectionPad2d: ("padding",),
+    nn.ReflectionPad3d: ("padding",),
+    nn.ReplicationPad1d: ("padding",),
     nn.ReplicationPad2d: ("padding",),
+    nn.ReplicationPad3d: ("padding",),
     nn.Unflatten: ("dim", "unflattened_size"),
+    nn.ZeroPad1d: ("padding",),
     nn.ZeroPad2d: ("padding",),
+    nn.ZeroPad3d: ("padding",),
     # regularisation
     nn.AlphaDropout: ("p", "inplace"),
     nn.Dropout: ("p", "inplace"),
     nn.Dropout1d: ("p", "inplace"),
     nn.Dropout2d: ("p", "inplace"),
     nn.Dropout3d: ("p", "inplace"),
+    nn.FeatureAlphaDropout: ("p", "inplace"),
 }
 
 # By name; torch's Threshold is not the brick of that name.

@@ -43,6 +43,8 @@ _BINARY = "add sub mul div eq ne lt le gt ge remainder bitwise_and bitwise_or bi
 _UNARY = """
 abs bitwise_not ceil cos erf exp exp2 expm1 floor log log10 log1p log2 logical_not neg reciprocal round rsqrt
 sigmoid sign sin sqrt square tan tanh trunc relu relu6 selu silu hardsigmoid hardswish mish log_sigmoid isnan isinf
+acos acosh asin asinh atan atanh cosh sinh erfc erfinv digamma lgamma logit sgn signbit sinc angle deg2rad rad2deg i0
+isneginf isposinf nan_to_num
 """
 _IN_PLACE = """
 abs_ exp_ neg_ relu_ relu6_ selu_ sigmoid_ silu_ hardsigmoid_ hardswish_ hardtanh_ mish_ tanh_ elu_ celu_
@@ -76,6 +78,16 @@ unbind.int unflatten.int unfold unsqueeze upsample_bicubic2d upsample_bicubic2d.
 upsample_bilinear2d.vec upsample_linear1d.vec upsample_nearest1d.vec upsample_nearest2d upsample_nearest2d.vec
 upsample_trilinear3d.vec var.correction var.dim var_mean.correction view view_as where.Scalar where.ScalarOther
 where.ScalarSelf where.self zeros zeros_like
+_upsample_bicubic2d_aa.vec _upsample_bilinear2d_aa.vec _upsample_nearest_exact1d.vec _upsample_nearest_exact2d.vec
+_upsample_nearest_exact3d.vec adaptive_max_pool3d addcdiv addcmul addr affine_grid_generator aminmax argsort
+argsort.stable bucketize.Tensor channel_shuffle clamp_max.Tensor clamp_min.Tensor col2im copysign.Scalar
+copysign.Tensor count_nonzero count_nonzero.dim_IntList cummax cummin cumprod diag_embed dist feature_alpha_dropout
+fmax fmin fmod.Scalar fmod.Tensor grid_sampler_2d grid_sampler_3d heaviside hypot index_add index_copy
+index_fill.int_Scalar isin.Tensor_Tensor kthvalue ldexp.Tensor linalg_cross logaddexp logaddexp2 logcumsumexp
+logical_xor max_pool1d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d median median.dim mode
+native_channel_shuffle nanmedian nanmedian.dim nansum reflection_pad3d renorm replication_pad3d rot90 scatter.src
+scatter.value scatter_add scatter_reduce.two searchsorted.Tensor sort sort.stable std_mean.correction take trace
+unsafe_split.Tensor unsafe_split_with_sizes upsample_nearest3d.vec xlogy.Scalar_Other xlogy.Scalar_Self xlogy.Tensor
 """
 
 

@@ -18,7 +18,7 @@ from tersenet.bricks.plain import has_hooks
 _FOLLOWED = (
     nn.GLU, nn.PixelUnshuffle, nn.modules.padding._CircularPadNd, nn.Unfold, nn.Fold, nn.Unflatten, nn.Embedding,
     nn.EmbeddingBag, nn.Bilinear, nn.CosineSimilarity, nn.PairwiseDistance, nn.LocalResponseNorm, nn.Softmax2d,
-    nn.modules.pooling._MaxUnpoolNd,
+    nn.modules.pooling._MaxUnpoolNd, nn.RNNCellBase,
 )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from tersenet.graph.outputs import in_plain_containers
 from tersenet.graph.structure import structure
 
 Example = Tensor | tuple[Tensor, ...]  # what a model is called with
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH, _OWN = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 
 
 def inputs_of(example: Example) -> tuple[Tensor, ...]:
@@ -236,7 +236,7 @@ def _why(model: nn.Module, error: Exception) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_TORCH, "<")) and frame.filename != __file__
+        if not frame.filename.startswith((_TORCH, _OWN, "<"))
     ]
     said = str(error).strip().splitlines()
     reason = said[0] if said else type(error).__name__

@@ -18,6 +18,8 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.fx.node import map_arg
 
+from tersenet.graph.composites import take_apart, without_in_place
+
 aten = torch.ops.aten
 _ORDERS = torch.ops.higher_order
 # Operators that torch makes of others, and which never give back their input itself.
@@ -34,9 +36,12 @@ def functional(program: ExportedProgram) -> ExportedProgram:
 
     Under an autocast that is enabled the program says each change of type; elsewhere the operators stay as they are.
     """
+    _inline(program.graph_module)
+    program = take_apart(program)
     graph = program.graph_module
-    _inline(graph)
     if not (_contexts(graph) or _overwrites(graph.graph)):
+        without_in_place(graph.graph)
+        graph.recompile()
         return program
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about its own parts

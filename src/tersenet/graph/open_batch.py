@@ -10,6 +10,7 @@ import builtins
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 _len, _int = builtins.len, int
+_TORCH = str(Path(torch.__file__).parent)
 
 
 def _open_len(value: Any) -> Any:
@@ -78,6 +80,8 @@ def why_fixed(program: ExportedProgram) -> str:
         if not symbols or str(symbol) in symbols:
             frame = place.maybe_user_loc or place.framework_loc
             if hasattr(frame, "filename"):
+                if str(frame.filename).startswith(_TORCH):
+                    return ""
                 return f" at {frame.filename}, line {frame.lineno} ({frame.line})"
             return f" at {str(frame).strip()}" if frame else ""
     return ""

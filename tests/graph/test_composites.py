@@ -1,0 +1,69 @@
+"""Operators under other names are captured as the operators that they stand for, or are made of."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tersenet.deploy.artifact import load_terse, save_terse
+from tersenet.graph.coupling import coupling
+from tersenet.graph.recut import recut
+from tersenet.graph.trace import fixed_batch, trace
+
+X = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self, middle) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.middle = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), middle
+        self.head = nn.LazyConv2d(4, 1)
+        self(X)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self.a(x), self.b(x))).mean((2, 3))
+
+
+CASES = {
+    "an alias": (lambda x, y: torch.multiply(torch.absolute(x), y), {"aten.abs.default", "aten.mul.Tensor"}),
+    "a second name with another argument": (
+        lambda x, y: torch.divide(torch.clip(x, -0.5), 2.0), {"aten.clamp.default", "aten.div.Tensor"}
+    ),
+    "one of several parts": (lambda x, y: torch.hstack([x, y]), {"aten.cat.default"}),
+    "a composite of composites": (
+        lambda x, y: x * F.cosine_similarity(x, y).unsqueeze(1), {"aten.clamp_min.Tensor", "aten.sum.dim_IntList"}
+    ),
+    "in place": (lambda x, y: x.atan_().mul(y), {"aten.atan.default", "aten.mul.Tensor"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("middle, operators", CASES.values(), ids=CASES)
+def test_composites_are_captured_as_their_parts_written_and_cut(middle, operators, tmp_path):
+    model = Net(middle).eval()
+    graph = trace(model, X[:2])
+    assert operators <= {str(node.target) for node in graph.graph.nodes}
+    assert torch.allclose(graph(X), model(X), atol=1e-6)
+    save_terse(model, X[:2], tmp_path / "a.terse")
+    assert torch.allclose(load_terse(tmp_path / "a.terse")(X), model(X), atol=1e-6)
+    known = coupling(model, X[:2])
+    assert "a" not in known.frozen
+    removed = np.concatenate([bundle.classes[:3] for bundle in known.bundles])
+    small = recut(copy.deepcopy(model), known.plan(model, removed)).eval()
+    assert small(X).shape == model(X).shape and small.get_submodule("a").weight.shape[0] == 5
+
+
+def test_what_is_known_as_it_is_stays():
+    model = Net(lambda x, y: F.softmax(F.layer_norm(x, x.shape[2:]), 1) + F.relu_(y)).eval()
+    names = {str(node.target) for node in trace(model, X[:2]).graph.nodes}
+    assert {"aten.softmax.int", "aten.layer_norm.default", "aten.relu_.default"} <= names
+
+
+def test_a_batch_that_torch_fixes_is_said_without_a_line_of_torch():
+    graph = trace(Net(lambda x, y: torch.kron(x, torch.ones(1, 1, 2, 2))).eval(), X[:2])
+    assert "the forward of Net fixes the batch at 2; use x.shape[0]" in (fixed_batch(graph) or "")
