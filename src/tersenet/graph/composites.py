@@ -23,8 +23,7 @@ _COMPOSITE = "CompositeImplicitAutograd"
 _ROUNDS = 4  # composites of composites
 
 # Composites that are known as they are: to the following of channels, to .terse files, to the ONNX exporter.
-_KEPT = frozenset(
-    """
+_KEPT_WORDS = """
 adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d alpha_dropout avg_pool1d batch_norm
 bilinear broadcast_tensors cdist channel_shuffle chunk concat contiguous conv1d conv2d conv3d conv_transpose1d
 conv_transpose2d conv_transpose3d cross dropout einsum expand_as feature_alpha_dropout feature_dropout flatten
@@ -32,23 +31,22 @@ grid_sampler group_norm gru instance_norm layer_norm linear log_sigmoid log_soft
 max_pool1d_with_indices max_pool2d max_pool3d min movedim narrow native_batch_norm numel pad prelu relu6
 repeat_interleave reshape reshape_as rms_norm rnn_relu rnn_tanh scaled_dot_product_attention selu softmax split square
 std std_mean stft sym_numel sym_size tile to type_as unflatten unsafe_chunk var var_mean view_as where
-""".split()
-)
+"""
 # In-place forms that are known as they are.
-_KEPT_IN_PLACE = frozenset(
-    """
+_KEPT_IN_PLACE_WORDS = """
 abs_ exp_ neg_ relu_ relu6_ selu_ sigmoid_ silu_ hardsigmoid_ hardswish_ hardtanh_ mish_ tanh_ elu_ celu_ leaky_relu_
 sqrt_ clamp_ clamp_min_ clamp_max_ squeeze_ unsqueeze_ dropout_ feature_dropout_ detach_ zero_ masked_fill_ add_ sub_
 mul_ div_ copy_
-""".split()
-)
+"""
+_KEPT, _KEPT_IN_PLACE = (frozenset(words.split()) for words in (_KEPT_WORDS, _KEPT_IN_PLACE_WORDS))
 
 
 def is_composite(target: Any) -> bool:
     """Whether an operator only calls others, and is not known as it is."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return False
-    if target._opname in _KEPT or "upsample" in target._opname:
+    # Resizing is known by its name; and of what works on complex numbers the parts are known no better.
+    if target._opname in _KEPT or "upsample" in target._opname or target._opname.startswith("fft_"):
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), _COMPOSITE)
 
