@@ -21,7 +21,6 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from masked_twin import Zeroed, difference, half
 from operator_list import Setting, table
 from torch import Tensor, fx, nn
 
-import tersenet.graph.trace as trace_module
 from tersenet.bricks.settle import settle
 from tersenet.deploy.artifact import load_terse, save_terse
 from tersenet.deploy.checked import checked
@@ -64,8 +62,7 @@ class Net(nn.Module):
         size = SOURCES[setting.source]
         self.before, self.beside = (_source(setting.source) for _ in range(2))
         self.rank = len(size) + 1
-        self.code = _compiled(setting)
-        self.function = setting.function
+        self.call = _expression(setting)
         self.operator = None
         if setting.layer is not None:
             self.operator = eval(f"f({setting.layer})", {"f": setting.function, "torch": torch})
@@ -79,9 +76,8 @@ class Net(nn.Module):
     def middle(self, x: Tensor) -> list[Tensor]:
         """What the operator gives, as real numbers."""
         channels, beside = self.before(x), self.beside(x)
-        function = self.function if self.operator is None else self.operator
-        known = {"f": function, "x": channels, "y": beside, "u": channels.sigmoid(), "p": self.parameter}
-        result = eval(self.code, {"torch": torch, "F": F}, known)
+        known = {"x": channels, "y": beside, "u": channels.sigmoid(), "p": self.parameter}
+        result = self.call(known if self.operator is None else {**known, "f": self.operator})
         parts = [part for part in torch.utils._pytree.tree_leaves(result) if isinstance(part, Tensor)]
         if not parts:
             raise NoNetwork("gives no tensor")
@@ -102,11 +98,15 @@ class Net(nn.Module):
         return total
 
 
-def _compiled(setting: Setting) -> CodeType:
-    """The expression, known to tracebacks, so that sentences about it show it."""
-    name = setting.name
-    linecache.cache[name] = (len(setting.call), None, [setting.call + "\n"], name)
-    return compile(setting.call, name, "eval")
+def _expression(setting: Setting) -> Callable[[dict[str, Any]], Any]:
+    """The expression as a function of its variables, known to tracebacks, so that sentences about it show it."""
+    linecache.cache[setting.name] = (len(setting.call), None, [setting.call + "\n"], setting.name)
+    code = compile(setting.call, setting.name, "eval")
+
+    def call(known: dict[str, Any]) -> Any:
+        return eval(code, {"torch": torch, "F": F, "f": setting.function}, known)
+
+    return call
 
 
 def _source(kind: str) -> nn.Module:
@@ -300,23 +300,6 @@ def _fixed(graph: fx.GraphModule, node: fx.Node) -> str:
     return str(tuple(value.shape)) if isinstance(value, nn.Parameter) else str(value.tolist())
 
 
-def reuse_captures() -> None:
-    """All checks of a row capture the same network; torch.export runs once for it."""
-    plain = trace_module._functional
-    last: list[Any] = [None, None, None]
-
-    def once(model: nn.Module, example: Any, calls: Any) -> Any:
-        if not isinstance(model, Net):
-            return plain(model, example, calls)
-        if last[0] is not model:
-            last[1] = plain(model, example, calls)
-            last[0], last[2] = model, calls.made
-        calls.made = last[2]
-        return last[1]
-
-    trace_module._functional = once
-
-
 def reuse_tables() -> None:
     """The exporter makes its tables of operators again for each file, which takes a third of the time of a row."""
     from torch.onnx._internal.exporter import _decomp, _registration
@@ -339,7 +322,6 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what C++ prints is no answer
     torch.set_num_threads(1)
-    reuse_captures()
     reuse_tables()
     settings = {one.key: one for one in table()[1]}
     memory: Memory = json.loads(sys.stdin.readline())
