@@ -16,6 +16,7 @@ from tersenet.bricks.few_bits import FewBitLayer
 from tersenet.bricks.learned_quantizer import LearnedQuantizer
 from tersenet.errors import ModelError
 from tersenet.numerics.ranges import Histogram, affine, mse_range
+from tersenet.quantize.calibration_data import warn_of_calibration
 from tersenet.quantize.observe import Extremes, observe
 from tersenet.task import Task
 
@@ -30,6 +31,7 @@ def start(model: nn.Module, task: Task, samples: int) -> None:
     quantizers = {path: module for path, module in model.named_modules() if isinstance(module, LearnedQuantizer)}
     if not quantizers:
         return
+    warn_of_calibration(task, samples)
     extremes = {path: Extremes(path) for path in quantizers}
     with _float_weights(layers.values()):
         observe(model, task, samples, quantizers, extremes)

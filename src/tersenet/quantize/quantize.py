@@ -27,6 +27,7 @@ from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
 from tersenet.named import hits
 from tersenet.numerics.ranges import weight_scales
 from tersenet.quantize.calibrate import calibrate
+from tersenet.quantize.calibration_data import warn_of_calibration
 from tersenet.quantize.equalise import equalise
 from tersenet.quantize.formats import Format, Storage, for_storage
 from tersenet.quantize.nearest import fit_code
@@ -297,6 +298,8 @@ class Quantize(Step):
         quantized = self.activations is not None and any(
             isinstance(brick, QuantizedLayer) and brick.input_quantized for brick in bricks.values()
         )
+        if bricks and self.data_needed() == "inputs":
+            warn_of_calibration(task, self.samples)
         if quantized:
             calibrate(model, task, self.ranges, self.percentile, self.samples)
         if bricks and (self.rounding != "nearest" or self.correct_bias):

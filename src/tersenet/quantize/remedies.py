@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,7 +120,8 @@ def _try(
     tried: list[tuple[float, str]] = []
     for words, other in remedies(step, findings)[:_TRIALS]:
         try:
-            with unasked():
+            with unasked(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said of the step itself
                 made, _ = other.run(copy.deepcopy(before), task)
             after = lost(wanted, _outputs(made, inputs))
         except TersenetError:

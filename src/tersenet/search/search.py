@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tersenet.cache import cache_folder
-from tersenet.errors import NoEffect, SettingsError
+from tersenet.errors import InputWarning, NoEffect, SettingsError
 from tersenet.left_alone import trying
 from tersenet.named import foresee_names, hits
 from tersenet.search.bench import check_runtime, images_of, working_folder
@@ -184,7 +184,8 @@ class Search(Step):
         say = _sayer(task.quiet)
         steps = tuple(dataclasses.replace(step, **_inside(self, step, model)) for step in self.steps)
         images = images_of(task, 2 * self.images) if self.images else None
-        with working_folder() as folder, trying():
+        with working_folder() as folder, trying(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", InputWarning)  # said of the steps that are run in the end
             answers, note = self._all(steps, model, task, images, folder, say)
             answer, notes = answers[0], [note] if note else []
             ground, costs, original = answer.ground, answer.ground.costs, answer.ground.original
