@@ -12,7 +12,7 @@ import torch
 from tersenet.data.pixels import pixels
 from tersenet.deploy.runtimes import open_file
 from tersenet.deploy.stand_in import StandIn
-from tersenet.errors import DataError, require
+from tersenet.errors import DataError, ModelError, require
 from tersenet.files import preparation_of
 from tersenet.task import scored_output
 
@@ -26,7 +26,7 @@ def predict_images(
 
     Raises:
         DataError: when an image is missing or cannot be read.
-        ModelError: when the file has several outputs and none is clearly that of class scores.
+        ModelError: when the file has several outputs and none is clearly that of class scores, or gives NaN.
     """
     runner = open_file(file, runtime)
     preparation = preparation_of(runner)
@@ -41,6 +41,8 @@ def predict_images(
         outputs = model(torch.from_numpy(((scaled - mean) / std)[None]))
         scores = outputs if isinstance(outputs, torch.Tensor) else scored_output(outputs)[1]
         logits = scores[0].double().numpy()
+        if np.isnan(logits).any():
+            raise ModelError(f"{file} gives NaN for {path}; check the model that it was made from")
         shares = np.exp(logits - logits.max())
         shares /= shares.sum()
         order = np.argsort(-shares, kind="stable")[:top]

@@ -89,7 +89,7 @@ def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequen
 
     Raises:
         ExportError: when the file of the first runtime cannot be written, or a file does not agree with the model; it
-            is removed then.
+            is removed then. Also when the model's outputs hold NaN.
     """
     formats = dict.fromkeys(READS[runtime] for runtime in runtimes)
     model = copy.deepcopy(model)
@@ -98,7 +98,9 @@ def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequen
         fold = FoldBatchNorm()
         model = fold.apply(model, fold.plan(model, task))
     model = settle(model)
-    shipped = Shipped(model, {}, reference=Reference(model, task.example, inputs(task), task.seed))
+    reference = Reference(model, task.example, inputs(task), task.seed)
+    reference.check_values(strict=True)
+    shipped = Shipped(model, {}, reference=reference)
     for kind in ("terse", *formats):
         served = [runtime for runtime in runtimes if READS[runtime] == kind]
         write_into(shipped, task, kind, folder / f"{stem}.{kind}", served)
@@ -111,7 +113,9 @@ def ship(model: nn.Module, task: Task, folder: Path, stem: str, runtimes: Sequen
             continue
         runner = open_file(shipped.files[READS[runtime]], runtime, threads=2)
         if task.test is not None:
-            shipped.scores[runtime] = score_file(runner, task, task.test)
+            shipped.scores[runtime] = found = score_file(runner, task, task.test)
+            if found.without_value:
+                shipped.notes.append(f"{stem} in {runtime}: {found.nan_text}")
         if rounds_activations(model) and runtime in READERS:
             left = left_in_float(shipped.files[READS[runtime]], runtime)
             if left:

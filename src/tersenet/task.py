@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
-from tersenet.errors import DataError, ModelError
+from tersenet.errors import DataError, InputWarning, ModelError
 from tersenet.numerics.intervals import wilson
+from tersenet.numerics.outputs import without_value
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,23 @@ def batches_at(data: Iterable[Any], epoch: int, start: int = 0) -> Iterator[Any]
 
 @dataclass(frozen=True)
 class Score:
-    """A score with what it rests on. `value` is top-1 accuracy or the task's own metric, higher is better, 0 to 1."""
+    """A score with what it rests on. `value` is top-1 accuracy or the task's own metric, higher is better, 0 to 1;
+    `without_value` is how many samples have NaN among their outputs, which count as wrong."""
 
     value: float
     low: float
     high: float
     samples: int
     top5: float | None = None
+    without_value: int = 0
+
+    @property
+    def nan_text(self) -> str:
+        """The sentence on these samples."""
+        return (
+            f"the outputs of {self.without_value} of {self.samples} samples hold NaN, which an accuracy counts as "
+            "wrong; check the model's weights and these inputs"
+        )
 
 
 Inputs = Tensor | tuple[Tensor, ...]  # what a model is called with: one input, or all of them by order
@@ -247,20 +259,21 @@ def score(
     """Scores any callable that takes a batch and gives outputs: a model, or a file in its runtime.
 
     Top-1 accuracy with a 95 % Wilson interval, top-5 where there are at least five classes; another metric gets a
-    normal interval from the spread of its samples.
+    normal interval from the spread of its samples. Warns `InputWarning` of samples whose outputs hold NaN.
 
     Args:
         predict: batch -> logits (N, classes), as a tensor.
         data: batches of (input, target).
         metric: as in Task.
     Raises:
-        DataError: on no data, or on labels outside 0..classes-1.
+        DataError: on no data, on labels outside 0..classes-1, or on a metric that gives NaN.
     """
-    values, top5 = [], []
+    values, top5, without = [], [], 0
     for batch in data:
         outputs = predict(batch)
         if metric is not None:
             values.append(metric(outputs, batch).double().flatten())
+            without += int(without_value(outputs, len(values[-1])).sum())
             continue
         target = batch_target(batch)
         _check_logits(outputs, target)
@@ -270,20 +283,31 @@ def score(
                 f"labels run from {int(target.min())} to {int(target.max())}, but the model has {classes} classes "
                 f"(0 to {classes - 1}); check the label column"
             )
+        lost = without_value(outputs, len(outputs))  # which topk would take for the largest
+        without += int(lost.sum())
         ranked = outputs.topk(min(5, classes), dim=-1).indices == target[:, None].to(outputs.device)
+        ranked &= ~lost[:, None].to(ranked.device)
         values.append(ranked[:, 0].double())
         if classes >= 5:
             top5.append(ranked.any(dim=-1).double())
     if not values or sum(map(len, values)) == 0:
         raise DataError("there is nothing to score: the data is empty (0 samples); give at least one batch")
     hits = torch.cat(values)
+    if broken := int(hits.isnan().sum()):
+        raise DataError(
+            f"the metric gives NaN for {broken} of {len(hits)} samples, so that there is no score; it must give a "
+            f"number for each{f' ({without} of them have NaN among their outputs)' if without else ''}"
+        )
     mean, n = float(hits.mean()), len(hits)
     if metric is None:
         low, high = wilson(round(mean * n), n)
     else:
         half = 1.96 * float(hits.std()) / n**0.5 if n > 1 else 0.0
         low, high = mean - half, mean + half
-    return Score(mean, low, high, n, float(torch.cat(top5).mean()) if top5 else None)
+    found = Score(mean, low, high, n, float(torch.cat(top5).mean()) if top5 else None, without)
+    if without:
+        warnings.warn(found.nan_text, InputWarning, stacklevel=2)
+    return found
 
 
 def _check_logits(outputs: Any, target: Any) -> None:

@@ -14,7 +14,7 @@ from cases import batches, task_for, tiny
 from tersenet.bricks.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.shortcut import PadShortcut
-from tersenet.errors import DataError, ModelError, NoEffect, SettingsError
+from tersenet.errors import DataError, InputWarning, ModelError, NoEffect, SettingsError
 from tersenet.quantize.quantize import Quantize
 from tersenet.task import Task
 
@@ -135,7 +135,8 @@ def test_constant_and_zero_activations() -> None:
         model = residual()
         x = torch.full((4, 3, 8, 8), constant)
         before = model(x)
-        model, _ = Quantize().run(model, task_of(x))
+        with pytest.warns(InputWarning, match="one plain color"):
+            model, _ = Quantize().run(model, task_of(x))
         torch.testing.assert_close(model(x), before, rtol=0.05, atol=0.05)
 
 

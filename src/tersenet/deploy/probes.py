@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -17,16 +17,11 @@ Inputs = tuple[Tensor, ...]
 _NUMBERS, _FEWEST, _MOST = 300_000, 8, 32
 
 
-def probes(batches: Iterable[Any], seed: int = 0) -> list[Inputs]:
-    """One batch of one sample and one of all others: the first of the real ones alone, then more real and made ones.
-
-    Of four samples one is made: noise over the range of the real ones, a real one mirrored in that range, one shifted
-    by half of it. Units that no real input wakes are compared there, such as a channel whose ReLU gives zeros only.
-    A batch of one is what users run most, and what a size that the file holds fixed shows in.
+def real_probes(batches: Iterable[Any]) -> list[Inputs]:
+    """The real samples that a file is compared on, one by one.
 
     Args:
-        batches: of inputs (N, ...), as in Task; integers and booleans are only taken in another order.
-        seed: of the made ones.
+        batches: of inputs (N, ...), as in Task.
     """
     chosen: list[Inputs] = []
     wanted = _MOST
@@ -37,9 +32,22 @@ def probes(batches: Iterable[Any], seed: int = 0) -> list[Inputs]:
         chosen += [tuple(x[i : i + 1] for x in inputs) for i in range(len(inputs[0]))][: wanted - len(chosen)]
         if len(chosen) >= wanted:
             break
-    if not chosen:
+    return chosen[: max(1, 3 * wanted // 4)]
+
+
+def probes(real: Sequence[Inputs], seed: int = 0) -> list[Inputs]:
+    """One batch of one sample and one of all others: the first of the real ones alone, then more real and made ones.
+
+    Of four samples one is made: noise over the range of the real ones, a real one mirrored in that range, one shifted
+    by half of it. Units that no real input wakes are compared there, such as a channel whose ReLU gives zeros only.
+    A batch of one is what users run most, and what a size that the file holds fixed shows in.
+
+    Args:
+        real: from `real_probes`; integers and booleans are only taken in another order.
+        seed: of the made ones.
+    """
+    if not real:
         return []
-    real = chosen[: max(1, 3 * wanted // 4)]
     generator = torch.Generator().manual_seed(seed)
     made = [
         tuple(_made(x, torch.cat([each[i] for each in real]), kind % 3, generator) for i, x in enumerate(sample))
@@ -55,7 +63,7 @@ def _inputs(batch: Any) -> Inputs:
     return tuple(x.detach().float() if x.is_floating_point() else x.detach() for x in given)
 
 
-def _again(samples: list[Inputs]) -> Iterable[Inputs]:
+def _again(samples: Sequence[Inputs]) -> Iterable[Inputs]:
     while True:
         yield from reversed(samples)
 

@@ -17,11 +17,12 @@ from tersenet.bricks.quantizer import Quantizer
 from tersenet.deploy.folded import folded_graph
 from tersenet.deploy.merged_additions import merge_additions
 from tersenet.deploy.perturbed import Perturbed, flat_outputs
-from tersenet.deploy.probes import probes
+from tersenet.deploy.probes import probes, real_probes
 from tersenet.deploy.runner import Array, Runner
 from tersenet.deploy.runtimes import open_module
-from tersenet.errors import DataError
+from tersenet.errors import DataError, ExportError
 from tersenet.graph.trace import has_open_batch
+from tersenet.numerics.outputs import without_value
 
 Outputs = list[tuple[Array, ...]]  # per batch, all outputs
 
@@ -54,9 +55,9 @@ class Reference:
 
     def __init__(self, model: nn.Module, example: Any, batches: Iterable[Any], seed: int = 0) -> None:
         self.model, self.example, self.seed = model, example, seed
-        self.batches: list[tuple[Array, ...]] = [
-            tuple(x.cpu().numpy() for x in batch) for batch in probes(batches, seed)
-        ]
+        real = real_probes(batches)
+        self.real = len(real)  # samples that are not made up: the first of all
+        self.batches: list[tuple[Array, ...]] = [tuple(x.cpu().numpy() for x in batch) for batch in probes(real, seed)]
         if not self.batches:
             raise DataError("there is nothing to compare on: the data is empty (0 samples); give at least one input")
         self._outputs: dict[Any, Outputs] = {}
@@ -64,6 +65,30 @@ class Reference:
     @property
     def samples(self) -> int:
         return sum(len(batch[0]) for batch in self.batches)
+
+    @cached_property
+    def without_value(self) -> int:
+        """Of how many real samples an output of the model holds NaN."""
+        rows = [
+            without_value([torch.from_numpy(each) for each in part], len(batch[0]))
+            for part, batch in zip(self.outputs(self.model), self.batches, strict=True)
+        ]
+        return int(torch.cat(rows)[: self.real].sum())
+
+    def check_values(self, strict: bool = False) -> None:
+        """Refuses a model that computes nothing.
+
+        Args:
+            strict: whether the real samples are what users will give, so that none may have NaN for an output.
+        Raises:
+            ExportError: when the model's outputs hold NaN, with how often.
+        """
+        count = self.without_value
+        if count and (strict or count == self.real):
+            raise ExportError(
+                f"the model's outputs hold NaN for {count} of the {self.real} inputs that its files are compared on; "
+                "check its weights and what it divides by or takes the logarithm or root of"
+            )
 
     @cached_property
     def graph(self) -> fx.GraphModule:

@@ -66,8 +66,10 @@ def compare(runner: Runner, reference: Reference) -> Agreement:
     """Compares all outputs of a file with the model that it was made from, at two batch sizes.
 
     Raises:
-        ExportError: when the file has other outputs, in number or in shape, or does not take a batch.
+        ExportError: when the file has other outputs, in number or in shape, or does not take a batch, or when the model
+            itself gives nothing but NaN.
     """
+    reference.check_values()
     best: Agreement | None = None
     try:
         outputs = [runner.run_all(batch) for batch in reference.batches]

@@ -23,3 +23,16 @@ def floats(outputs: Any) -> list[Tensor]:
 def joined(parts: Sequence[Any]) -> list[Tensor]:
     """The same of several batches, one behind the other."""
     return [torch.cat(pieces) for pieces in zip(*map(floats, parts), strict=True)]
+
+
+def without_value(outputs: Any, samples: int) -> Tensor:
+    """(samples,): which samples have NaN among their outputs; none where the outputs are not one for each sample.
+
+    >>> without_value(torch.tensor([[1.0, float("nan")], [1.0, float("inf")]]), 2).tolist()
+    [True, False]
+    """
+    found = torch.zeros(samples, dtype=torch.bool)
+    for each in floats(outputs):
+        if len(each) == samples and each.numel():
+            found |= each.isnan().reshape(samples, -1).any(1).cpu()
+    return found
