@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "findings": set(),
     "left_alone": {"named"},
     "scored_on": {"task"},
-    "step": {"errors", "bricks", "graph", "left_alone", "named", "task"},
+    "step": {"errors", "numerics", "bricks", "graph", "left_alone", "named", "task"},
     "repeat": {"errors", "left_alone", "named", "task", "step"},
     "resize": {"errors", "numerics", "task", "step"},
     "report": {"errors", "atomic", "left_alone", "numerics"},

@@ -137,7 +137,10 @@ def _steps(recipe: Recipe | Sequence[Step] | str | Path, recover: Any) -> tuple[
 
 
 def _check_data(steps: Sequence[Step], task: Task) -> None:
-    """Says which steps remain when there are no labels, or no data at all."""
+    """Raises where steps do not serve the model's inputs, and says which remain when there are no labels, or no data at
+    all."""
+    for step in steps:
+        step.check_inputs(task)
     have_inputs = task.train is not None or task.calibrate is not None
     have = {"nothing"} | ({"inputs"} if have_inputs else set()) | ({"labels"} if task.train is not None else set())
     flat = [inner for step in steps for inner in (step.steps if isinstance(step, Chain) else (step,))]

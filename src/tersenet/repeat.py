@@ -22,7 +22,7 @@ from tersenet.errors import DataError, NoEffect, SettingsError
 from tersenet.left_alone import LeftAlone, listening, tell
 from tersenet.named import remembering
 from tersenet.step import Chain, Plan, Step
-from tersenet.task import Task, batch_input, batches_at, score_model
+from tersenet.task import Task, batches_at, samples_in, score_model
 
 # An epoch that no training reaches, so that its augmentation is new to the model.
 _UNSEEN_EPOCH = 1_000_003
@@ -55,6 +55,7 @@ class Repeat(Step):
         images: how many images judge the agreement; 2,000 tell half a point from a whole one.
     """
 
+    several_inputs: ClassVar[bool] = True
     family: ClassVar[str] = "chain"
     summary: ClassVar[str] = "repeats its steps until a given drop in points of score, and keeps the last good round"
     serves: ClassVar[tuple[str, ...]] = ("what its steps serve",)
@@ -184,7 +185,7 @@ class _Few:
         seen = 0
         for batch in batches_at(self.data, _UNSEEN_EPOCH):
             yield batch
-            seen += len(batch_input(batch))
+            seen += samples_in(batch)
             if seen >= self.images:
                 return
 

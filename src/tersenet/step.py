@@ -22,6 +22,7 @@ from tersenet.errors import NoEffect, SettingsError, TersenetError
 from tersenet.graph.taken_apart import opened
 from tersenet.left_alone import HEARD, LOG, SILENT, LeftAlone, tell
 from tersenet.named import check_names, foresee_names, hits, is_layer, remembering
+from tersenet.numerics.samples import Inputs
 from tersenet.task import Task
 
 Plan = dict[str, Any]
@@ -139,9 +140,20 @@ class Step(Part):
 
     def check(self, task: Task) -> None:
         """Asked of every step, and of those it holds, before a search or the first step runs. Raises when something
-        that the settings name, such as a teacher's file, cannot be had: hours later is late to hear of it."""
+        that the settings name, such as a teacher's file, cannot be had, or the step does not serve the model's
+        inputs: hours later is late to hear of it."""
+        self.check_inputs(task)
         for step in getattr(self, "steps", ()):
             step.check(task)
+
+    def check_inputs(self, task: Task) -> None:
+        """Raises SettingsError where the model takes several inputs and the step, or one that it holds, serves one."""
+        if isinstance(task.example, tuple) and not self.several_inputs:
+            raise SettingsError(
+                f"the model takes {len(task.example)} inputs, and {self.name} serves models of one; leave it out"
+            )
+        for step in getattr(self, "steps", ()):
+            step.check_inputs(task)
 
     def choices(self, model: nn.Module, task: Task) -> dict[str, list[Any]]:
         """place -> the settings that can be picked there, JSON only; the first leaves the place as it is.
@@ -151,13 +163,13 @@ class Step(Part):
         """
         return {}
 
-    def sensitivities(self, model: nn.Module, task: Task, images: Tensor) -> dict[str, dict[Any, float]]:
+    def sensitivities(self, model: nn.Module, task: Task, images: Inputs) -> dict[str, dict[Any, float]]:
         """place -> setting -> how much picking it there alone hurts, without training: the
         divergence (numerics/divergence.py) from the model's outputs, after repair. {} means that it is to be found by
         trying `chosen`.
 
         Args:
-            images: (N, ...) unlabelled inputs.
+            images: (N, ...) unlabelled inputs, or a tuple of all inputs by order.
         """
         return {}
 
@@ -202,10 +214,8 @@ class Step(Part):
         """
         listener = HEARD.get()
         try:
-            if isinstance(task.example, tuple) and not self.several_inputs:
-                raise SettingsError(
-                    f"the model takes {len(task.example)} inputs, and this step serves models of one; leave it out"
-                )
+            if isinstance(task.example, tuple):
+                self.check_inputs(task)
             if self.family != "train" and not all(map(is_plain, model.modules())):
                 model = opened(model, task.example)
             if any(getattr(self, setting, None) for setting in (*self.naming, "companions")):
@@ -237,6 +247,7 @@ class Step(Part):
 class Chain(Step):
     """Steps one after another. Its plan holds each step's plan, so replaying it replays all of them."""
 
+    several_inputs: ClassVar[bool] = True
     family: ClassVar[str] = "chain"
     summary: ClassVar[str] = "runs its steps one after another"
     chooses_layers: ClassVar[bool] = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_flatten_with_path
 from tersenet.errors import DataError, InputWarning, ModelError
 from tersenet.numerics.intervals import wilson
 from tersenet.numerics.outputs import without_value
+from tersenet.numerics.samples import first, together
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ class Score:
         )
 
 
-Inputs = Tensor | tuple[Tensor, ...]  # what a model is called with: one input, or all of them by order
+# Beyond the values that prepared images can have, by so many times, data are of another kind: pixels of 0 to 255.
+_FAR = 20.0
+INPUT_KEYS = ("image", "input", "pixel_values", "x")  # what a dict may call its input
 _LOGITS = ("logits", "out")  # what a dict of outputs may call its class scores; "out" as torchvision does
 
 
@@ -156,11 +160,16 @@ def inputs_of(batch: Any) -> tuple[Tensor, ...]:
     return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
 
 
+def samples_in(batch: Any) -> int:
+    """How many samples a batch holds."""
+    return len(inputs_of(batch)[0])
+
+
 def batch_input(batch: Any) -> Tensor:
     """The input of a batch: first of a pair, or the dict's "image", "input" or "pixel_values". Several inputs stand
     there as a tuple, in the order in which the model takes them."""
     if isinstance(batch, dict):
-        for key in ("image", "input", "pixel_values", "x"):
+        for key in INPUT_KEYS:
             if key in batch:
                 return batch[key]
         raise DataError(f"a batch has no input: its keys are {sorted(batch)}; name one of them 'input'")
@@ -251,6 +260,53 @@ class Task:
             yield batch
         if seen == 0:
             raise DataError("the calibration data is empty (0 samples); give at least one batch")
+
+    def check_inputs(self, inputs: tuple[Tensor, ...], number: int) -> None:
+        """Raises DataError on a batch of calibration data of another shape, type or range than the model's inputs."""
+        examples = inputs_of((self.example, None))
+        if len(inputs) != len(examples):
+            raise DataError(
+                f"calibration batch {number} has {len(inputs)} inputs, the model {len(examples)}; give each batch as "
+                "(inputs, target), with several inputs as a tuple"
+            )
+        for x, wanted in zip(inputs, examples, strict=True):
+            _check_input(x, wanted, number, self.preparation)
+
+    def inputs_like(self, model: nn.Module, limit: int) -> tuple[Tensor, ...]:
+        """All inputs of calibration samples, at most `limit`, (N, ...) each, on the model's device.
+
+        Raises:
+            DataError: as `calibration` and `check_inputs`.
+        """
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        found = []
+        for number, batch in enumerate(self.calibration(limit)):
+            found.append(inputs_of(batch))
+            self.check_inputs(found[-1], number)
+        return tuple(each.to(device) for each in first(together(found), limit))
+
+
+def _check_input(x: Tensor, wanted: Tensor, number: int, preparation: Preparation) -> None:
+    if x.shape[1:] != wanted.shape[1:] or x.dtype != wanted.dtype:
+        raise DataError(
+            f"calibration batch {number} is {list(x.shape)} of {x.dtype}, the model's input is [N, "
+            f"{', '.join(map(str, wanted.shape[1:]))}] of {wanted.dtype}; prepare both alike"
+        )
+    if not x.is_floating_point():
+        return  # indices have no range to be scaled to
+    low, high = (float(value) for value in torch.aminmax(x)) if x.numel() else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise DataError(f"calibration batch {number} holds values that are not finite (NaN or infinity); remove them")
+    reach = float(wanted.abs().max())
+    if x.dim() == 4:
+        pairs = zip(preparation.mean, preparation.std, strict=True)
+        reach = max(reach, *(max(abs(mean), abs(1 - mean)) / std for mean, std in pairs))
+    if max(-low, high) > _FAR * reach:
+        raise DataError(
+            f"the values of calibration batch {number} run from {low:.4g} to {high:.4g}, and those of images that are "
+            f"prepared for this model reach {reach:.3g} at most; scale pixels to [0, 1], then subtract the mean and "
+            "divide by the deviation"
+        )
 
 
 def score(

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from tersenet.errors import SurgeryError
 from tersenet.graph.calls import is_leaf
 from tersenet.graph.points import clip_bounds
-from tersenet.graph.trace import trace
+from tersenet.graph.trace import Example, trace
 
 aten = torch.ops.aten
 
@@ -66,11 +66,11 @@ class Blocks:
     refused: dict[str, str]
 
 
-def residual_blocks(model: nn.Module, example: Tensor) -> Blocks:
+def residual_blocks(model: nn.Module, example: Example) -> Blocks:
     """Finds the blocks that can be dropped. Traces the model and runs it once, in evaluation mode.
 
     Args:
-        example: (N, ...), an input of the model.
+        example: (N, ...), an input of the model, or a tuple of all of them.
     Raises:
         TraceError: when the forward cannot be captured.
     """
@@ -126,7 +126,7 @@ def drop(model: nn.Module, blocks: Mapping[str, Activation]) -> nn.Module:
     return model
 
 
-def _calls(model: nn.Module, example: Tensor) -> dict[int, str]:
+def _calls(model: nn.Module, example: Example) -> dict[int, str]:
     """id of a module that was called -> why its calls forbid to replace it; empty where nothing does."""
     seen: dict[int, str] = {}
 
@@ -145,7 +145,7 @@ def _calls(model: nn.Module, example: Tensor) -> dict[int, str]:
             module.training = False
             hooks.append(module.register_forward_hook(note, with_kwargs=True))
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model(example)
+            model(*(example if isinstance(example, tuple) else (example,)))
     finally:
         for hook in hooks:
             hook.remove()

@@ -51,6 +51,13 @@ def size(node: fx.Node) -> int:
     return count
 
 
+def fitting(graph: fx.GraphModule) -> int:
+    """How many samples run together so that each activation of all of them fits in memory; at least 8."""
+    nodes = list(graph.graph.nodes)
+    samples = next(node.meta["shape"][0] for node in nodes if node.op == "placeholder")
+    return max(8, FLOATS // max(1, max(map(size, nodes)) // samples))
+
+
 def places(node: fx.Node, module: Any, images: int) -> Tensor:
     """(P,) positions of a layer's output that take part: enough for four rows per unknown, or all there are."""
     unknowns = module.weight[0].numel()

@@ -18,7 +18,6 @@ from tersenet.prune.importance import activations, gate_gradients, weight_gradie
 from tersenet.prune.known import numbers_of, remembered, structure_of
 from tersenet.prune.reconstruction import folded, losses, readers_of
 from tersenet.prune.subject import Ranked, Subject, by_score, in_order, parts_of, readers, sums_of, weight_of
-from tersenet.task import Task, batch_input
 
 CALIBRATION = 768  # images for what layers lose
 
@@ -141,15 +140,9 @@ def obs(subject: Subject) -> list[Ranked | None]:
 # --- from what the readers lose ------------------------------------------------------------------------------------
 
 
-def images_of(model: nn.Module, task: Task, count: int) -> Tensor:
-    """(N, ...) unlabelled images, N at most `count`."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return torch.cat([batch_input(batch) for batch in task.calibration(count)])[:count].to(device)
-
-
 def _added(subject: Subject) -> list[tuple[np.ndarray, np.ndarray] | None]:
     """Per bundle the Gram matrix of what its channels add to all that read them, and the size of their weights."""
-    images = images_of(subject.model, subject.task, CALIBRATION)
+    images = subject.task.inputs_like(subject.model, CALIBRATION)
     found: list[tuple[np.ndarray, np.ndarray] | None] = []
     twin = folded(subject.model, subject.task.example)
     for maps in readers_of(subject.known, subject.bundles, twin, images):
@@ -195,7 +188,7 @@ def reconstruction(subject: Subject) -> list[Ranked | None]:
     )  # fmt: skip
 
     def make() -> list[Ranked | None]:
-        images = images_of(subject.model, subject.task, CALIBRATION)
+        images = subject.task.inputs_like(subject.model, CALIBRATION)
         found = losses(subject.known, subject.bundles, folded(subject.model, subject.task.example), images)
         return [None if lost is None else in_order(lost.found.order, np.diff(lost.found.errors)) for lost in found]
 

@@ -27,10 +27,11 @@ from tersenet.graph.taken_apart import opened
 from tersenet.graph.trace import trace
 from tersenet.left_alone import LEFT_OUT, LeftAlone, gathered, weights_of
 from tersenet.numerics.divergence import divergence
+from tersenet.numerics.samples import Inputs, side_by_side
 from tersenet.prune.known import known_blocks
 from tersenet.prune.repair import repair
 from tersenet.step import Plan, Step, replace
-from tersenet.task import Task, batch_input, to_device
+from tersenet.task import Task, to_device
 
 # Images on which the change that a block makes is measured.
 _MEASURED_ON = 256
@@ -56,6 +57,7 @@ class DropBlocks(Step):
     family: ClassVar[str] = "prune"
     summary: ClassVar[str] = "leaves out whole residual blocks, the least important first"
     serves: ClassVar[tuple[str, ...]] = ("residual block",)
+    several_inputs: ClassVar[bool] = True
     naming: ClassVar[tuple[str, ...]] = ("only", "skip", "blocks")
 
     blocks: tuple[str, ...] = ()
@@ -140,8 +142,7 @@ class DropBlocks(Step):
             if behind is None:
                 return
             kept = {behind: {"in": []}}  # nothing of it was cut, but from there on inputs are others
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        images = torch.cat([batch_input(batch) for batch in task.calibration(512)])[:512].to(device)
+        images = task.inputs_like(model, 512)
         if task.original is not None and _same_numbers(model, task.original):
             repair(model, images, task.original, {})
         else:
@@ -157,7 +158,7 @@ class DropBlocks(Step):
         known = known_blocks(model, task.example)
         return {path: ["keep", "drop"] for path in known.found if self.matches(path, model.get_submodule(path))}
 
-    def sensitivities(self, model: nn.Module, task: Task, images: Tensor) -> dict[str, dict[Any, float]]:
+    def sensitivities(self, model: nn.Module, task: Task, images: Inputs) -> dict[str, dict[Any, float]]:
         """path -> {"keep": 0, "drop": divergence of the outputs without the block}; every norm takes the statistics of
         these images, which stands for the repair of what comes behind."""
         known = known_blocks(model, task.example).found
@@ -165,12 +166,12 @@ class DropBlocks(Step):
         for norm in (m for m in twin.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
             norm.training, norm.momentum = True, 0.0  # its own statistics are used, and not kept
         with torch.no_grad():
-            wanted = model(images)
+            wanted = model(*side_by_side(images))
             found = {}
             for path in self.choices(model, task):
                 block = twin.get_submodule(path)
                 drop(twin, {path: known[path]})
-                found[path] = {"keep": 0.0, "drop": divergence(wanted, twin(images))}
+                found[path] = {"keep": 0.0, "drop": divergence(wanted, twin(*side_by_side(images)))}
                 replace(twin, {path: block})
         return found
 
@@ -218,7 +219,7 @@ def importance(model: nn.Module, blocks: Mapping[str, Any], task: Task) -> dict[
             hooks.append(model.get_submodule(path).register_forward_hook(after(path)))
         with evaluating(model), evaluating(twin), torch.no_grad():
             for batch in task.calibration(_MEASURED_ON):
-                model(to_device(batch_input(batch), device))
+                task.run(model, to_device(batch, device))
     finally:
         for handle in hooks:
             handle.remove()
@@ -235,7 +236,7 @@ def _weight_size(block: nn.Module) -> float:
     return float(torch.cat([p.detach().flatten() for p in chosen]).double().square().mean().sqrt())
 
 
-def _first_behind(original: nn.Module, model: nn.Module, example: Tensor) -> str | None:
+def _first_behind(original: nn.Module, model: nn.Module, example: Inputs) -> str | None:
     """The first layer that is called behind a block which the model lost; None where there is no such layer."""
     now = dict(model.named_modules())
     lost = [

@@ -5,6 +5,8 @@
               "layer1.0.bn1": {"channel": [0, 2, 5]}, "layer1.0.conv2": {"in": [0, 2, 5]}},
      "input": "2x3x32x32", "check": "ab4cf411-91b0d1d4"}     shape of an input; checksums of `keep` and `kept`
 
+Of several inputs "input" is the list of their shapes.
+
 "traced" is in it where the model's own forward cannot stay, because sizes are written in it: graph/recut.py.
 
 A plan that nobody edited is applied as it stands. After an edit of `keep` the model is traced with an input of that
@@ -26,10 +28,12 @@ from torch import Tensor, nn
 
 from tersenet.errors import SurgeryError
 from tersenet.graph.coupling import Coupling, coupling
+from tersenet.graph.trace import Example
+from tersenet.numerics.samples import side_by_side
 from tersenet.prune.budget import name_of
 
 
-def plan_of(model: nn.Module, known: Coupling, removed: np.ndarray, example: Tensor) -> dict[str, Any]:
+def plan_of(model: nn.Module, known: Coupling, removed: np.ndarray, example: Example) -> dict[str, Any]:
     """The plan that removes these classes; {} when there are none."""
     if not len(removed):
         return {}
@@ -38,9 +42,17 @@ def plan_of(model: nn.Module, known: Coupling, removed: np.ndarray, example: Ten
     cut = [bundle for bundle in known.bundles if np.isin(bundle.classes, removed).any()]
     makers = dict.fromkeys(name_of(bundle) for bundle in cut)
     keep = {path: kept[path][_maker(known, path)] for path in makers}
-    shape = "x".join(map(str, example.shape))
-    kind = {} if example.dtype == torch.float32 else {"input_type": str(example.dtype).removeprefix("torch.")}
-    return {"keep": keep, **found, "input": shape, **kind, "check": f"{_checksum(keep)}-{_checksum(kept)}"}
+    shapes = ["x".join(map(str, each.shape)) for each in side_by_side(example)]
+    types = [str(each.dtype).removeprefix("torch.") for each in side_by_side(example)]
+    several = isinstance(example, tuple)
+    kind = {} if set(types) == {"float32"} else {"input_type": types if several else types[0]}
+    return {
+        "keep": keep,
+        **found,
+        "input": shapes if several else shapes[0],
+        **kind,
+        "check": f"{_checksum(keep)}-{_checksum(kept)}",
+    }
 
 
 def cut_of(model: nn.Module, plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,13 +152,17 @@ def _as_written(plan: Mapping[str, Any]) -> tuple[bool, bool]:
     return kept == _checksum(plan.get("kept")), keep == _checksum(plan.get("keep"))
 
 
-def _example(model: nn.Module, plan: Mapping[str, Any]) -> Tensor:
-    said = plan.get("input")
+def _example(model: nn.Module, plan: Mapping[str, Any]) -> Example:
+    said, types = plan.get("input"), plan.get("input_type", "float32")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+    def zeros(said: Any, kind: str) -> Tensor:
+        return torch.zeros([int(size) for size in str(said).split("x")], dtype=getattr(torch, kind), device=device)
+
     try:
-        shape = [int(size) for size in str(said).split("x")]
-        kind = getattr(torch, plan.get("input_type", "float32"))
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        return torch.zeros(shape, dtype=kind, device=device)
+        if isinstance(said, list):
+            return tuple(map(zeros, said, types if isinstance(types, list) else [types] * len(said)))
+        return zeros(said, types)
     except (ValueError, RuntimeError, AttributeError, TypeError):
         raise SurgeryError(
             f"the plan was edited and its 'input' is {said!r}; give the shape of an input, such as '2x3x32x32'"

@@ -27,7 +27,7 @@ from tersenet.bricks.evaluating import evaluating
 from tersenet.errors import DataError
 from tersenet.graph.coupling import Coupling
 from tersenet.prune.known import numbers_of, remembered, structure_of
-from tersenet.task import Task, batch_input, batches_at, to_device
+from tersenet.task import Task, batch_input, batches_at, samples_in, to_device
 from tersenet.train.batches import split
 
 SAMPLES = 512
@@ -202,7 +202,7 @@ def _labelled(task: Task, limit: int) -> Iterator[Any]:
     for batch in batches_at(task.train, 0):
         if seen >= limit:
             break
-        seen += len(batch_input(batch))
+        seen += samples_in(batch)
         yield batch
     if seen == 0:
         raise DataError("the training data is empty (0 samples); give at least one batch")
@@ -218,7 +218,7 @@ def _pieces(
     """
     number = 0
     for batch in batches:
-        samples = len(batch_input(batch))
+        samples = samples_in(batch)
         pieces = -(-samples // size)
         for i in range(pieces):
             own = share(number)

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from tersenet.graph.blocks import Blocks, residual_blocks
 from tersenet.graph.capture import Example
@@ -44,6 +44,6 @@ def known_coupling(model: nn.Module, example: Example) -> Coupling:
     return remembered(model, "coupling", structure_of(model, example), lambda: coupling(model, example))
 
 
-def known_blocks(model: nn.Module, example: Tensor) -> Blocks:
+def known_blocks(model: nn.Module, example: Example) -> Blocks:
     """`graph.blocks.residual_blocks`, remembered."""
     return remembered(model, "blocks", structure_of(model, example), lambda: residual_blocks(model, example))

@@ -26,10 +26,11 @@ from tersenet.graph.trace import said_input, trace, trace_with
 from tersenet.left_alone import LEFT_OUT, LeftAlone, another_kind, by_layer
 from tersenet.numerics.divergence import divergence
 from tersenet.numerics.magnitudes import Magnitudes, equal_marginals
+from tersenet.numerics.samples import in_parts
 from tersenet.prune.activation_sites import PLACES, READERS, activation_sites, insert_thresholds, thresholds_at
 from tersenet.prune.repair import repair
 from tersenet.step import Plan, Step
-from tersenet.task import Task, batch_input, to_device
+from tersenet.task import Task, to_device
 
 SHARES = ("layer", "error", "sensitivity")
 # Images on which outputs are compared.
@@ -64,6 +65,7 @@ class PruneActivations(Step):
         skip: cut nothing that is read by a layer that matches.
     """
 
+    several_inputs: ClassVar[bool] = True
     family: ClassVar[str] = "prune"
     summary: ClassVar[str] = "sets small activations to zero, for kernels that skip zeros"
     serves: ClassVar[tuple[str, ...]] = ("activation function in front of conv or linear",)
@@ -161,8 +163,7 @@ class _Choice:
     def __init__(self, settings: PruneActivations, model: fx.GraphModule, task: Task, bricks: Mapping[str, Any]):
         self.settings, self.model, self.task, self.bricks = settings, model, task, bricks
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        batches = [batch_input(batch) for batch in task.calibration(_COMPARED_ON)]
-        self.images = torch.cat(batches)[:_COMPARED_ON].to(self.device)
+        self.images = task.inputs_like(model, _COMPARED_ON)
         self.wanted: Tensor | None = None
         self.weights = dict.fromkeys(bricks, 1.0)
 
@@ -227,7 +228,7 @@ class _Choice:
 
     def _outputs(self) -> Tensor:
         with evaluating(self.model), torch.no_grad():
-            found = [self.model(part) for part in self.images.split(64)]
+            found = [self.model(*part) for part in in_parts(self.images, 64)]
         if not all(isinstance(part, Tensor) for part in found):
             raise ModelError(
                 f"the model's output is {type(found[0]).__name__} and no tensor, so outputs cannot be compared; "
@@ -270,9 +271,7 @@ def _repair(graph: fx.GraphModule, bricks: Mapping[str, Any], task: Task) -> Non
     before = copy.deepcopy(graph)
     for path in bricks:
         before.get_submodule(path).threshold.zero_()  # type: ignore[operator]
-    device = next((p.device for p in graph.parameters()), torch.device("cpu"))
-    images = torch.cat([batch_input(batch) for batch in task.calibration(_REPAIRED_ON)])[:_REPAIRED_ON]
-    repair(graph, images.to(device), before, {})
+    repair(graph, task.inputs_like(graph, _REPAIRED_ON), before, {})
 
 
 def _between_steps(brick: Any, quantizer: nn.Module) -> None:

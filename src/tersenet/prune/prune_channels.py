@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tersenet.errors import SettingsError
 from tersenet.graph.costs import totals
@@ -25,6 +25,7 @@ from tersenet.graph.coupling import Bundle, Coupling
 from tersenet.graph.recut import recut
 from tersenet.graph.taken_apart import opened
 from tersenet.left_alone import LEFT_OUT, LeftAlone, gathered, share_text
+from tersenet.numerics.samples import Inputs, as_batch
 from tersenet.prune.budget import (
     Candidate,
     LayerMacs,
@@ -38,7 +39,7 @@ from tersenet.prune.budget import (
     sparsity_for,
     unit_of,
 )
-from tersenet.prune.by_data import CALIBRATION, images_of
+from tersenet.prune.by_data import CALIBRATION
 from tersenet.prune.channel_scores import FROM_WEIGHTS, SCORES
 from tersenet.prune.choose import scope_of
 from tersenet.prune.edited import cut_of, plan_of, removed_by
@@ -90,6 +91,7 @@ class PruneChannels(Step):
     family: ClassVar[str] = "prune"
     summary: ClassVar[str] = "removes whole channels, with everything that is coupled to them"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
+    several_inputs: ClassVar[bool] = True
     naming: ClassVar[tuple[str, ...]] = ("only", "skip", "widths", "keep")
 
     sparsity: float = 0.5
@@ -193,7 +195,7 @@ class PruneChannels(Step):
         found = {candidate.name: candidate.choices(self.multiple_of) for candidate in candidates}
         return {name: widths for name, widths in found.items() if len(widths) > 1}
 
-    def sensitivities(self, model: nn.Module, task: Task, images: Tensor) -> dict[str, dict[Any, float]]:
+    def sensitivities(self, model: nn.Module, task: Task, images: Inputs) -> dict[str, dict[Any, float]]:
         """name of a bundle -> width -> divergence (numerics/divergence.py) of the outputs when only this is cut.
 
         The layers that read the bundle make up for it; other repair is not counted.
@@ -242,7 +244,7 @@ class PruneChannels(Step):
         if self.scope == "sensitivity":
             if macs.at(macs.sizes) <= share * total:
                 return [len(candidate.order) for candidate in candidates]
-            judges = images_of(model, dataclasses.replace(task, calibrate=task.train or task.calibrate), _JUDGES)
+            judges = dataclasses.replace(task, calibrate=task.train or task.calibrate).inputs_like(model, _JUDGES)
             curves = self._curves(model, known, candidates, task, twin, judges)
             hurts = [
                 {width // candidate.each: cost for width, cost in curve.items()}
@@ -258,14 +260,14 @@ class PruneChannels(Step):
         return counts
 
     def _curves(
-        self, model: nn.Module, known: Coupling, candidates: list[Candidate], task: Task, twin: Any, images: Tensor
+        self, model: nn.Module, known: Coupling, candidates: list[Candidate], task: Task, twin: Any, images: Inputs
     ) -> list[dict[int, float]]:
         """Per candidate: width -> divergence."""
         bundles = [candidate.bundle for candidate in candidates]
         widths = [candidate.choices(self.multiple_of) for candidate in candidates]
         sizes = [[width // c.each for width in row[1:]] for row, c in zip(widths, candidates, strict=True)]
         orders = [np.searchsorted(c.bundle.classes, c.order).tolist() for c in candidates]
-        calibration = images_of(model, task, _CALIBRATION)
+        calibration = task.inputs_like(model, _CALIBRATION)
         curves = []
         for candidate, row, curve in zip(
             candidates, widths, divergences(known, bundles, sizes, orders, twin, calibration, images), strict=True
@@ -278,9 +280,9 @@ class PruneChannels(Step):
             curves.append({row[0]: 0.0, **{size * candidate.each: cost for size, cost in curve.items()}})
         return curves
 
-    def _tried(self, name: str, width: int, model: nn.Module, task: Task, images: Tensor) -> float:
+    def _tried(self, name: str, width: int, model: nn.Module, task: Task, images: Inputs) -> float:
         step = dataclasses.replace(self, widths={name: width}, scope="layer")
-        cut, _ = step.run(copy.deepcopy(model), dataclasses.replace(task, calibrate=[images]))
+        cut, _ = step.run(copy.deepcopy(model), dataclasses.replace(task, calibrate=[as_batch(images)]))
         return compared(model, cut, images)
 
     def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
@@ -324,7 +326,7 @@ class PruneChannels(Step):
         kept = None if task.original is None else self._kept(model, task.original, task)
         if kept == {}:
             return
-        images = images_of(model, task, _CALIBRATION)
+        images = task.inputs_like(model, _CALIBRATION)
         repair(model, images, None if kept is None else task.original, kept or {})
 
     def _kept(self, model: nn.Module, original: nn.Module, task: Task) -> dict[str, dict[str, list[int]]] | None:

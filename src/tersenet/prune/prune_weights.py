@@ -61,6 +61,7 @@ class PruneWeights(Step):
         samples: how many calibration samples importance and refit may read.
     """
 
+    several_inputs: ClassVar[bool] = True
     family: ClassVar[str] = "prune"
     summary: ClassVar[str] = "sets weights to zero, one by one or in patterns, and keeps them there by masks"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")

@@ -21,10 +21,11 @@ from tersenet.graph.coupling import Bundle, Coupling
 from tersenet.graph.fold import fold_all
 from tersenet.graph.trace import trace
 from tersenet.numerics.elimination import Elimination, Reader, eliminate
+from tersenet.numerics.samples import Inputs, in_parts, side_by_side
 from tersenet.prune.importance import reduced, share
 
 
-def folded(model: nn.Module, example: Tensor) -> fx.GraphModule:
+def folded(model: nn.Module, example: Inputs) -> fx.GraphModule:
     """A copy of a model, in evaluation mode, whose norms are part of the layers before them; paths stay."""
     graph = trace(copy.deepcopy(model).eval(), example)
     fold_all(graph)
@@ -52,10 +53,11 @@ def _is_per_channel(module: Any) -> bool:
     return isinstance(module, nn.PReLU) or hasattr(module, "kernel_size")
 
 
-def read_grams(twin: fx.GraphModule, paths: set[str], images: Tensor, batch: int = 128) -> dict[str, Tensor]:
+def read_grams(twin: fx.GraphModule, paths: set[str], images: Inputs, batch: int = 128) -> dict[str, Tensor]:
     """path -> (I K K, I K K) mean of x x' over sampled positions of some layers' inputs, float64."""
     plain = {path: node for path, node in rows.plain_calls(twin).items() if path in paths}
-    chosen = {path: rows.places(node, twin.get_submodule(path), len(images)) for path, node in plain.items()}
+    samples, device = len(side_by_side(images)[0]), side_by_side(images)[0].device
+    chosen = {path: rows.places(node, twin.get_submodule(path), samples) for path, node in plain.items()}
     sums: dict[str, Tensor] = {}
 
     class Record(fx.Interpreter):
@@ -68,15 +70,15 @@ def read_grams(twin: fx.GraphModule, paths: set[str], images: Tensor, batch: int
             return super().run_node(node)
 
     with torch.no_grad():
-        for number, part in enumerate(images.split(batch)):
+        for number, part in enumerate(in_parts(images, batch)):
             if share(number):
-                Record(twin).run(part)
+                Record(twin).run(*part)
     for path in plain:
         if path not in sums:  # a process without images
             size = twin.get_submodule(path).weight[0].numel()  # type: ignore[index]
-            sums[path] = torch.zeros(size, size, dtype=torch.float64, device=images.device)
+            sums[path] = torch.zeros(size, size, dtype=torch.float64, device=device)
         reduced(sums[path])
-    return {path: total / (len(chosen[path]) * len(images)) for path, total in sums.items()}
+    return {path: total / (len(chosen[path]) * samples) for path, total in sums.items()}
 
 
 def bundle_readers(
@@ -114,7 +116,7 @@ def losses(
     known: Coupling,
     bundles: Sequence[Bundle],
     twin: fx.GraphModule,
-    images: Tensor,
+    images: Inputs,
     keep: Sequence[Sequence[int]] | None = None,
     orders: Sequence[Sequence[int] | None] | None = None,
 ) -> list[Losses | None]:
@@ -139,7 +141,7 @@ def losses(
 
 
 def readers_of(
-    known: Coupling, bundles: Sequence[Bundle], twin: fx.GraphModule, images: Tensor
+    known: Coupling, bundles: Sequence[Bundle], twin: fx.GraphModule, images: Inputs
 ) -> list[dict[str, Reader] | None]:
     """Per bundle, path -> the layer that reads it as a linear map; None where its readers cannot make up for a loss."""
     plain = rows.plain_calls(twin)

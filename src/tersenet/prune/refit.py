@@ -20,7 +20,8 @@ from tersenet.graph import rows
 from tersenet.graph.trace import trace
 from tersenet.numerics import saliency
 from tersenet.numerics.masked_squares import masked_least_squares
-from tersenet.task import Task, batch_input
+from tersenet.numerics.samples import first
+from tersenet.task import Task
 
 _RIDGE = 1e-4
 
@@ -37,20 +38,20 @@ class Refit:
     """
 
     def __init__(self, model: nn.Module, paths: Collection[str], task: Task, samples: int) -> None:
-        self.model, self.images = model, _images(model, task, samples)
-        self.graph = trace(model, self.images[:2])
-        largest = max((rows.size(node) for node in self.graph.graph.nodes), default=1) // len(self.images[:2])
-        self.images = self.images[: max(8, rows.FLOATS // max(1, largest))]
+        self.model, images = model, task.inputs_like(model, samples)
+        self.graph = trace(model, first(images, 2))
+        self.images = first(images, rows.fitting(self.graph))
+        self.samples = len(self.images[0])
         self.calls = _calls(self.graph, paths)
         self.targets: dict[str, Tensor] = {}  # path -> (R, O), without the bias
         self.norms: dict[fx.Node, tuple[Tensor, Tensor]] = {}  # mean and variance of what they read
         with evaluating(model), torch.no_grad():
-            _Remember(self).run(self.images)
+            _Remember(self).run(*self.images)
 
     def run(self) -> None:
         """Changes the weights, biases and norm statistics of the model."""
         with evaluating(self.model), torch.no_grad():
-            _Fit(self).run(self.images)
+            _Fit(self).run(*self.images)
 
 
 class _Remember(fx.Interpreter):
@@ -62,7 +63,7 @@ class _Remember(fx.Interpreter):
         path = self.job.calls.get(node)
         if path is not None:
             layer: Any = self.module.get_submodule(path)
-            inputs = _inputs(self.env[node.args[0]], node, layer, len(self.job.images))  # type: ignore[index]
+            inputs = _inputs(self.env[node.args[0]], node, layer, self.job.samples)  # type: ignore[index]
             self.job.targets[path] = _given(inputs, layer)
         elif node.op == "call_module" and _has_statistics(self.module.get_submodule(str(node.target))):
             self.job.norms[node] = _moments(self.env[node.args[0]])  # type: ignore[index]
@@ -81,7 +82,7 @@ class _Fit(fx.Interpreter):
             value = self.env[node.args[0]]
             if path is not None:
                 target = self.job.targets.pop(path)
-                _fit(layer, _inputs(value, node, layer, len(self.job.images)), target, _norm_behind(self.job, node))
+                _fit(layer, _inputs(value, node, layer, self.job.samples), target, _norm_behind(self.job, node))
                 self.changed = True
             elif self.changed and node in self.job.norms:
                 (mean, variance), (was_mean, was_variance) = _moments(value), self.job.norms.pop(node)
@@ -128,10 +129,9 @@ def surgeon_scores(model: nn.Module, paths: Collection[str], task: Task, samples
 
     Layers that cannot be read (transposed, called twice) count by their squared weights, as shares of the sum.
     """
-    images = _images(model, task, samples)
-    graph = trace(model, images[:2])
-    largest = max((rows.size(node) for node in graph.graph.nodes), default=1) // len(images[:2])
-    images = images[: max(8, rows.FLOATS // max(1, largest))]
+    images = task.inputs_like(model, samples)
+    graph = trace(model, first(images, 2))
+    images = first(images, rows.fitting(graph))
     calls = _calls(graph, paths)
     scores: dict[str, Tensor] = {}
 
@@ -140,12 +140,12 @@ def surgeon_scores(model: nn.Module, paths: Collection[str], task: Task, samples
             path = calls.get(node)
             if path is not None:
                 layer: Any = graph.get_submodule(path)
-                inputs = _inputs(self.env[node.args[0]], node, layer, len(images))  # type: ignore[index]
+                inputs = _inputs(self.env[node.args[0]], node, layer, len(images[0]))  # type: ignore[index]
                 scores[path] = _surgeon(layer, inputs.double())
             return super().run_node(node)
 
     with evaluating(model), torch.no_grad():
-        Look(graph).run(images)
+        Look(graph).run(*images)
     for path in paths:
         if path not in scores:
             squares = saliency.l2(model.get_submodule(path).weight)  # type: ignore[arg-type]
@@ -208,9 +208,3 @@ def _moments(value: Tensor) -> tuple[Tensor, Tensor]:
 
 def _has_statistics(module: Any) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-
-
-def _images(model: nn.Module, task: Task, count: int) -> Tensor:
-    """(N, ...) unlabelled images, N at most `count`."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return torch.cat([batch_input(batch) for batch in task.calibration(count)])[:count].to(device)

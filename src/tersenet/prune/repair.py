@@ -26,26 +26,26 @@ from tersenet.graph.surgery import Cut
 from tersenet.graph.trace import trace
 from tersenet.numerics.compensation import least_squares
 from tersenet.numerics.masked_squares import masked_least_squares
+from tersenet.numerics.samples import Inputs, first
 
 aten = torch.ops.aten
 _ADDITIONS = (operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor)
 
 
 def repair(
-    model: nn.Module, images: Tensor, before: nn.Module | None, kept: Cut, sequential: bool = True, ridge: float = 1e-3
+    model: nn.Module, images: Inputs, before: nn.Module | None, kept: Cut, sequential: bool = True, ridge: float = 1e-3
 ) -> None:
     """Changes weights, biases and norms of a cut model, in place.
 
     Args:
-        images: (N, ...); as many of them are used as fit in memory.
+        images: (N, ...), or a tuple of all inputs; as many of them are used as fit in memory.
         before: the model before the cut; None measures the norms only.
         kept: the cut. Blocks that were dropped need not be in it.
         sequential: also refit layers that lost no inputs but read what changed, where there are four rows per unknown.
         ridge: of the least squares; more stays closer to the weights that are there.
     """
-    graph = trace(model, images[:2])
-    largest = max((rows.size(node) for node in graph.graph.nodes), default=1) // len(images[:2])
-    images = images[: max(8, rows.FLOATS // max(1, largest))]
+    graph = trace(model, first(images, 2))
+    images = first(images, rows.fitting(graph))
     with contextlib.ExitStack() as stack:
         for root in (model, before):
             if root is not None:
@@ -54,7 +54,7 @@ def repair(
             jobs = {} if before is None else _jobs(graph, before, images, kept, sequential)
             poorer = {path for path in kept if "in" in kept[path]}
             dropped = before is not None and _layers(before) != _layers(model)
-            _Pass(graph, jobs, poorer, ridge, dropped or not poorer).run(images)
+            _Pass(graph, jobs, poorer, ridge, dropped or not poorer).run(*images)
 
 
 def _layers(model: nn.Module) -> set[str]:
@@ -108,17 +108,19 @@ class _Job:
     sum: Tensor | None = None
 
 
-def _jobs(graph: fx.GraphModule, before: nn.Module, images: Tensor, kept: Cut, sequential: bool) -> dict[str, _Job]:
+def _jobs(
+    graph: fx.GraphModule, before: nn.Module, images: tuple[Tensor, ...], kept: Cut, sequential: bool
+) -> dict[str, _Job]:
     """path -> job, with what the original gave at the places."""
-    whole = trace(before, images[:2])
+    whole = trace(before, first(images, 2))
     original = rows.plain_calls(whole, masked=True)
     jobs: dict[str, _Job] = {}
     wanted: dict[fx.Node, list[tuple[str, str]]] = {}
     for path, node in rows.plain_calls(graph, masked=True).items():
         module: Any = graph.get_submodule(path)
-        chosen = rows.places(node, module, len(images))
+        chosen = rows.places(node, module, len(images[0]))
         poorer = "in" in kept.get(path, {})
-        enough = len(chosen) * len(images) >= 4 * module.weight[0].numel()
+        enough = len(chosen) * len(images[0]) >= 4 * module.weight[0].numel()
         if path not in original or not (poorer or (sequential and enough)):
             continue
         end, then = _end(graph, node), _end(whole, original[path])
@@ -139,7 +141,7 @@ def _jobs(graph: fx.GraphModule, before: nn.Module, images: Tensor, kept: Cut, s
                 setattr(jobs[path], name, found)
             return value
 
-    Record(whole).run(images)
+    Record(whole).run(*images)
     return jobs
 
 

@@ -43,6 +43,7 @@ class Rewind(Step):
         skip: leave layers that match as they are.
     """
 
+    several_inputs: ClassVar[bool] = True
     family: ClassVar[str] = "prune"
     summary: ClassVar[str] = "puts surviving weights back to earlier ones and keeps the masks (lottery tickets)"
     serves: ClassVar[tuple[str, ...]] = ("any layer with parameters",)

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from tersenet.graph.coupling import Bundle, Coupling
 from tersenet.numerics.divergence import divergence
 from tersenet.numerics.outputs import joined
+from tersenet.numerics.samples import Inputs, in_parts
 from tersenet.prune.reconstruction import losses
 
 _CHUNK = 64  # images that run together: their activations stay in the processor's cache
@@ -26,8 +27,8 @@ def divergences(
     sizes: Sequence[Sequence[int]],
     orders: Sequence[Sequence[int] | None],
     twin: fx.GraphModule,
-    calibration: Tensor,
-    images: Tensor,
+    calibration: Inputs,
+    images: Inputs,
 ) -> list[dict[int, float] | None]:
     """Per bundle: number of its channels kept -> divergence (numerics/divergence.py); None where it must be tried out.
 
@@ -55,10 +56,10 @@ def divergences(
     return result
 
 
-def compared(original: nn.Module, changed: nn.Module, images: Tensor) -> float:
+def compared(original: nn.Module, changed: nn.Module, images: Inputs) -> float:
     """Divergence of one evaluating model's outputs from another's."""
     with torch.no_grad():
-        pairs = [(original(part), changed(part)) for part in images.split(_CHUNK)]
+        pairs = [(original(*part), changed(*part)) for part in in_parts(images, _CHUNK)]
     return divergence(joined([a for a, _ in pairs]), joined([b for _, b in pairs]))
 
 
@@ -66,15 +67,16 @@ class Suffixes:
     """Runs a graph once from the start, and again from any of its layers with other weights.
 
     Args:
-        graph: in evaluation mode, with one input.
+        graph: in evaluation mode.
         images: (N, ...).
     """
 
-    def __init__(self, graph: fx.GraphModule, images: Tensor) -> None:
+    def __init__(self, graph: fx.GraphModule, images: Inputs) -> None:
         self.graph = graph
         self.nodes = list(graph.graph.nodes)
-        self.parts = [{self.nodes[0]: part} for part in images.split(_CHUNK)]
-        self.at = 1  # the parts hold what is still needed in front of this node
+        inputs = [node for node in self.nodes if node.op == "placeholder"]
+        self.parts = [dict(zip(inputs, part, strict=True)) for part in in_parts(images, _CHUNK)]
+        self.at = len(inputs)  # the parts hold what is still needed in front of this node
         self.last = {source: i for i, node in enumerate(self.nodes) for source in node.all_input_nodes}
         for node in self.nodes:
             if node.op == "get_attr":  # parameters outside of layers are fetched once and kept

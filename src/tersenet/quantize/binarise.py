@@ -53,6 +53,7 @@ class Binarise(Step):
         edges: whether the first and the last layers stay "float", as in all of these papers, or not ("same").
     """
 
+    several_inputs: ClassVar[bool] = True
     family: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "prepares a training with binary weights and activations (BNN, BWN, XNOR, ReActNet)"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear (bwn)")

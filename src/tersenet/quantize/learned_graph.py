@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tersenet.bricks.brick import Brick
@@ -25,14 +25,14 @@ from tersenet.bricks.shortcut import PadShortcut
 from tersenet.errors import SettingsError
 from tersenet.graph.fold import fold_all, foldable
 from tersenet.graph.points import activation_points, insert_after
-from tersenet.graph.trace import said_input, trace, trace_with
+from tersenet.graph.trace import Example, said_input, trace, trace_with
 from tersenet.quantize.quantize_aware import METHODS, QuantizeAware, few_bit_twin
 from tersenet.step import Plan
 
 QUANTIZERS = "quantizers"
 
 
-def plan_graph(model: nn.Module, example: Tensor, step: QuantizeAware) -> Plan:
+def plan_graph(model: nn.Module, example: Example, step: QuantizeAware) -> Plan:
     """Decides on a copy, because folding norms and replacing shortcuts come first.
 
     Returns:
@@ -148,14 +148,16 @@ def _why_float(path: str, module: nn.Module, step: QuantizeAware, edges: set[str
     return "at an edge" if path in edges and step.edges == "float" else None
 
 
-def edges_of(model: nn.Module, example: Tensor) -> set[str]:
+def edges_of(model: nn.Module, example: Example) -> set[str]:
     """Paths of the first and last layers: with no layer before them, or none behind."""
     return _edges(trace(model, _beside(model, example)))
 
 
-def _beside(model: nn.Module, example: Tensor) -> Tensor:
+def _beside(model: nn.Module, example: Example) -> Example:
     """The example on the model's device."""
-    return example.to(next((p.device for p in model.parameters()), example.device))
+    device = next((p.device for p in model.parameters()), None)
+    found = tuple(each.to(device) for each in (example if isinstance(example, tuple) else (example,)))
+    return found if isinstance(example, tuple) else found[0]
 
 
 def _edges(graph: fx.GraphModule) -> set[str]:

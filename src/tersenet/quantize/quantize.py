@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tersenet.bricks.coded import RoundedLayer
 from tersenet.bricks.opened import copied
@@ -26,6 +26,7 @@ from tersenet.graph.trace import trace
 from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
 from tersenet.named import hits
 from tersenet.numerics.ranges import weight_scales
+from tersenet.numerics.samples import Inputs
 from tersenet.quantize.calibrate import calibrate
 from tersenet.quantize.calibration_data import warn_of_calibration
 from tersenet.quantize.equalise import equalise
@@ -171,7 +172,7 @@ class Quantize(Step):
                 found.setdefault(path, [self.format_of(path, layer)]).append("float")
         return found
 
-    def sensitivities(self, model: nn.Module, task: Task, images: Tensor) -> dict[str, dict[Any, float]]:
+    def sensitivities(self, model: nn.Module, task: Task, images: Inputs) -> dict[str, dict[Any, float]]:
         """path -> format -> divergence when this layer alone is rounded so; 0 for "float"."""
         from tersenet.quantize.sensitivity import find_sensitivities
 

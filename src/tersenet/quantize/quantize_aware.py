@@ -41,6 +41,7 @@ class QuantizeAware(Step):
         samples: how many calibration samples choose the first ranges.
     """
 
+    several_inputs: ClassVar[bool] = True
     family: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "prepares a training in 2 to 8 bits, with learned step sizes"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")

@@ -19,9 +19,10 @@ from tersenet.bricks.mask import stored_weight
 from tersenet.bricks.quantized import QuantizedLayer
 from tersenet.graph import rows
 from tersenet.graph.trace import trace
+from tersenet.numerics.samples import first
 from tersenet.quantize.learn import learned
 from tersenet.quantize.repair import Inputs, repaired
-from tersenet.quantize.side_by_side import SideBySide, inputs_for
+from tersenet.quantize.side_by_side import SideBySide
 from tersenet.task import Task
 
 
@@ -32,10 +33,9 @@ def refine(model: nn.Module, task: Task, rounding: str, correct_bias: bool, samp
         model: what `Quantize.apply` returned, with ranges and shared values chosen.
         rounding, correct_bias, samples: as in `Quantize`; of the samples, as many as fit in memory are taken.
     """
-    inputs = inputs_for(model, task, samples)
-    graph = trace(model, tuple(x[:2] for x in inputs))
-    largest = max((rows.size(node) for node in graph.graph.nodes), default=1) // len(inputs[0][:2])
-    inputs = tuple(x[: max(8, rows.FLOATS // max(1, largest))] for x in inputs)
+    inputs = task.inputs_like(model, samples)
+    graph = trace(model, first(inputs, 2))
+    inputs = first(inputs, rows.fitting(graph))
     with evaluating(model), torch.no_grad():
         _Refine(graph, len(inputs[0]), rounding, correct_bias).run(*inputs)
 

@@ -20,9 +20,9 @@ from tersenet.bricks.quantized import quantized_kind
 from tersenet.graph.fold import fold_all
 from tersenet.graph.trace import trace
 from tersenet.numerics.divergence import divergence
+from tersenet.numerics.samples import Inputs, as_batch, first, side_by_side
 from tersenet.quantize.formats import Storage, for_storage
 from tersenet.quantize.nearest import fit_code
-from tersenet.quantize.side_by_side import inputs_for
 from tersenet.task import Task
 
 if TYPE_CHECKING:
@@ -52,16 +52,16 @@ def layers_to_choose(step: Quantize, model: nn.Module, task: Task) -> dict[str, 
     return {path: entry["weights"] for path, entry in plan.get("layers", {}).items() if path not in shortcuts}
 
 
-def find_sensitivities(step: Quantize, model: nn.Module, task: Task, images: Tensor) -> dict[str, dict[Any, float]]:
+def find_sensitivities(step: Quantize, model: nn.Module, task: Task, images: Inputs) -> dict[str, dict[Any, float]]:
     """path -> setting of `choices` -> divergence."""
     choices = step.choices(model, task)
     found: dict[str, dict[Any, float]] = {path: {} for path in choices}
-    few = images[:_IMAGES]
+    few = first(images, _IMAGES)
     folded = trace(copy.deepcopy(model).eval(), task.example)
     if step.activations is not None:
         fold_all(folded)
     with torch.no_grad():
-        wanted = folded(few)
+        wanted = folded(*few)
         for path, settings in choices.items():
             for name in settings:
                 if name == "float":
@@ -69,14 +69,14 @@ def find_sensitivities(step: Quantize, model: nn.Module, task: Task, images: Ten
                 elif not step.offer:
                     found[path][name] = _whole(step, model, task, path, images)
                 else:
-                    found[path][name] = divergence(wanted, _rounded(folded, path, name, few))
+                    found[path][name] = divergence(wanted, _rounded(folded, path, name, *few))
     return found
 
 
 def spared(step: Quantize, model: nn.Module, task: Task) -> tuple[str, ...]:
     """The `step.spare` layers whose rounding alone moves the outputs of calibration images furthest."""
     layers = layers_to_choose(dataclasses.replace(step, spare=0), model, task)
-    few = inputs_for(model, task, _IMAGES)
+    few = task.inputs_like(model, _IMAGES)
     folded = trace(copy.deepcopy(model).eval(), task.example)
     if step.activations is not None:
         fold_all(folded)
@@ -86,11 +86,11 @@ def spared(step: Quantize, model: nn.Module, task: Task) -> tuple[str, ...]:
     return tuple(sorted(hurt, key=hurt.__getitem__, reverse=True)[: step.spare])
 
 
-def _whole(step: Quantize, model: nn.Module, task: Task, path: str, images: Tensor) -> float:
+def _whole(step: Quantize, model: nn.Module, task: Task, path: str, images: Inputs) -> float:
     """The divergence when one layer, and the values that it reads and gives, are rounded."""
-    task = dataclasses.replace(task, calibrate=[images], test=None, quiet=True)
+    task = dataclasses.replace(task, calibrate=[as_batch(images)], test=None, quiet=True)
     alone, _ = dataclasses.replace(step, only=(path,), skip=()).run(copy.deepcopy(model), task)
-    return divergence(model(images), alone(images))
+    return divergence(model(*side_by_side(images)), alone(*side_by_side(images)))
 
 
 def _rounded(graph: fx.GraphModule, path: str, name: str, *inputs: Tensor) -> Any:

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from tersenet.bricks.coded import RoundedLayer
 from tersenet.bricks.quantized import QuantizedLayer
 from tersenet.bricks.quantizer import Quantizer
-from tersenet.quantize.observe import check_inputs
-from tersenet.task import Task, inputs_of
 
 
 class SideBySide(fx.Interpreter):
@@ -66,17 +63,3 @@ def float_output(layer: Any, x: Tensor) -> Tensor:
     if isinstance(layer, nn.Conv2d):
         return layer._conv_forward(x, layer.weight, layer.bias)
     return nn.functional.linear(x, layer.weight, layer.bias)
-
-
-def inputs_for(model: nn.Module, task: Task, count: int) -> tuple[Tensor, ...]:
-    """The inputs of the model, each (N, ...), from calibration data, N at most `count`.
-
-    Raises:
-        DataError: on data that cannot be calibration data.
-    """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    found = []
-    for number, batch in enumerate(task.calibration(count)):
-        check_inputs(inputs_of(batch), number, task)
-        found.append(inputs_of(batch))
-    return tuple(torch.cat(part)[:count].to(device) for part in zip(*found, strict=True))

@@ -35,6 +35,7 @@ class Ternarise(Step):
         edges: whether the first and the last layers stay "float", as in both papers, or are ternary as well ("same").
     """
 
+    several_inputs: ClassVar[bool] = True
     family: ClassVar[str] = "quantize"
     summary: ClassVar[str] = "prepares a training with ternary weights (TWN, TTQ)"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")

@@ -20,7 +20,7 @@ from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.quantized import QuantizedLayer
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.graph.trace import trace
-from tersenet.quantize.side_by_side import SideBySide, float_output, inputs_for
+from tersenet.quantize.side_by_side import SideBySide, float_output
 from tersenet.task import Task
 
 # Shares of the variance (20 dB is 0.01) and of the squared values from which on a place is named.
@@ -111,7 +111,7 @@ class Findings:
 
 def look(model: nn.Module, task: Task, samples: int = 32) -> Findings:
     """Runs some calibration images through a quantized model, before it is settled; touches nothing."""
-    inputs = inputs_for(model, task, samples)
+    inputs = task.inputs_like(model, samples)
     with evaluating(model), torch.no_grad():
         if isinstance(model, fx.GraphModule) and any(isinstance(each, Quantizer) for each in model.modules()):
             graph = model  # our own; to trace it again takes longer than to run it

@@ -180,6 +180,7 @@ class Search(Step):
             SettingsError: when no step can pick anything in this model, or the table serves another device or model.
         """
         started = time.monotonic()
+        self.check_inputs(task)
         foresee_names((self,), model)
         say = _sayer(task.quiet)
         steps = tuple(dataclasses.replace(step, **_inside(self, step, model)) for step in self.steps)
@@ -279,6 +280,7 @@ class Search(Step):
     def fill(self, model: nn.Module, task: Task) -> tuple[Table, Costs, float]:
         """(the latency table with all that this model can ask for, its costs, the seconds it took)."""
         started = time.monotonic()
+        self.check_inputs(task)
         table = self._budget().open_table()
         with working_folder() as folder:
             say, budget = _sayer(task.quiet), self._budget()

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tersenet.bricks.evaluating import evaluating
 from tersenet.errors import DataError, SettingsError
 from tersenet.numerics.divergence import divergence
-from tersenet.task import Task, batch_input, batches_at, score_model, to_device
+from tersenet.numerics.samples import as_batch, first, in_parts, together
+from tersenet.task import Task, batches_at, inputs_of, samples_in, score_model, to_device
 
 # An epoch that no training reaches, so that its augmentation is new to the model.
 _UNSEEN_EPOCH = 1_000_003
@@ -34,13 +35,13 @@ class Judge:
     Args:
         said: by what is judged, in words.
         before: its score on the held-out set, or its logits (N, classes) on the images.
-        images: as many as are looked at; None with a held-out set.
+        images: all inputs of as many samples as are looked at; None with a held-out set.
     """
 
     said: str
     task: Task
     before: float | Tensor
-    images: Tensor | None
+    images: tuple[Tensor, ...] | None
 
     @classmethod
     def of(cls, model: nn.Module, task: Task, images: int) -> Judge:
@@ -51,7 +52,7 @@ class Judge:
         if data is None:
             raise DataError("nothing to judge a drop by; give a held-out set (--validate DATA) or training images")
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        found = torch.cat(list(_few(data, images, task.seed)))[:images].to(device)
+        found = tuple(each.to(device) for each in first(together(_few(data, images, task.seed)), images))
         outputs = _outputs(model, task, found)
         if task.metric is not None or outputs.ndim != 2:
             raise SettingsError(
@@ -70,18 +71,18 @@ class Judge:
         return POINTS * divergence(self.before, _outputs(model, self.task, self.images))
 
 
-def _outputs(model: nn.Module, task: Task, images: Tensor) -> Tensor:
+def _outputs(model: nn.Module, task: Task, images: tuple[Tensor, ...]) -> Tensor:
     with evaluating(model), torch.inference_mode():
-        return torch.cat([task.forward(model, (part,)) for part in images.split(256)]).clone()
+        return torch.cat([task.forward(model, as_batch(part)) for part in in_parts(images, 256)]).clone()
 
 
-def _few(data: Iterable[Any], count: int, seed: int) -> Iterator[Tensor]:
+def _few(data: Iterable[Any], count: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
     """Inputs of the first batches of an epoch that no training reads."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the same images again, from a loader that shuffles
         seen = 0
         for batch in batches_at(data, _UNSEEN_EPOCH):
-            yield batch_input(to_device(batch, torch.device("cpu")))
-            seen += len(batch_input(batch))
+            yield inputs_of(to_device(batch, torch.device("cpu")))
+            seen += samples_in(batch)
             if seen >= count:
                 return

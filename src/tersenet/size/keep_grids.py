@@ -37,6 +37,7 @@ class KeepGrids(Step):
     at a rate of 0.002 a number that is always pulled the same way is another one after 250 batches.
     """
 
+    several_inputs: ClassVar[bool] = True
     family: ClassVar[str] = "size"
     summary: ClassVar[str] = "keeps weights on the grids of shrink_file while they train"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")

@@ -24,6 +24,7 @@ from tersenet.graph import rows
 from tersenet.graph.trace import trace
 from tersenet.numerics.rated_rounding import LARGEST, Bits, round_rated, rounded, steps_of
 from tersenet.numerics.repaired_rounding import damped
+from tersenet.numerics.samples import Inputs, first
 from tersenet.size.sensitivity import output_sensitivities
 
 DAMPING = 1e-3
@@ -40,19 +41,19 @@ class Pricer:
     Args:
         model: in evaluation mode; left as it is.
         paths: of the layers that are rounded.
-        images: (N, ...), or None.
+        images: all inputs, (N, ...) each, or None.
         targets: path -> (R, O) outputs at sampled places.
         sensitivities: path -> (O,).
     """
 
     model: nn.Module
     paths: tuple[str, ...]
-    images: Tensor | None
+    images: tuple[Tensor, ...] | None
     targets: dict[str, Tensor]
     sensitivities: dict[str, Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, example: Tensor, matches: Callable[[str, nn.Module], bool], images: Tensor | None):  # type: ignore[no-untyped-def]
+    def of(cls, model: nn.Module, example: Inputs, matches: Callable[[str, nn.Module], bool], images: Inputs | None):  # type: ignore[no-untyped-def]
         """Measures a model; `matches(path, layer)` says which layers are wanted."""
         graph = trace(model, example)
         calls = {node: path for node, path in _calls(graph).items() if matches(path, graph.get_submodule(path))}
@@ -60,8 +61,7 @@ class Pricer:
         if images is None or not paths:
             shares = {path: _equal_shares(graph.get_submodule(path)) for path in paths}
             return cls(model, paths, None, {}, shares)
-        largest = max((rows.size(node) for node in graph.graph.nodes), default=1) // len(example)
-        images = few = images[: max(8, rows.FLOATS // max(1, largest))]
+        few = first(images, rows.fitting(graph))
         targets: dict[str, Tensor] = {}
 
         class Record(fx.Interpreter):
@@ -69,14 +69,14 @@ class Pricer:
                 value = super().run_node(node)
                 if node in calls:
                     layer = graph.get_submodule(calls[node])
-                    targets[calls[node]] = rows.given(value, layer, _places(node, layer, len(few))).clone()
+                    targets[calls[node]] = rows.given(value, layer, _places(node, layer, len(few[0]))).clone()
                 return value
 
         with evaluating(model):
             with torch.no_grad():
-                Record(graph).run(images)
-            sensitivities = output_sensitivities(graph, calls, images[:_DRAWN])
-        return cls(model, paths, images, targets, sensitivities)
+                Record(graph).run(*few)
+            sensitivities = output_sensitivities(graph, calls, first(few, _DRAWN))
+        return cls(model, paths, few, targets, sensitivities)
 
     @property
     def weights(self) -> int:
@@ -91,14 +91,14 @@ class Pricer:
                 for path in self.paths:
                     _round_blindly(model.get_submodule(path), self.sensitivities[path], price, width)
                 return model
-            _Pass(self, model, price, width).run(self.images)
+            _Pass(self, model, price, width).run(*self.images)
         return model
 
 
 class _Pass(fx.Interpreter):
     def __init__(self, pricer: Pricer, model: nn.Module, price: float, width: float) -> None:
         assert pricer.images is not None
-        super().__init__(trace(model, pricer.images[:2]))
+        super().__init__(trace(model, first(pricer.images, 2)))
         self.pricer, self.price, self.width = pricer, price, width
         self.calls = {node: path for node, path in _calls(self.module).items() if path in pricer.paths}  # type: ignore[arg-type]
 

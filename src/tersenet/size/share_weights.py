@@ -38,6 +38,7 @@ class ShareWeights(Step):
         keep_zeros: weights that are exactly zero stay so, and take one of the values; False clusters them, too.
     """
 
+    several_inputs: ClassVar[bool] = True
     family: ClassVar[str] = "size"
     summary: ClassVar[str] = "clusters the weights of each layer into shared values that train (Deep Compression)"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from tersenet.bricks.settle import settle
@@ -26,7 +25,7 @@ from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
 from tersenet.size.judge import Judge
 from tersenet.size.rounding import Pricer, why_not_rounded
 from tersenet.step import Plan, Step
-from tersenet.task import Task, batch_input
+from tersenet.task import Task
 
 # Divergence in nats per bit: from what no network noticed to what left nothing of any.
 _LOWEST, _HIGHEST = 1e-14, 1e-2
@@ -58,6 +57,7 @@ class ShrinkFile(Step):
         images: how many images judge `max_drop`.
     """
 
+    several_inputs: ClassVar[bool] = True
     family: ClassVar[str] = "size"
     summary: ClassVar[str] = "rounds weights so that the coded file meets a budget of bytes or of score"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
@@ -144,14 +144,13 @@ def coded_bytes(model: nn.Module) -> int:
     return len(container.pack({}, tensors))
 
 
-def _images(model: nn.Module, task: Task, count: int, augmented: bool) -> Tensor | None:
-    """(N, ...) unlabelled images, N at most `count`; None where there are none."""
+def _images(model: nn.Module, task: Task, count: int, augmented: bool) -> tuple[Tensor, ...] | None:
+    """All inputs of unlabelled samples, at most `count`; None where there are none."""
     if task.calibrate is None and task.train is None:
         return None
     if augmented and task.train is not None:
         task = dataclasses.replace(task, calibrate=None)  # then those of the training serve
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return torch.cat([batch_input(batch) for batch in task.calibration(count)])[:count].to(device)
+    return task.inputs_like(model, count)
 
 
 def _at_the_limit(pricer: Pricer, used: Callable[[nn.Module], float], rising: bool, lacking: str) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tersenet.errors import DataError
-from tersenet.task import Task, batch_target
+from tersenet.task import INPUT_KEYS, Task, batch_target
 
 if TYPE_CHECKING:
     from tersenet.train.train import Train
@@ -65,18 +65,22 @@ def split(batch: Any, samples: int, rank: int, world: int) -> tuple[Any, float]:
     own = slice(rank, None, world) if rank < samples else slice(0, 1)
     count = len(range(rank, samples, world))
 
-    def part(value: Any, root: bool = False) -> Any:
+    heads = [batch.get(key) for key in INPUT_KEYS] if isinstance(batch, dict) else batch[:1]
+
+    def part(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value[own] if value.ndim and len(value) == samples else value
         if isinstance(value, dict):
             return {key: part(item) for key, item in value.items()}
-        if isinstance(value, list) and not root and len(value) == samples:
-            return value[own]  # such as one dictionary of boxes per image
+        # Of two samples, a list of two inputs is no list of samples; one dictionary of boxes for each image is.
+        whole = value is batch or any(value is head for head in heads)
+        if isinstance(value, list) and not whole and len(value) == samples:
+            return value[own]
         if isinstance(value, tuple | list):
             return type(value)(part(item) for item in value)
         return value
 
-    return part(batch, root=True), count * world / samples
+    return part(batch), count * world / samples
 
 
 def check_labels(outputs: Any, batch: Any) -> None:

@@ -67,6 +67,7 @@ class Train(Step):
         only, skip: train only the layers that match; the others stand still, their norm statistics too.
     """
 
+    several_inputs: ClassVar[bool] = True
     family: ClassVar[str] = "train"
     summary: ClassVar[str] = "trains or fine-tunes, alone or with companions such as soft targets"
     serves: ClassVar[tuple[str, ...]] = ("any layer with parameters",)
@@ -141,6 +142,7 @@ class Train(Step):
         return by_layer(model, why)
 
     def check(self, task: Task) -> None:
+        super().check(task)
         for companion in self.companions:
             companion.opened(task)
 
@@ -164,6 +166,7 @@ class Train(Step):
 class Recover(Step):
     """Hands the model to a training loop of your own: recover(model, task), which trains it in place. Python only."""
 
+    several_inputs: ClassVar[bool] = True
     family: ClassVar[str] = "train"
     summary: ClassVar[str] = "calls your own training loop"
     serves: ClassVar[tuple[str, ...]] = ("any layer with parameters",)
