@@ -11,7 +11,7 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -109,6 +109,7 @@ class Step(Part):
     changes_structure: ClassVar[bool] = True
     several_inputs: ClassVar[bool] = False  # whether models of more inputs than one are served
     changes_task: ClassVar[bool] = False  # what follows has another task: `task_after`
+    looks_back: ClassVar[bool] = False  # whether it has something to say of what it did to the outputs: `watch`
     makes_layers: ClassVar[bool] = False  # of paths or types that the model did not have
 
     only: tuple[str, ...] = ()
@@ -203,6 +204,11 @@ class Step(Part):
         """
         return None
 
+    def watch(self, model: nn.Module, task: Task) -> Callable[[nn.Module], None] | None:
+        """Asked before anything is changed, where there is data: what is to be called with the finished model, and says
+        what became of it; None where there is nothing to be said."""
+        return None
+
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
         """plan, apply and fit, on the model as every step wants it (graph/taken_apart.py).
 
@@ -221,6 +227,8 @@ class Step(Part):
             if any(getattr(self, setting, None) for setting in (*self.naming, "companions")):
                 for gone in check_names(self, model):
                     warnings.warn(gone, NoEffect, stacklevel=2)
+            has_data = task.calibrate is not None or task.train is not None
+            look_back = self.watch(model, task) if self.looks_back and has_data else None
             token = HEARD.set(SILENT)  # what a step only tries is not said
             try:
                 plan = self.plan(model, task)
@@ -234,6 +242,8 @@ class Step(Part):
                 HEARD.reset(token)
             if left is not None:
                 tell(self.name, left)
+            if look_back is not None and plan:
+                look_back(model)
         except TersenetError as error:
             # Said once, at the door: which step it was. The innermost step names itself, chains stay silent.
             if not getattr(error, "step", None):

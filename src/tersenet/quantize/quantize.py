@@ -10,7 +10,7 @@ quantize/calibrate.py, how rounding is repaired in quantize/refine.py.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -81,6 +81,7 @@ class Quantize(Step):
     summary: ClassVar[str] = "quantizes weights, and activations to integers, after training"
     serves: ClassVar[tuple[str, ...]] = ("conv", "linear")
     needs: ClassVar[str] = "inputs"
+    looks_back: ClassVar[bool] = True
     makes_layers: ClassVar[bool] = True
     naming: ClassVar[tuple[str, ...]] = ("only", "skip", "formats")
 
@@ -260,20 +261,15 @@ class Quantize(Step):
             )
         return replace(model, swaps)
 
-    def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
-        """As every step. Where it costs much, says where and what helps against it, tried (quantize/remedies.py)."""
-        looks = self.data_needed() == "inputs" or (
-            self.granularity != "channel" and (task.calibrate is not None or task.train is not None)
-        )
+    def watch(self, model: nn.Module, task: Task) -> Callable[[nn.Module], None] | None:
+        """Where it costs much, says where and what helps against it, tried (quantize/remedies.py)."""
+        looks = self.data_needed() == "inputs" or self.granularity != "channel"
         if not looks or not is_asked(task.quiet):
-            return super().run(model, task)
+            return None
         from tersenet.quantize.remedies import diagnose
 
         before = copied(model)  # weights are changed in place
-        made, plan = super().run(model, task)
-        if plan:
-            tell(diagnose(self, before, made, task), task.quiet)
-        return made, plan
+        return lambda made: tell(diagnose(self, before, made, task), task.quiet)
 
     def fit(self, model: nn.Module, task: Task) -> None:
         """Chooses what codes share, then the ranges of activations on `task.calibration(samples)`; then repairs.

@@ -20,7 +20,6 @@ from tersenet.bricks.evaluating import evaluating
 from tersenet.errors import SettingsError, TersenetError
 from tersenet.findings import unasked
 from tersenet.numerics.outputs import floats
-from tersenet.quantize.side_by_side import inputs_for
 from tersenet.quantize.verdicts import Findings, look
 from tersenet.task import Task
 
@@ -45,7 +44,7 @@ def diagnose(step: Quantize, before: nn.Module, made: nn.Module, task: Task) -> 
         sentences: the cost, the places (quantize/verdicts.py), the remedies.
     """
     with torch.random.fork_rng(devices=[]):  # data may be shuffled; nothing else shall notice
-        inputs = inputs_for(made, task, _IMAGES)
+        inputs = task.inputs_like(made, _IMAGES)
         wanted, found = _outputs(before, inputs), _outputs(made, inputs)
         loss = lost(wanted, found)
         if not loss > LOST:
