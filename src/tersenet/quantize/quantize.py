@@ -295,11 +295,12 @@ class Quantize(Step):
         quantized = self.activations is not None and any(
             isinstance(brick, QuantizedLayer) and brick.input_quantized for brick in bricks.values()
         )
-        if bricks and self.data_needed() == "inputs":
+        refined = bool(bricks) and (self.rounding != "nearest" or self.correct_bias)
+        if quantized or refined or (bricks and self.spare):
             warn_of_calibration(task, self.samples)
         if quantized:
             calibrate(model, task, self.ranges, self.percentile, self.samples)
-        if bricks and (self.rounding != "nearest" or self.correct_bias):
+        if refined:
             refine(model, task, self.rounding, self.correct_bias, self.samples)
             if quantized:  # the layers give other values now
                 calibrate(model, task, self.ranges, self.percentile, self.samples)
