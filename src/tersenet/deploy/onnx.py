@@ -108,9 +108,10 @@ def write_onnx(
 
     def made() -> Any:
         rounds = any(isinstance(module, QuantizeDequantize) for module in graph.modules())
-        program = decompose(export(graph, example), rounds)
+        program = export(graph, example)
         with _silence():
             try:
+                program = decompose(program, rounds)
                 found = torch.onnx.export(
                     program, given, dynamo=True, opset_version=OPSET, verbose=False, input_names=inputs
                 )
