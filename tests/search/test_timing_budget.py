@@ -11,7 +11,8 @@ import pytest
 import rich.console
 
 from tersenet.deploy.turns import LEAST_TURNS
-from tersenet.search.bench import _ALL_S, _TURN_S, Bench, progressing
+from tersenet.progress import progressing
+from tersenet.search.bench import _ALL_S, _TURN_S, Bench
 
 
 class Result:

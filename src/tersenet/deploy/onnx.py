@@ -113,8 +113,9 @@ def write_onnx(
             try:
                 program = decompose(program, rounds)
                 found = torch.onnx.export(
-                    program, given, dynamo=True, opset_version=OPSET, verbose=False, input_names=inputs
-                )
+                    decompose(program, rounds), given, dynamo=True, opset_version=OPSET, verbose=False,
+                    input_names=inputs,
+                )  # fmt: skip
             except Exception as error:  # the exporter raises many kinds; each becomes one sentence
                 raise ExportError(f"{name} could not be written as ONNX: {_reason(error)}") from error
         assert found is not None

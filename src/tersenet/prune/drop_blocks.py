@@ -28,6 +28,7 @@ from tersenet.graph.trace import trace
 from tersenet.left_alone import LEFT_OUT, LeftAlone, gathered, weights_of
 from tersenet.numerics.divergence import divergence
 from tersenet.numerics.samples import Inputs, side_by_side
+from tersenet.progress import progressing
 from tersenet.prune.known import known_blocks
 from tersenet.prune.repair import repair
 from tersenet.step import Plan, Step, replace
@@ -168,11 +169,14 @@ class DropBlocks(Step):
         with torch.no_grad():
             wanted = model(*side_by_side(images))
             found = {}
-            for path in self.choices(model, task):
-                block = twin.get_submodule(path)
-                drop(twin, {path: known[path]})
-                found[path] = {"keep": 0.0, "drop": divergence(wanted, twin(*side_by_side(images)))}
-                replace(twin, {path: block})
+            paths = self.choices(model, task)
+            with progressing(f"sensitivities of {self.name}", len(paths), not task.quiet) as advance:
+                for path in paths:
+                    block = twin.get_submodule(path)
+                    drop(twin, {path: known[path]})
+                    found[path] = {"keep": 0.0, "drop": divergence(wanted, twin(*side_by_side(images)))}
+                    replace(twin, {path: block})
+                    advance(1)
         return found
 
     def chosen(self, picked: Mapping[str, Any]) -> Step | None:

@@ -26,6 +26,7 @@ from tersenet.graph.recut import recut
 from tersenet.graph.taken_apart import opened
 from tersenet.left_alone import LEFT_OUT, LeftAlone, gathered, share_text
 from tersenet.numerics.samples import Inputs, as_batch
+from tersenet.progress import progressing
 from tersenet.prune.budget import (
     Candidate,
     LayerMacs,
@@ -269,15 +270,16 @@ class PruneChannels(Step):
         orders = [np.searchsorted(c.bundle.classes, c.order).tolist() for c in candidates]
         calibration = task.inputs_like(model, _CALIBRATION)
         curves = []
-        for candidate, row, curve in zip(
-            candidates, widths, divergences(known, bundles, sizes, orders, twin, calibration, images), strict=True
-        ):
-            if curve is None:  # what is cut cannot be had by zeros, so it is cut
-                curve = {
-                    width // candidate.each: self._tried(candidate.name, width, model, task, images)
-                    for width in row[1:]
-                }
-            curves.append({row[0]: 0.0, **{size * candidate.each: cost for size, cost in curve.items()}})
+        with progressing(f"sensitivities of {self.name}", len(candidates), not task.quiet) as advance:
+            found = divergences(known, bundles, sizes, orders, twin, calibration, images, advance)
+            for candidate, row, curve in zip(candidates, widths, found, strict=True):
+                if curve is None:  # what is cut cannot be had by zeros, so it is cut
+                    curve = {
+                        width // candidate.each: self._tried(candidate.name, width, model, task, images)
+                        for width in row[1:]
+                    }
+                    advance(1)
+                curves.append({row[0]: 0.0, **{size * candidate.each: cost for size, cost in curve.items()}})
         return curves
 
     def _tried(self, name: str, width: int, model: nn.Module, task: Task, images: Inputs) -> float:

@@ -6,7 +6,7 @@ cut: the readers' weights are exchanged, and only what comes after the first of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ def divergences(
     twin: fx.GraphModule,
     calibration: Inputs,
     images: Inputs,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> list[dict[int, float] | None]:
     """Per bundle: number of its channels kept -> divergence (numerics/divergence.py); None where it must be tried out.
 
@@ -38,6 +39,7 @@ def divergences(
         twin: of `reconstruction.folded`.
         calibration: (N, ...) images on which the readers make up for what is gone.
         images: (N, ...) images on which the outputs are compared.
+        advance: told after each bundle that is not to be tried out.
     """
     found = losses(known, bundles, twin, calibration, sizes, orders)
     places = {node: i for i, node in enumerate(twin.graph.nodes)}
@@ -53,6 +55,7 @@ def divergences(
             }
             curve[size] = suffixes.divergence(lost.first, weights)
         result[i] = curve
+        advance(1)
     return result
 
 

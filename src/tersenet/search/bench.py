@@ -25,6 +25,7 @@ from tersenet.deploy.quiet import quiet_native
 from tersenet.deploy.runtimes import RUNTIMES, open_file
 from tersenet.deploy.variants import Variants
 from tersenet.errors import SettingsError
+from tersenet.progress import progressing
 from tersenet.search.sites import Picks, Site
 from tersenet.search.weigh import count_macs, memory_bytes
 from tersenet.step import Step
@@ -275,31 +276,6 @@ class Bench:
         shapes = (self.x.shape, self.float_x.shape)
         said = [memory_bytes(entry.path.read_bytes(), shape) for entry, shape in zip(entries, shapes, strict=True)]
         return [(float(a), float(b)) for a, b in zip(said, peaks, strict=True) if b is not None]
-
-
-@contextlib.contextmanager
-def progressing(said: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error with the time that is left, told how many more are done. It is drawn only then: nothing
-    may draw while files are timed."""
-    if not shown or total < 2:
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("    {task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(
-        *columns, console=Console(stderr=True), auto_refresh=False, transient=True, speed_estimate_period=600
-    )
-    with bar:
-        task = bar.add_task(said, total=total)
-        bar.refresh()
-
-        def advance(count: int) -> None:
-            bar.advance(task, count)
-            bar.refresh()
-
-        yield advance
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from tersenet.errors import SettingsError
+from tersenet.progress import progressing
 from tersenet.search.bench import Bench, device_of
 from tersenet.search.correction import corrected
 from tersenet.search.costs import Costs, exact_costs, latency_costs, network_times
@@ -107,7 +108,13 @@ class Ground:
             folder=folder, progress=not task.quiet, whole=None if whole is None else whole.bench,
             base=None if like is None else like.bench.base_path,
         )  # fmt: skip
-        if unable := [site for site in self.sites if not self.bench.able(site)]:
+        unable = []
+        with progressing("trying places", len(self.sites), not task.quiet) as advance:
+            for site in self.sites:
+                if not self.bench.able(site):
+                    unable.append(site)
+                advance(1)
+        if unable:
             self.sites = [site for site in self.sites if site not in unable]
             say(f"{len(unable)} places cannot be timed by changing a file, such as {unable[0].place}: left as they are")
         if not self.sites:

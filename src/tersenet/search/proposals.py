@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tersenet.numerics.divergence import divergence
+from tersenet.progress import progressing
 from tersenet.search.correction import corrected
 from tersenet.search.costs import Costs, gone
 from tersenet.search.sensitivity import Losses, digest_of, kept_row, outputs_of
@@ -154,17 +155,19 @@ def compare(
         return
     # One half repairs, the other judges: what was fitted to images looks better on them than it is.
     half = len(images) // 2
-    task = dataclasses.replace(task, calibrate=[images[:half]], train=None)
+    quiet, task = task.quiet, dataclasses.replace(task, calibrate=[images[:half]], train=None)
     original = images if original is None else original
     wanted = outputs_of(model, original[half:])
     digest = digest_of(steps, sites, model, images, original)
-    for each in proposals:
+    with progressing("building candidates", len(proposals), not quiet) as advance:
+        for each in proposals:
 
-        def built(picks: Picks = each.picks) -> list[float]:
-            changed = structure(steps, picks, sites, model, task)
-            return [divergence(wanted, outputs_of(changed, images[half:]))]
+            def built(picks: Picks = each.picks) -> list[float]:
+                changed = structure(steps, picks, sites, model, task)
+                return [divergence(wanted, outputs_of(changed, images[half:]))]
 
-        each.loss = kept_row(folder, f"{digest}-{picks_key(each.picks)}", built)[0]
+            each.loss = kept_row(folder, f"{digest}-{picks_key(each.picks)}", built)[0]
+            advance(1)
 
 
 def structure(steps: Sequence[Step], picks: Picks, sites: Sequence[Site], model: nn.Module, task: Task) -> nn.Module:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tersenet.atomic import writing
 from tersenet.numerics.divergence import divergence
 from tersenet.numerics.outputs import joined
+from tersenet.progress import progressing
 from tersenet.search.costs import gone
 from tersenet.search.sites import Site
 from tersenet.step import Step
@@ -94,14 +95,16 @@ def _of_step(
     wanted = outputs_of(model, images)
     few = dataclasses.replace(task, calibrate=[images], test=None, quiet=True)
     losses: Losses = {}
-    for site in sites:
-        row = [0.0]
-        for setting in site.settings[1:]:
-            chosen = step.chosen({site.place: setting})
-            assert chosen is not None
-            changed, _ = chosen.run(copy.deepcopy(model), few)
-            row.append(divergence(wanted, outputs_of(changed, images)))
-        losses[site.key] = row
+    with progressing(f"sensitivities of {step.name}", len(sites), not task.quiet) as advance:
+        for site in sites:
+            row = [0.0]
+            for setting in site.settings[1:]:
+                chosen = step.chosen({site.place: setting})
+                assert chosen is not None
+                changed, _ = chosen.run(copy.deepcopy(model), few)
+                row.append(divergence(wanted, outputs_of(changed, images)))
+            losses[site.key] = row
+            advance(1)
     return losses
 
 
