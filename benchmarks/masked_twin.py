@@ -28,6 +28,7 @@ def half(known: Coupling) -> np.ndarray:
     return np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
 
 
+_REDUCTIONS = ("mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "aminmax")
 _NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")
 
 
@@ -40,6 +41,10 @@ class Zeroed(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
+        if isinstance(result, tuple) and self.normalises(node):
+            fewer = self.again(node, None)
+            over_channels = [part.shape for part in fewer] == [part.shape for part in result]
+            return fewer if over_channels else result
         if node.op not in ("call_function", "call_module") or not isinstance(result, Tensor):
             return result
         masks = self.masks(node)
@@ -62,10 +67,10 @@ class Zeroed(fx.Interpreter):
         if node.op == "call_module":
             module = self.module.get_submodule(str(node.target))
             return hasattr(module, "normalized_shape") or hasattr(module, "num_groups")
-        return str(node.target).split(".")[1:2] in ([name] for name in ("mean", "var", "std", *_NORMS))
+        return str(node.target).split(".")[1:2] in ([name] for name in (*_REDUCTIONS, *_NORMS))
 
-    def again(self, node: fx.Node, shape: torch.Size) -> Tensor:
-        """The same over the channels that are left, put back in their places."""
+    def again(self, node: fx.Node, shape: torch.Size | None) -> Any:
+        """The same over the channels that are left, put back in their places; several results are as they come."""
         small = {source: self.fewer(self.env[source], source) for source in node.all_input_nodes}
         if node.op == "call_module":
             module = copy.deepcopy(self.module.get_submodule(str(node.target)))
@@ -78,7 +83,7 @@ class Zeroed(fx.Interpreter):
             kwargs: Any = fx.map_arg(node.kwargs, lambda n: small.get(n, self.env[n]))
             result = node.target(*args, **kwargs)  # type: ignore[operator]
         for dim, mask in enumerate(self.masks(node)):
-            if mask is not None and result.shape[dim] < shape[dim]:
+            if shape is not None and mask is not None and result.shape[dim] < shape[dim]:
                 wide = result.new_zeros([*result.shape[:dim], shape[dim], *result.shape[dim + 1 :]])
                 result = wide.index_copy(dim, mask.nonzero().flatten(), result)
         return result

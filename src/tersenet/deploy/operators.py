@@ -79,7 +79,8 @@ upsample_bilinear2d.vec upsample_linear1d.vec upsample_nearest1d.vec upsample_ne
 upsample_trilinear3d.vec var.correction var.dim var_mean.correction view view_as where.Scalar where.ScalarOther
 where.ScalarSelf where.self zeros zeros_like
 _upsample_bicubic2d_aa.vec _upsample_bilinear2d_aa.vec _upsample_nearest_exact1d.vec _upsample_nearest_exact2d.vec
-_upsample_nearest_exact3d.vec adaptive_max_pool3d addcdiv addcmul addr affine_grid_generator aminmax argsort
+_upsample_nearest_exact3d.vec adaptive_max_pool3d addbmm addmv block_diag diagonal_copy eye eye.m igamma igammac
+narrow_copy nextafter rrelu std_mean.dim var_mean.dim addcdiv addcmul addr affine_grid_generator aminmax argsort
 argsort.stable bucketize.Tensor channel_shuffle clamp_max.Tensor clamp_min.Tensor col2im copysign.Scalar
 copysign.Tensor count_nonzero count_nonzero.dim_IntList cummax cummin cumprod diag_embed dist feature_alpha_dropout
 fmax fmin fmod.Scalar fmod.Tensor grid_sampler_2d grid_sampler_3d heaviside hypot index_add index_copy

@@ -28,9 +28,10 @@ adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d 
 bilinear broadcast_tensors cdist channel_shuffle chunk concat contiguous conv1d conv2d conv3d conv_transpose1d
 conv_transpose2d conv_transpose3d cross dropout einsum expand_as feature_alpha_dropout feature_dropout flatten
 grid_sampler group_norm gru instance_norm layer_norm linear log_sigmoid log_softmax lstm mT matmul max max_pool1d
-max_pool1d_with_indices max_pool2d max_pool3d min movedim narrow native_batch_norm numel pad prelu relu6
-repeat_interleave reshape reshape_as rms_norm rnn_relu rnn_tanh scaled_dot_product_attention selu softmax split square
-std std_mean stft sym_numel sym_size tile to type_as unflatten unsafe_chunk var var_mean view_as where
+max_pool1d_with_indices max_pool2d max_pool3d min movedim nanquantile narrow native_batch_norm numel pad prelu
+quantile relu6 repeat_interleave reshape reshape_as rms_norm rnn_relu rnn_tanh rrelu scaled_dot_product_attention selu
+softmax split square std std_mean stft sym_numel sym_size tile to type_as unflatten unsafe_chunk var var_mean view_as
+where
 """
 # In-place forms that are known as they are.
 _KEPT_IN_PLACE_WORDS = """
@@ -46,7 +47,7 @@ def is_composite(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return False
     # Resizing is known by its name; and of what works on complex numbers the parts are known no better.
-    if target._opname in _KEPT or "upsample" in target._opname or target._opname.startswith("fft_"):
+    if target._opname.rstrip("_") in _KEPT or "upsample" in target._opname or target._opname.startswith("fft_"):
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), _COMPOSITE)
 
@@ -68,6 +69,8 @@ def take_apart(program: ExportedProgram) -> ExportedProgram:
             return program
         if is_open(program) and not is_open(new):
             return program
+        if len(new.graph_signature.input_specs) > len(program.graph_signature.input_specs):
+            return program  # what raises errors by itself, such as an inverse, is chained by a further input
         program = new
     return program
 

@@ -238,7 +238,8 @@ def _constants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     for node in nodes:
         floats = [source for source in node.all_input_nodes if isinstance(source.meta.get("dtype"), torch.dtype)]
         fixed = node.op == "call_function" and bool(floats) and all(source in found for source in floats)
-        if node.op == "get_attr" or fixed:
+        made = node.op == "call_function" and not floats and isinstance(node.meta.get("dtype"), torch.dtype)  # arange
+        if node.op == "get_attr" or fixed or made:
             found.add(node)
     return found
 
