@@ -72,7 +72,7 @@ def names() -> dict[str, Any]:
 def base(name: str) -> str:
     """The name that settings go by: `Tensor.add_`, `torch.add` and `Tensor.__add__` are `add`."""
     space, _, short = name.rpartition(".")
-    if re.fullmatch(r"__(bool|float|int|long|index|array|contains|deepcopy|complex)__", short):
+    if re.fullmatch(r"__(bool|float|int|long|index|array|contains|deepcopy|complex|array_wrap)__", short):
         return short
     prefix = {"torch.linalg": "linalg_", "torch.special": "special_", "torch.fft": "fft_"}.get(space, "")
     return prefix + short.strip("_")

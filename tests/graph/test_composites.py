@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tersenet.deploy.artifact import load_terse, save_terse
+from tersenet.errors import TraceError
 from tersenet.graph.coupling import coupling
 from tersenet.graph.recut import recut
 from tersenet.graph.trace import fixed_batch, trace
@@ -63,6 +64,22 @@ def test_what_is_known_as_it_is_stays():
     model = Net(lambda x, y: F.softmax(F.layer_norm(x, x.shape[2:]), 1) + F.relu_(y)).eval()
     names = {str(node.target) for node in trace(model, X[:2]).graph.nodes}
     assert {"aten.softmax.int", "aten.layer_norm.default", "aten.relu_.default"} <= names
+
+
+@pytest.mark.parametrize("name", ["inverse", "quantile"])
+def test_what_torch_cannot_take_apart_stays(name):
+    functions = {
+        "inverse": lambda x, y: torch.inverse(x @ x.mT + torch.eye(6)),
+        "quantile": lambda x, y: torch.quantile(x, 0.5, dim=1, keepdim=True),
+    }
+    model = Net(functions[name]).eval()
+    graph = trace(model, X[:2])
+    assert torch.allclose(graph(X), model(X), atol=1e-5)
+
+
+def test_a_size_that_depends_on_values_is_refused_in_a_sentence():
+    with pytest.raises(TraceError, match="makes a tensor whose size depends on values"):
+        trace(Net(lambda x, y: x * torch.masked_select(x, x > 0).sum()).eval(), X[:2])
 
 
 def test_a_batch_that_torch_fixes_is_said_without_a_line_of_torch():

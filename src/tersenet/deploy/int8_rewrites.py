@@ -8,6 +8,8 @@ behind a reduction into the reduction's kernel:
   products of matrices with a constant one, which stay float. Without a zero point (behind a ReLU) they are right.
 - A maximum or minimum of fewer than four dimensions, those reduced dropped, is off by its own size. With four
   dimensions and the reduced ones kept it is right, so other reductions get that form. It moves no data.
+  Behind a float convolution and in adaptive max pools that form is wrong, too: a minimum of two values stands behind
+  every maximum, which keeps the fake quantization out of its kernel.
 - A Pad along the channels adds zeros of the integers, not of the values. It is made to read floats.
 - A constant that is expanded to the batch (a class token) and concatenated makes other layers lose their bias, or
   OpenVINO stops: the concatenation becomes a Pad of floats plus a constant, which needs no batch size. So do the
@@ -29,6 +31,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tersenet.bricks.brick import Brick
 from tersenet.bricks.quantizer import Quantizer
+from tersenet.deploy.onnx_decompositions import in_float
 from tersenet.graph.points import is_global_pool, only_moves, signed_quantizers
 
 aten = torch.ops.aten
@@ -37,6 +40,10 @@ _MEANS = {aten.mean.dim, aten.sum.dim_IntList}
 _REDUCTIONS = {*_MEANS, aten.amax.default, aten.amin.default}
 _PADS = {aten.pad.default, aten.constant_pad_nd.default}
 _CONCATS = {aten.cat.default, aten.concat.default}
+_MAXIMA = {
+    aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim, aten.adaptive_max_pool1d.default,
+    aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default,
+}  # fmt: skip
 _RANK = 4
 _HUGE = 3e38
 _FLOAT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -44,6 +51,7 @@ _FLOAT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 def rewrite_for_int8(graph: fx.GraphModule) -> None:
     """Applies all rewrites to a quantized graph, in place."""
+    _keep_maxima_apart(graph)
     for node in list(graph.graph.nodes):
         if node.target in _REDUCTIONS or is_global_pool(graph, node):
             _rewrite_reduction(graph, node)
@@ -57,6 +65,20 @@ def rewrite_for_int8(graph: fx.GraphModule) -> None:
         elif node.target in _CONCATS:
             _concatenate_by_addition(graph, node)
     graph.recompile()
+
+
+def _keep_maxima_apart(graph: fx.GraphModule) -> None:
+    """Nothing of what stands behind a maximum or minimum over many values becomes part of its kernel."""
+    for node in list(graph.graph.nodes):
+        layer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if node.target not in _MAXIMA and not isinstance(layer, nn.modules.pooling._AdaptiveMaxPoolNd):
+            continue
+        values = [node] if "shape" in node.meta else [user for user in node.users if user.args[1:] == (0,)]
+        for value in values:
+            with graph.graph.inserting_after(value):
+                plain = graph.graph.call_function(in_float, (value,))
+            plain.meta = dict(value.meta)
+            value.replace_all_uses_with(plain, delete_user_cb=lambda user, own=plain: user is not own)
 
 
 def has_zero_point(graph: fx.GraphModule, node: fx.Node) -> bool:

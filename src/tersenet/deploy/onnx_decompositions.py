@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -34,7 +35,9 @@ def decompose(program: ExportedProgram, rounds: bool) -> ExportedProgram:
     table = {**_TABLE, **(_FOR_INT8 if rounds else {})}
     if not any(node.target in table for node in program.graph.nodes):
         return program
-    return program.run_decompositions(table)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about its own parts
+        return program.run_decompositions(table)
 
 
 def in_float(x: Tensor) -> Tensor:

@@ -267,13 +267,22 @@ class Folder:
     def _describe(self, new: fx.Node, node: fx.Node) -> None:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
-            new.meta["shape"] = tuple(_hint(size) for size in value.shape)
+            new.meta["shape"] = tuple(self._hint(size, node) for size in value.shape)
             new.meta["dtype"] = value.dtype
             new.meta["open"] = value.dim() > 0 and open_size(value.shape[0])
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         new.meta["path"] = stack[-1][0] if stack and stack[-1][0] in self.modules else ""
         if _line(node):
             new.meta["line"] = _line(node)
+
+    def _hint(self, size: Any, node: fx.Node) -> int:
+        known = size if isinstance(size, int) else size.node.hint
+        if known is None:
+            raise TraceError(
+                f"the forward of {type(self.model).__name__} makes a tensor whose size depends on values"
+                f" ({_line(node) or node.target}); multiply by a mask, or use torch.where, so that sizes stay"
+            )
+        return int(known)
 
 
 def _line(node: fx.Node) -> str:
@@ -289,7 +298,3 @@ def _parameters_of(layer: nn.Module) -> set[str]:
 def _is_assertion(node: fx.Node) -> bool:
     name = str(node.target)
     return "_assert" in name or "sym_constrain_range" in name
-
-
-def _hint(size: Any) -> int:
-    return int(size) if isinstance(size, int) else int(size.node.hint)

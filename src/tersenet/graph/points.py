@@ -238,7 +238,7 @@ def _constants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     for node in nodes:
         floats = [source for source in node.all_input_nodes if isinstance(source.meta.get("dtype"), torch.dtype)]
         fixed = node.op == "call_function" and bool(floats) and all(source in found for source in floats)
-        made = node.op == "call_function" and not floats and isinstance(node.meta.get("dtype"), torch.dtype)  # arange
+        made = isinstance(node.target, torch._ops.OpOverload) and not floats and "dtype" in node.meta  # such as arange
         if node.op == "get_attr" or fixed or made:
             found.add(node)
     return found
