@@ -111,7 +111,6 @@ def write_onnx(
         program = export(graph, example)
         with _silence():
             try:
-                program = decompose(program, rounds)
                 found = torch.onnx.export(
                     decompose(program, rounds), given, dynamo=True, opset_version=OPSET, verbose=False,
                     input_names=inputs,
