@@ -217,18 +217,9 @@ def compress(
     if not quiet and sources.is_untrained(model, weights):
         print(f"warning: {model} starts from random numbers; --weights gives it trained ones", file=sys.stderr)
     run = job.compress(
-        network,
-        task,
-        steps,
-        out=out,
-        runtimes=runtimes,
-        threads=threads,
-        batch=batch,
-        max_drop=max_drop,
-        target=target,
-        command=_command(),
-        names={"model": model, "data": data},
-    )
+        network, task, steps, out=out, runtimes=runtimes, threads=threads, batch=batch, max_drop=max_drop,
+        target=target, command=_command(), names={"model": model, "data": data},
+    )  # fmt: skip
     finish(run, json_)
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from tersenet.bricks.opened import copied, unwrapped
 from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.machine import machine
+from tersenet.deploy.timings import Measurement
 from tersenet.findings import collecting
 from tersenet.graph.costs import totals
 from tersenet.graph.taken_apart import opened
@@ -24,7 +26,7 @@ from tersenet.repeat import Repeat
 from tersenet.report.terminal import notes
 from tersenet.report.words import bytes_text, count_text, percent
 from tersenet.search.search import Search
-from tersenet.ship import READS, check_runtimes, foresee_files, peaks, ship, slower_in_integers, time_files
+from tersenet.ship import READS, Shipped, check_runtimes, foresee_files, peaks, ship, slower_in_integers, time_files
 from tersenet.step import Chain, Step
 from tersenet.targets import NO_TARGET, Target, aim_of, judged, searched
 from tersenet.task import Task
@@ -72,54 +74,70 @@ def dry_run(
     steps = [kept for kept in map(without_training, whole) if kept is not None]
     left_out = [step.name for step in whole if without_training(step) is None]
     with tempfile.TemporaryDirectory() as folder:
-        left: dict[str, list[dict[str, Any]]] = {}
-        notes: dict[str, list[str]] = {}
-        names, models, tasks = ["original"], [copy.deepcopy(model).eval()], [task]
+        after = [_After("original", copy.deepcopy(model).eval(), task)]
         # First, to hear early of what cannot be written.
-        shipped = [ship(models[0], task, Path(folder), "00", runtimes)]
+        shipped = [ship(after[0].model, task, Path(folder), "00", runtimes)]
         for index, step in enumerate(steps, start=1):
             with remembering(steps, model), listening() as heard, collecting() as findings:
-                changed, plan = step.run(copy.deepcopy(models[-1]), tasks[-1])
-            notes[f"{index}. {step.name}"] = findings
-            left[f"{index}. {step.name}"] = [each.to_json(name) for name, each in heard]
-            names.append(f"{index}. {step.name}")
-            models.append(changed.eval())
-            tasks.append(step.task_after(tasks[-1], plan))
-        shipped += [
-            ship(each, own, Path(folder), f"{index:02d}", runtimes)
-            for index, (each, own) in enumerate(zip(models[1:], tasks[1:], strict=True), start=1)
-        ]
+                changed, plan = step.run(copy.deepcopy(after[-1].model), after[-1].task)
+            left = [each.to_json(name) for name, each in heard]
+            then = step.task_after(after[-1].task, plan)
+            after.append(_After(f"{index}. {step.name}", changed.eval(), then, left, findings))
+        for index, each in enumerate(after[1:], start=1):
+            shipped.append(ship(each.model, each.task, Path(folder), f"{index:02d}", runtimes))
         timed = {
             runtime: time_files(
-                {n: (each.files[READS[runtime]], own) for n, each, own in zip(names, shipped, tasks, strict=True)},
+                {at.name: (each.files[READS[runtime]], at.task) for at, each in zip(after, shipped, strict=True)},
                 runtime, threads=threads, batch=batch, quiet=task.quiet,
             )
             for runtime in runtimes
             if all(READS[runtime] in each.files for each in shipped)
         }  # fmt: skip
-        rows: list[dict[str, Any]] = []
-        for index, (name, each) in enumerate(zip(names, models, strict=True)):
-            cost = totals(each, tasks[index].example)
-            row: dict[str, Any] = {
-                "step": name, "params": cost.params, "macs": cost.macs, "file_bytes": shipped[index].file_bytes,
-                "latency_ms": {runtime: found.latency(name) for runtime, found in timed.items()},
-                "peak_bytes": peaks(timed, name), "notes": [*notes.get(name, []), *shipped[index].notes],
-                **({"left_alone": left[name]} if left.get(name) else {}),
-            }  # fmt: skip
-            if index:
-                for runtime, found in timed.items():
-                    ratio = found.ratio(name, names[index - 1])
-                    row["latency_ms"][runtime]["left_of_previous"] = [ratio.ratio, ratio.low, ratio.high]
-                    row["notes"] += _verdict(row, rows[-1], runtime, ratio)
-                if rounds_activations(each) and not rounds_activations(models[index - 1]):
-                    row["notes"] += [*slower_in_integers(timed, name, names[index - 1])]
-            rows.append(row)
+        rows = _rows(after, shipped, timed)
     targets = judged(target if target.given else aim_of(recipe.steps), rows, runtimes[0])
     return {
         "machine": machine(), "rows": rows, "foreseen": foreseen, "left_out": left_out,
         "search": said["said"] if said else None,
         "recipe": Recipe(whole).dump(), "targets": targets, "met": all(each["met"] for each in targets),
     }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _After:
+    """A model as it is after a step.
+
+    Args:
+        left_alone: what the step could not touch, as JSON.
+        findings: what it said of itself.
+    """
+
+    name: str
+    model: nn.Module
+    task: Task
+    left_alone: Sequence[dict[str, Any]] = ()
+    findings: Sequence[str] = ()
+
+
+def _rows(after: Sequence[_After], shipped: Sequence[Shipped], timed: dict[str, Measurement]) -> list[dict[str, Any]]:
+    """What is shown of each, the original first."""
+    rows: list[dict[str, Any]] = []
+    for before, each, files in zip((None, *after), after, shipped, strict=False):
+        cost = totals(each.model, each.task.example)
+        row: dict[str, Any] = {
+            "step": each.name, "params": cost.params, "macs": cost.macs, "file_bytes": files.file_bytes,
+            "latency_ms": {runtime: found.latency(each.name) for runtime, found in timed.items()},
+            "peak_bytes": peaks(timed, each.name), "notes": [*each.findings, *files.notes],
+            **({"left_alone": list(each.left_alone)} if each.left_alone else {}),
+        }  # fmt: skip
+        if before is not None:
+            for runtime, found in timed.items():
+                ratio = found.ratio(each.name, before.name)
+                row["latency_ms"][runtime]["left_of_previous"] = [ratio.ratio, ratio.low, ratio.high]
+                row["notes"] += _verdict(row, rows[-1], runtime, ratio)
+            if rounds_activations(each.model) and not rounds_activations(before.model):
+                row["notes"] += [*slower_in_integers(timed, each.name, before.name)]
+        rows.append(row)
+    return rows
 
 
 def _verdict(row: dict[str, Any], before: dict[str, Any], runtime: str, ratio: Any) -> list[str]:

@@ -25,7 +25,7 @@ from tersenet.prove import prove, say_not_written
 from tersenet.recipe import Recipe
 from tersenet.run import Journal, Run, identity_of
 from tersenet.scored_on import data_digest, scored_on
-from tersenet.ship import check_runtimes, foresee_files, ship
+from tersenet.ship import Shipped, check_runtimes, foresee_files, ship
 from tersenet.step import Chain, Step
 from tersenet.targets import NO_TARGET, Target, aim_of, keep_search, recipe_of, searched
 from tersenet.task import Task, inputs_of, score_model, what_is_scored
@@ -68,9 +68,7 @@ def compress(
         recipe = recipe_of(target=target, runtime=runtimes[0], threads=threads, batch=batch)
     steps = _steps(recipe, recover)
     foresee_names(steps, model)
-    _check_data(steps, task)
-    if max_drop is not None and task.test is None:
-        raise DataError("max_drop needs a test set to be judged on; give labelled data, or leave it out")
+    _check_data(steps, task, max_drop)
     original = opened(copied(unwrapped(model)).eval(), task.example)
     task = dataclasses.replace(task, original=original)
     target = target if target.given else aim_of(steps)
@@ -81,26 +79,40 @@ def compress(
         **(names or {}),
     }  # fmt: skip
     say = functools.partial(Console(stderr=True, quiet=task.quiet, highlight=False).print, soft_wrap=True)
-    for sentence in (*foresee_files(original, task), *filter(None, [what_is_scored(original, task)])):
-        say(sentence, markup=False)
-    settings["scored_on"] = basis = scored_on(task)
+    _say_foreseen(original, task, say)
+    settings["scored_on"] = scored_on(task)
     started = time.monotonic()
     steps, said = searched(steps, original, task, Path(out))
     journal = Journal(Path(out), steps, _identity(original, task, steps))
     settings["search"] = keep_search(said, Path(out))
-    report_path = Path(out) / "report.json"
-    done = len(journal.entries) == len(journal.steps)
-    if done and report_path.exists() and Run(out).report["settings"].items() >= _judged(settings).items():
+    if _is_finished(journal, settings):
         say(f"{out} is finished already")
         return Run(out)
-    # Before the first step, to hear at once of a file that cannot be written or is wrong.
-    say("files of original")
-    shipped = {"original": ship(original, task, journal.folder / "files", "00-original", runtimes)}
-    say_not_written(shipped["original"], say)
-    _run_steps(journal, original, task, say, basis)
+    shipped = {"original": _shipped(original, task, journal.folder / "files", runtimes, say)}
+    _run_steps(journal, original, task, say, settings["scored_on"])
     settings["seconds"] = round(time.monotonic() - started, 1)
     prove(journal, original, task, settings, target, command, say, shipped)
-    run = Run(out)
+    return _finished(Path(out), task, say)
+
+
+def _say_foreseen(original: nn.Module, task: Task, say: Callable[..., None]) -> None:
+    for sentence in (*foresee_files(original, task), *filter(None, [what_is_scored(original, task)])):
+        say(sentence, markup=False)
+
+
+def _shipped(
+    original: nn.Module, task: Task, folder: Path, runtimes: Sequence[str], say: Callable[..., None]
+) -> Shipped:
+    """The original's files, before the first step, to hear at once of one that cannot be written or is wrong."""
+    say("files of original")
+    found = ship(original, task, folder, "00-original", runtimes)
+    say_not_written(found, say)
+    return found
+
+
+def _finished(folder: Path, task: Task, say: Callable[..., None]) -> Run:
+    """The run, and what is to be said of its figures."""
+    run = Run(folder)
     if (near := _near_chance(run.report, task)) is not None:
         say(f"warning: {near}")
     return run
@@ -119,8 +131,12 @@ def _near_chance(report: dict[str, Any], task: Task) -> str | None:
     )
 
 
-def _judged(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key != "seconds"}
+def _is_finished(journal: Journal, settings: dict[str, Any]) -> bool:
+    """Whether the run is done and its report answers what is asked."""
+    if len(journal.entries) < len(journal.steps) or not (journal.folder / "report.json").exists():
+        return False
+    asked = {key: value for key, value in settings.items() if key != "seconds"}
+    return Run(journal.folder).report["settings"].items() >= asked.items()
 
 
 def _steps(recipe: Recipe | Sequence[Step] | str | Path, recover: Any) -> tuple[Step, ...]:
@@ -136,7 +152,7 @@ def _steps(recipe: Recipe | Sequence[Step] | str | Path, recover: Any) -> tuple[
     return steps
 
 
-def _check_data(steps: Sequence[Step], task: Task) -> None:
+def _check_data(steps: Sequence[Step], task: Task, max_drop: float | None) -> None:
     """Raises where steps do not serve the model's inputs, and says which remain when there are no labels, or no data at
     all."""
     for step in steps:
@@ -149,6 +165,8 @@ def _check_data(steps: Sequence[Step], task: Task) -> None:
         remain = ", ".join(step.name for step in flat if step.data_needed() in have) or "none"
         what = "labelled training data" if have_inputs else "data"
         raise DataError(f"there is no {what} for {', '.join(lacking)}; of this recipe these steps remain: {remain}")
+    if max_drop is not None and task.test is None:
+        raise DataError("max_drop needs a test set to be judged on; give labelled data, or leave it out")
 
 
 def _identity(original: nn.Module, task: Task, steps: Sequence[Step]) -> dict[str, Any]:

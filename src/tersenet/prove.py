@@ -75,27 +75,11 @@ def prove(
             say(f"files of {name}")
             shipped[name] = ship(replayed, tasks[name], folder / "files", stem, runtimes)
             say_not_written(shipped[name], say)
-    latencies = {}
-    for runtime in runtimes:
-        kind = READS[runtime]
-        timed = {name: (shipped[name].files[kind], tasks[name]) for name in names if kind in shipped[name].files}
-        if not timed:
-            continue
-        say(f"timing {len(timed)} files in {runtime}")
-        latencies[runtime] = time_files(
-            timed, runtime, threads=settings["threads"], batch=settings["batch"], quiet=task.quiet
-        )
+    latencies = _timed(shipped, tasks, settings, say)
+    done = [{}, *(entry.row for entry in journal.entries)]
     rows = [
-        _row(
-            name,
-            shipped[name],
-            journal.entries[index - 1].row if index else {},
-            latencies,
-            tasks[name],
-            names[0],
-            settings["scored_on"],
-        )
-        for index, name in enumerate(names)
+        _row(name, shipped[name], row, latencies, tasks[name], names[0], settings["scored_on"])
+        for name, row in zip(names, done, strict=True)
     ]
     task = tasks[names[-1]]
     files = _final_files(folder, shipped[names[-1]], task, runtimes)
@@ -117,6 +101,23 @@ def prove(
     write_card(report, folder / "README.md")
     write_html([report], folder / "report.html")
     write_json(report, folder / "report.json")
+
+
+def _timed(
+    shipped: dict[str, Shipped], tasks: dict[str, Task], settings: dict[str, Any], say: Callable[..., None]
+) -> dict[str, Measurement]:
+    """Runtime -> the times of all files that it reads; runtimes that can read none are left out."""
+    found = {}
+    for runtime in settings["runtimes"]:
+        kind = READS[runtime]
+        files = {name: (shipped[name].files[kind], own) for name, own in tasks.items() if kind in shipped[name].files}
+        if files:
+            say(f"timing {len(files)} files in {runtime}")
+            quiet = next(iter(tasks.values())).quiet
+            found[runtime] = time_files(
+                files, runtime, threads=settings["threads"], batch=settings["batch"], quiet=quiet
+            )
+    return found
 
 
 def say_not_written(shipped: Shipped, say: Callable[..., None]) -> None:

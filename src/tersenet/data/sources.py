@@ -93,11 +93,17 @@ def open_data(
     found = _found(spec, columns)
     own = in_model_order(found.labels, preparation.labels, spec) if found.labels else ()
     found = _in_one_list(found, spec, own, preparation.labels)
-    labels = found.labels
     decoded = _decoded(spec, found, preparation, on_bad_image, limit, quiet)
     if validate is not None:
-        held = _held_out(validate, columns, labels)
+        held = _held_out(validate, columns, found.labels)
         decoded["validate"] = _decoded(validate, held, preparation, on_bad_image, limit, quiet)["test"]
+    return _sources(decoded, found.labels, preparation, batch_size, seed)
+
+
+def _sources(
+    decoded: dict[str, Decoded], labels: tuple[str, ...], preparation: Preparation, batch_size: int, seed: int
+) -> Sources:
+    """The sets by their names, in batches."""
 
     def batches(split: str, shuffle: bool = False, augment: str | None = None) -> TensorBatches | None:
         if split not in decoded:
