@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from tersenet.report.words import (
 )
 from tersenet.run import Run
 from tersenet.sources import example_of, open_model
-from tersenet.task import Preparation, Task, scored_output
+from tersenet.task import Preparation, Score, Task, scored_output
 
 # What `export --to` can name: the ending, and the runtime that checks it.
 _WRITTEN = {
@@ -88,26 +88,12 @@ def measure_files(
         SettingsError: on more threads than cores, or a file that no named runtime reads.
         FileError: when a file is damaged, or the process that runs it dies.
     """
-    opened = (
-        [
-            (str(path), runtime, open_file(path, runtime, threads))
-            for path in files
-            for runtime in serving(path, runtimes)
-        ]
-        if data is not None
-        else []
-    )
+    # Scores come first: data that does not fit a file is heard of before minutes of timing.
+    scored = [] if data is None else list(_scored(files, runtimes, data, threads, columns, on_bad_image, quiet))
     found = measure_in_runtimes(
         files, runtimes, batch=batch, threads=threads, turns=turns, cold=cold, openings=openings, progress=not quiet
     ).to_json()
-    for path, runtime, runner in opened:
-        preparation = preparation_of(runner)
-        sources = open_data(data or "", preparation, columns=columns, on_bad_image=on_bad_image)
-        check_same_classes(sources, preparation.labels, path, data or "")
-        if sources.test is None:
-            raise SettingsError(f"--data {data} has no labelled test part to score on; leave --data out to time only")
-        output = scored_of_file(runner, example_of(preparation))
-        score = score_file(runner, Task(example=example_of(preparation)), sources.test)
+    for path, runtime, output, score in scored:
         entry = found["files"][path]
         if output is not None:
             entry["scored_output"] = output
@@ -118,6 +104,33 @@ def measure_files(
         if score.top5 is not None:
             entry.setdefault("top5", score.top5)
     return found
+
+
+def _scored(
+    files: Sequence[Path],
+    runtimes: Sequence[str] | None,
+    data: str,
+    threads: int,
+    columns: tuple[str, str] | None,
+    on_bad_image: str,
+    quiet: bool,
+) -> Iterator[tuple[str, str, str | None, Score]]:
+    """(file, runtime, the output that is scored where there are several, score); all are checked before the first."""
+    ready = []
+    for path in files:
+        for runtime in serving(path, runtimes):
+            runner = open_file(path, runtime, threads)
+            preparation = preparation_of(runner)
+            sources = open_data(data, preparation, columns=columns, on_bad_image=on_bad_image, quiet=quiet)
+            check_same_classes(sources, preparation.labels, str(path), data)
+            if sources.test is None:
+                raise SettingsError(
+                    f"--data {data} has no labelled test part to score on; leave --data out to time only"
+                )
+            example = example_of(preparation)
+            ready.append((path, runner, example, sources.test, scored_of_file(runner, example)))
+    for path, runner, example, test, output in ready:
+        yield str(path), runner.runtime, output, score_file(runner, Task(example=example), test)
 
 
 def scored_of_file(runner: Runner, example: Tensor) -> str | None:
