@@ -175,9 +175,9 @@ def _identity(original: nn.Module, task: Task, steps: Sequence[Step]) -> dict[st
         recipe = Recipe(tuple(steps)).dump()
     except RecipeError:  # a step made in Python, such as Recover
         recipe = repr(steps)
-    sizes = [len(data) if hasattr(data, "__len__") else None for data in (task.train, task.calibrate)]  # type: ignore[arg-type]
+    held = [None if data is None else data_digest(data, read=False) for data in (task.train, task.calibrate)]
     shown = b"".join(x.numpy().tobytes() for x in inputs_of((task.example, None)))
-    data = hashlib.sha256(shown + repr((sizes, task.preparation)).encode()).hexdigest()
+    data = hashlib.sha256(shown + repr((held, task.preparation)).encode()).hexdigest()
     held_out = None if task.validate is None else data_digest(task.validate)
     return {
         "recipe": recipe, "starting model": identity_of(original), "data": data, "held-out set": held_out,

@@ -7,6 +7,7 @@ images (He et al., arXiv:1512.03385, section 4.2: pad, crop, flip) by the librar
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,7 @@ class TensorBatches:
             the images alone.
         seed: of order and augmentation, 0 or more.
         drop_last: leave out a last batch that is smaller than the others.
+        contents: a hash of the images where one is known, so that `digest` need not read them.
     Raises:
         DataError: when there are no images, or they do not fit the labels or the preparation.
         SettingsError: for a batch size, seed or augmentation that is not allowed.
@@ -51,6 +53,7 @@ class TensorBatches:
         augment: str | None = None,
         seed: int = 0,
         drop_last: bool = False,
+        contents: str | None = None,
     ) -> None:
         if batch_size < 1:
             raise SettingsError(f"batch_size must be at least 1, got {batch_size}")
@@ -82,6 +85,7 @@ class TensorBatches:
         self.augment = augment
         self.seed = seed
         self.drop_last = drop_last
+        self.contents = contents
 
     @property
     def samples(self) -> int:
@@ -130,8 +134,18 @@ class TensorBatches:
             "augment": self.augment,
             "seed": self.seed,
             "drop_last": self.drop_last,
+            "contents": None if "images" in changes else self.contents,
         }
         return TensorBatches(**{**settings, **changes})
+
+    def digest(self) -> str:
+        """A checksum of all images and labels and of how they are given out."""
+        if self.contents is None:
+            self.contents = hashlib.sha256(self.images.contiguous().numpy().data).hexdigest()
+        labels = b"" if self.labels is None else self.labels.contiguous().numpy().tobytes()
+        settings = (self.contents, tuple(self.images.shape), self.batch_size, self.preparation, self.shuffle,
+                    self.augment, self.seed, self.drop_last)  # fmt: skip
+        return hashlib.sha256(repr(settings).encode() + labels).hexdigest()
 
     def _permutation(self, seed: int) -> Tensor:
         return torch.randperm(self.samples, generator=torch.Generator().manual_seed(_mixed(seed)))

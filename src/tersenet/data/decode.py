@@ -41,11 +41,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Decoded:
-    """images (N, C, H, W) uint8, labels (N,) int64, and the names of the images that were left out."""
+    """images (N, C, H, W) uint8, labels (N,) int64, the names of the images that were left out, and a hash of the bytes
+    that the images were decoded from, where it is known."""
 
     images: np.ndarray
     labels: np.ndarray
     bad: tuple[str, ...]
+    contents: str | None = None
 
 
 def decode(
@@ -83,7 +85,7 @@ def decode(
     for sentence in _sentences(found.facts, encoded, preparation, what):
         warnings.warn(sentence, InputWarning, stacklevel=2)
     kept = np.delete(encoded.labels, np.asarray(found.bad, np.int64))
-    return Decoded(found.images, kept.astype(np.int64), bad)
+    return Decoded(found.images, kept.astype(np.int64), bad, None if place is None else place.name)
 
 
 def _sentences(facts: dict[str, Any], encoded: Encoded, preparation: Preparation, what: str) -> Iterator[str]:

@@ -109,7 +109,9 @@ def _sources(
         if split not in decoded:
             return None
         images, numbers = torch.from_numpy(decoded[split].images), torch.from_numpy(decoded[split].labels)
-        return TensorBatches(images, numbers, batch_size, preparation, shuffle, augment, seed)
+        return TensorBatches(
+            images, numbers, batch_size, preparation, shuffle, augment, seed, contents=decoded[split].contents
+        )
 
     plain = batches("train")
     return Sources(
