@@ -40,6 +40,8 @@ CASES = {
     "a composite of composites": (
         lambda x, y: x * F.cosine_similarity(x, y).unsqueeze(1), {"aten.clamp_min.Tensor", "aten.sum.dim_IntList"}
     ),
+    "in place, of another type": (lambda x, y: y * x.gt_(0.1), {"aten.gt.Scalar", "aten.to.dtype"}),
+    "in place, under another name": (lambda x, y: x.pow_(2).mul(y), {"aten.pow.Tensor_Scalar"}),
     "in place": (lambda x, y: x.atan_().mul(y), {"aten.atan.default", "aten.mul.Tensor"}),
 }  # fmt: skip
 

@@ -53,42 +53,40 @@ masked_fill_.Scalar add_.Tensor add_.Scalar sub_.Tensor sub_.Scalar mul_.Tensor 
 copy_
 """
 _OTHERS = """
-_adaptive_avg_pool2d _native_batch_norm_legit_no_training _softmax _log_softmax _to_copy _unsafe_view
-bilinear copy diagonal_scatter fill.Scalar fill.Tensor index_put mT select_scatter slice_scatter
-lstm.input gru.input rnn_tanh.input rnn_relu.input
-adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d add.Scalar
-addmm alias all all.dim alpha_dropout amax amin any any.dim arange arange.start arange.start_step argmax argmin
-atan2 avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bmm broadcast_tensors cat cdist celu chunk clamp
-clamp.Tensor clamp_max clamp_min clone concat constant_pad_nd contiguous conv1d conv1d.padding conv2d
-conv2d.padding conv3d conv3d.padding conv_transpose1d conv_transpose2d.input conv_transpose3d.input convolution
-cross cumsum detach diagonal div.Scalar div.Scalar_mode div.Tensor_mode dot dropout einsum elu embedding expand
-expand_as feature_dropout flatten.using_ints flip floor_divide frac full full_like gather gelu glu grid_sampler
-group_norm hardshrink hardtanh im2col index.Tensor index_select instance_norm layer_norm leaky_relu lerp.Scalar
-lerp.Tensor lift_fresh lift_fresh_copy linalg_vector_norm linear log_softmax.int logical_and logical_or logsumexp
-masked_fill.Scalar masked_fill.Tensor matmul max max.dim max.other max_pool1d max_pool2d max_pool2d_with_indices
-max_pool3d maximum mean mean.dim min min.dim min.other minimum mm movedim.int movedim.intlist mul.Scalar mv narrow
-native_batch_norm native_group_norm native_layer_norm new_full new_ones new_zeros norm.ScalarOpt_dim norm.Scalar
-numel ones ones_like pad permute pixel_shuffle pixel_unshuffle pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu
-prod prod.dim_int reflection_pad1d reflection_pad2d repeat repeat_interleave.self_int replication_pad1d
-replication_pad2d reshape reshape_as rms_norm roll rsub.Scalar rsub.Tensor scalar_tensor
-scaled_dot_product_attention select.int slice.Tensor softmax.int softplus softshrink split.Tensor split.sizes
-split_with_sizes squeeze squeeze.dim squeeze.dims stack std.correction std.dim sub.Scalar sum sum.dim_IntList
-sym_numel sym_size.int t threshold tile to.device to.dtype to.dtype_layout topk transpose.int tril triu type_as
-unbind.int unflatten.int unfold unsqueeze upsample_bicubic2d upsample_bicubic2d.vec upsample_bilinear2d
-upsample_bilinear2d.vec upsample_linear1d.vec upsample_nearest1d.vec upsample_nearest2d upsample_nearest2d.vec
-upsample_trilinear3d.vec var.correction var.dim var_mean.correction view view_as where.Scalar where.ScalarOther
-where.ScalarSelf where.self zeros zeros_like
+_adaptive_avg_pool2d _log_softmax _native_batch_norm_legit_no_training _softmax _to_copy _unsafe_view
 _upsample_bicubic2d_aa.vec _upsample_bilinear2d_aa.vec _upsample_nearest_exact1d.vec _upsample_nearest_exact2d.vec
-_upsample_nearest_exact3d.vec adaptive_max_pool3d addbmm addmv block_diag diagonal_copy eye eye.m igamma igammac
-narrow_copy nextafter rrelu std_mean.dim var_mean.dim addcdiv addcmul addr affine_grid_generator aminmax argsort
-argsort.stable bucketize.Tensor channel_shuffle clamp_max.Tensor clamp_min.Tensor col2im copysign.Scalar
-copysign.Tensor count_nonzero count_nonzero.dim_IntList cummax cummin cumprod diag_embed dist feature_alpha_dropout
-fmax fmin fmod.Scalar fmod.Tensor grid_sampler_2d grid_sampler_3d heaviside hypot index_add index_copy
-index_fill.int_Scalar isin.Tensor_Tensor kthvalue ldexp.Tensor linalg_cross logaddexp logaddexp2 logcumsumexp
-logical_xor max_pool1d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d median median.dim mode
-native_channel_shuffle nanmedian nanmedian.dim nansum reflection_pad3d renorm replication_pad3d rot90 scatter.src
-scatter.value scatter_add scatter_reduce.two searchsorted.Tensor sort sort.stable std_mean.correction take trace
-unsafe_split.Tensor unsafe_split_with_sizes upsample_nearest3d.vec xlogy.Scalar_Other xlogy.Scalar_Self xlogy.Tensor
+_upsample_nearest_exact3d.vec adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+adaptive_max_pool2d adaptive_max_pool3d add.Scalar addbmm addcdiv addcmul addmm addmv addr affine_grid_generator alias
+all all.dim alpha_dropout amax amin aminmax any any.dim arange arange.start arange.start_step argmax argmin argsort
+argsort.stable atan2 avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bilinear block_diag bmm broadcast_tensors
+bucketize.Tensor cat cdist celu channel_shuffle chunk clamp clamp.Tensor clamp_.Tensor clamp_max clamp_max.Tensor
+clamp_min clamp_min.Tensor clone col2im concat constant_pad_nd contiguous conv1d conv1d.padding conv2d conv2d.padding
+conv3d conv3d.padding conv_transpose1d conv_transpose2d.input conv_transpose3d.input convolution copy copysign.Scalar
+copysign.Tensor count_nonzero count_nonzero.dim_IntList cross cummax cummin cumprod cumsum detach diag_embed diagonal
+diagonal_copy diagonal_scatter dist div.Scalar div.Scalar_mode div.Tensor_mode dot dropout einsum elu embedding expand
+expand_as eye eye.m feature_alpha_dropout feature_dropout fill.Scalar fill.Tensor flatten.using_ints flip floor_divide
+fmax fmin fmod.Scalar fmod.Tensor frac full full_like gather gelu glu grid_sampler grid_sampler_2d grid_sampler_3d
+group_norm gru.input hardshrink hardtanh heaviside hypot igamma igammac im2col index.Tensor index_add index_copy
+index_fill.int_Scalar index_put index_select instance_norm isin.Tensor_Tensor kthvalue layer_norm ldexp.Tensor
+leaky_relu lerp.Scalar lerp.Tensor lift_fresh lift_fresh_copy linalg_cross linalg_vector_norm linear log_softmax.int
+logaddexp logaddexp2 logcumsumexp logical_and logical_or logical_xor logsumexp lstm.input mT masked_fill.Scalar
+masked_fill.Tensor matmul max max.dim max.other max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices
+max_pool3d max_pool3d_with_indices max_unpool2d max_unpool3d maximum mean mean.dim median median.dim min min.dim
+min.other minimum mm mode movedim.int movedim.intlist mul.Scalar mv nanmedian nanmedian.dim nansum narrow narrow_copy
+native_batch_norm native_channel_shuffle native_group_norm native_layer_norm new_full new_ones new_zeros nextafter
+norm.Scalar norm.ScalarOpt_dim numel ones ones_like pad permute pixel_shuffle pixel_unshuffle pow.Scalar
+pow.Tensor_Scalar pow.Tensor_Tensor prelu prod prod.dim_int reflection_pad1d reflection_pad2d reflection_pad3d
+remainder.Scalar_Tensor renorm repeat repeat_interleave.self_int replication_pad1d replication_pad2d replication_pad3d
+reshape reshape_as rms_norm rnn_relu.input rnn_tanh.input roll rot90 rrelu rsub.Scalar rsub.Tensor scalar_tensor
+scaled_dot_product_attention scatter.src scatter.value scatter_add scatter_reduce.two searchsorted.Tensor select.int
+select_scatter slice.Tensor slice_scatter softmax.int softplus softshrink sort sort.stable split.Tensor split.sizes
+split_with_sizes squeeze squeeze.dim squeeze.dims stack std.correction std.dim std_mean.correction std_mean.dim
+sub.Scalar sum sum.dim_IntList sym_numel sym_size.int t take threshold tile to.device to.dtype to.dtype_layout topk
+trace transpose.int tril triu type_as unbind.int unflatten.int unfold unsafe_split.Tensor unsafe_split_with_sizes
+unsqueeze upsample_bicubic2d upsample_bicubic2d.vec upsample_bilinear2d upsample_bilinear2d.vec upsample_linear1d.vec
+upsample_nearest1d.vec upsample_nearest2d upsample_nearest2d.vec upsample_nearest3d.vec upsample_trilinear3d.vec
+var.correction var.dim var_mean.correction var_mean.dim view view_as where.Scalar where.ScalarOther where.ScalarSelf
+where.self xlogy.Scalar_Other xlogy.Scalar_Self xlogy.Tensor zeros zeros_like
 """
 
 

@@ -77,9 +77,20 @@ def take_apart(program: ExportedProgram) -> ExportedProgram:
 
 def without_in_place(graph: fx.Graph) -> None:
     """Of a functional graph, in which nobody reads a tensor that was written into: in-place forms become plain ones."""
-    for node in graph.nodes:
-        if node.op == "call_function" and (plain := _plain(node.target)) is not None:
+    for node in list(graph.nodes):
+        plain = _plain(node.target) if node.op == "call_function" else None
+        if plain is None:
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+        with node.meta["val"].fake_mode:
+            value = plain(*args, **kwargs)
+        if value.dtype == node.meta["val"].dtype:
             node.target = plain
+            continue
+        with graph.inserting_before(node):  # such as a comparison, which in place keeps the type of its input
+            computed = graph.call_function(plain, node.args, node.kwargs)
+        computed.meta = {**node.meta, "val": value}
+        node.target, node.args, node.kwargs = aten.to.dtype, (computed, node.meta["val"].dtype), {}
 
 
 def _plain(target: Any) -> Any:
@@ -87,10 +98,9 @@ def _plain(target: Any) -> Any:
     name = getattr(target, "_opname", "")
     if not name.endswith("_") or name.startswith("_") or name in _KEPT_IN_PLACE or target.namespace != "aten":
         return None
-    plain = getattr(getattr(aten, name[:-1], None), target._overloadname, None)
-    if plain is None or _arguments(plain) != _arguments(target):
-        return None
-    return plain
+    packet = getattr(aten, name[:-1], None)
+    overloads = [] if packet is None else [getattr(packet, each) for each in packet.overloads()]
+    return next((each for each in overloads if _arguments(each) == _arguments(target)), None)
 
 
 def _arguments(target: Any) -> list[tuple[str, str]]:

@@ -204,7 +204,8 @@ _TABLE: dict[Callable[[Call], Any], str] = {
     narrow: "narrow", unpool: "max_unpool2d max_unpool3d", shuffle: "channel_shuffle native_channel_shuffle",
     # the second names of pointwise operators, which torch does not mark as such
     elementwise: "expand_as absolute negative arccos arccosh arcsin arcsinh arctan arctan2 arctanh less less_equal "
-    "greater greater_equal not_equal multiply subtract divide true_divide clip fix square float_power",
+    "greater greater_equal not_equal multiply subtract rsub divide true_divide floor_divide clip fix square "
+    "float_power",
     select: "select", concatenate: "cat concat", getitem: "getitem", pixel_shuffle: "pixel_shuffle",
     **REDUCTIONS, **SHAPES, **PRODUCTS,
 }  # fmt: skip
