@@ -104,6 +104,24 @@ def test_transparent_pixels_are_said(tmp_path: Path) -> None:
     assert data.images[1, :, 0, 0].tolist() == [50, 60, 70]
 
 
+@pytest.mark.parametrize("ending", ["gif", "webp", "png", "tiff"])
+def test_of_several_frames_the_first_is_read_and_said(ending: str, tmp_path: Path) -> None:
+    place = tmp_path / "train" / "one"
+    place.mkdir(parents=True)
+    plain((0, 0, 250)).save(place / "a.png")
+    plain((250, 0, 0)).save(place / f"b.{ending}", save_all=True, append_images=[plain((0, 250, 0))] * 2)
+    for _ in range(2):  # from the cache too
+        with pytest.warns(InputWarning, match=rf"b\.{ending} .*have several frames or pages, of which the first alone"):
+            data = open_data(f"folder:{tmp_path}", RGB, quiet=True).train
+        assert data is not None
+        red, green, _ = data.images[1, :, 0, 0].tolist()
+        assert red > 200 > 50 > green
+    # A camera's second picture is a preview.
+    (place / f"b.{ending}").unlink()
+    plain((250, 0, 0)).save(place / "b.jpg", "MPO", save_all=True, append_images=[plain((0, 250, 0))])
+    assert open_data(f"folder:{tmp_path}", RGB, quiet=True).train is not None
+
+
 def test_colours_that_a_grey_model_does_not_see_are_said(tmp_path: Path) -> None:
     with pytest.warns(InputWarning, match=r"b\.png .*colors and are turned to grey"):
         of_files(tmp_path, {"a.png": plain("gray"), "b.png": plain("red")})

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from tersenet import compress
+from tersenet.dry_run import dry_run
 from tersenet.errors import ModelError, SettingsError
 from tersenet.quantize.formats import Format, Storage
 from tersenet.quantize.quantize import Quantize
+from tersenet.recipe import Recipe
 from tersenet.task import Task
 
 
@@ -66,3 +72,19 @@ def test_weights_of_16_bits_are_refused_in_one_sentence(dtype: torch.dtype) -> N
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).eval().to(dtype), torch.randn(2, 3, 8, 8)
     with pytest.raises(ModelError, match=r"0.weight is b?float16.*model.float\(\)"):
         Quantize().run(model, Task(example=x.to(dtype), calibrate=[(x.to(dtype),)], quiet=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_run_of_another_precision_is_refused_in_one_sentence(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).eval(), torch.randn(2, 3, 8, 8)
+    for steps in ([Quantize()], [Quantize(activations=None)]):
+        for made, inputs, said in (
+            (copy.deepcopy(model).to(dtype), x.to(dtype), "0.weight is"),
+            (copy.deepcopy(model).to(dtype), x, "0.weight is"),
+            (model, x.to(dtype), "input 0 of the example is"),
+        ):
+            task = Task(example=inputs, calibrate=[(inputs,)], quiet=True)
+            with pytest.raises(ModelError, match=rf"{said} b?float\d\d.*model.float\(\)"):
+                compress(made, task, steps, out=tmp_path / "run")
+            with pytest.raises(ModelError, match=said):
+                dry_run(made, task, Recipe(tuple(steps)))
