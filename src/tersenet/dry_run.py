@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tersenet.bricks.opened import copied, unwrapped
+from tersenet.bricks.opened import copied, need_float32, unwrapped
 from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.machine import machine
 from tersenet.deploy.timings import Measurement
@@ -66,6 +66,7 @@ def dry_run(
     """
     check_runtimes(runtimes, threads)
     foresee_names(recipe.steps, model)
+    need_float32(unwrapped(model), task.example)
     model = opened(copied(unwrapped(model)).eval(), task.example)
     foreseen = foresee_files(model, task)
     # Nothing here is to be scored, so the test set is not even there.

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from tersenet import __version__
-from tersenet.bricks.opened import copied, unwrapped
+from tersenet.bricks.opened import copied, need_float32, unwrapped
 from tersenet.errors import DataError, RecipeError
 from tersenet.findings import collecting
 from tersenet.graph.taken_apart import opened
@@ -69,6 +69,7 @@ def compress(
     steps = _steps(recipe, recover)
     foresee_names(steps, model)
     _check_data(steps, task, max_drop)
+    need_float32(unwrapped(model), task.example)
     original = opened(copied(unwrapped(model)).eval(), task.example)
     task = dataclasses.replace(task, original=original)
     target = target if target.given else aim_of(steps)

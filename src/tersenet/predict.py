@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tersenet.data.pixels import pixels
+from tersenet.data.pixels import frames_of, pixels
 from tersenet.deploy.runtimes import open_file
 from tersenet.deploy.stand_in import StandIn
-from tersenet.errors import DataError, ModelError, require
+from tersenet.errors import DataError, InputWarning, ModelError, require
 from tersenet.files import preparation_of
 from tersenet.task import scored_output
 
@@ -66,4 +67,6 @@ def _image(path: Path) -> Any:
     except (OSError, SyntaxError, ValueError) as error:
         why = "there is no such file" if not path.exists() else f"it is no image that can be read ({error})"
         raise DataError(f"{path} cannot be read: {why}; give a PNG, JPEG or WebP image") from error
+    if (frames := frames_of(image)) > 1:
+        warnings.warn(f"{path} has {frames} frames or pages, of which the first is read", InputWarning, stacklevel=3)
     return image

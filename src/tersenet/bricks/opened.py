@@ -46,6 +46,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def need_float32(model: nn.Module, example: Any) -> None:
+    """Refuses what is not computed in float32, as files are made, checked and scored.
+
+    Args:
+        example: an input, or all of them.
+    Raises:
+        ModelError: naming the first parameter or input of another precision.
+    """
+    inputs = example if isinstance(example, tuple) else (example,)
+    values = [*model.named_parameters(), *((f"input {i} of the example", x) for i, x in enumerate(inputs))]
+    for name, value in values:
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise ModelError(
+                f"{name} is {str(value.dtype).removeprefix('torch.')}, and files are made and checked in float32; call "
+                "model.float() and give float32 inputs (quantize with weights: fp16 makes a file of half the bytes)"
+            )
+
+
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy, also of a model whose last call left a computed weight with its history in a layer."""
     with _without_histories(model):

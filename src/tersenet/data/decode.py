@@ -17,7 +17,7 @@ import numpy as np
 
 from tersenet.data import image_cache
 from tersenet.data.image_cache import Pixels
-from tersenet.data.pixels import MODES, Span, is_grey, is_transparent, pixels, span_of, wide_values
+from tersenet.data.pixels import MODES, Span, frames_of, is_grey, is_transparent, pixels, span_of, wide_values
 from tersenet.errors import DataError, InputWarning, SettingsError, require
 from tersenet.task import Preparation
 
@@ -95,6 +95,11 @@ def _sentences(facts: dict[str, Any], encoded: Encoded, preparation: Preparation
             f"{encoded.names[facts['transparent']]} and perhaps more images of {what} have transparent pixels, whose "
             "hidden colors are read as they are"
         )
+    if "frames" in facts:
+        yield (
+            f"{encoded.names[facts['frames']]} and perhaps more images of {what} have several frames or pages, of "
+            "which the first alone is read"
+        )
     if "colour" in facts and preparation.channels == 1:
         yield (
             f"{encoded.names[facts['colour']]} and perhaps more images of {what} have colors and are turned to grey, "
@@ -160,7 +165,7 @@ def opened(source: Any) -> Any:
 
 
 def _note(facts: dict[str, Any], image: Any, index: int) -> None:
-    """Keeps the first image with colors and the first with transparent pixels; looks no further then."""
+    """Keeps the first image with colors, with transparent pixels and with several frames; looks no further then."""
     one_channel = not isinstance(image, np.ndarray) and len(image.getbands()) < 3 and image.mode not in ("P", "PA")
     if one_channel:
         facts["grey"] = True
@@ -168,6 +173,8 @@ def _note(facts: dict[str, Any], image: Any, index: int) -> None:
         facts["colour"] = index
     elif "colour" not in facts:
         facts["equal"] = True
+    if "frames" not in facts and frames_of(image) > 1:
+        facts["frames"] = index
     if "transparent" not in facts and is_transparent(image):
         facts["transparent"] = index
 

@@ -22,8 +22,8 @@ import numpy as np
 from tersenet.cache import cache_folder
 from tersenet.errors import require
 
-# Changes whenever `decode` makes other pixels of the same bytes.
-DECODER = "decoded 3: turned by EXIF, bilinear, covering, middle cut out"
+# Changes whenever `decode` makes other pixels of the same bytes, or says something else of them.
+DECODER = "decoded 4: turned by EXIF, bilinear, covering, middle cut out"
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,17 @@ def is_transparent(image: Any) -> bool:
     return "A" in image.getbands() and image.getchannel("A").getextrema()[0] < 255
 
 
+def frames_of(image: Any) -> int:
+    """How many pictures a file shows one after another, or on pages: 1 of most, and of an array. The second picture of
+    a camera's file (MPO) is another view or a preview, which is no part of the data."""
+    if isinstance(image, np.ndarray) or image.format == "MPO":
+        return 1
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception:  # noqa: BLE001 - PIL's decoders raise many kinds; what was read of it is whole
+        return 1
+
+
 def _narrow(values: np.ndarray, span: Span) -> np.ndarray:
     white = span.white
     if white == 65535:
