@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "left_alone": {"named"},
     "scored_on": {"task"},
     "step": {"errors", "numerics", "bricks", "graph", "left_alone", "named", "task"},
-    "repeat": {"errors", "left_alone", "named", "task", "step"},
+    "repeat": {"errors", "bricks", "graph", "left_alone", "named", "task", "step"},
     "resize": {"errors", "numerics", "task", "step"},
     "report": {"errors", "atomic", "left_alone", "numerics"},
     "train": {"errors", "atomic", "augmentation", "compiler", "left_alone", "task", "step"},
@@ -51,6 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "search": {
         "errors",
         "atomic",
+        "bricks",
         "cache",
         "left_alone",
         "named",

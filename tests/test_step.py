@@ -17,7 +17,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from tersenet.errors import MadePermanent, ModelError, NoEffect, SettingsError
 from tersenet.left_alone import LeftAlone, listening
 from tersenet.prune.penalties import GroupLasso
+from tersenet.prune.prune_channels import PruneChannels
 from tersenet.prune.ramp import Ramp
+from tersenet.repeat import Repeat
+from tersenet.search.search import Search
 from tersenet.step import Chain, Plan, Step, layers, replace, snake_case
 from tersenet.task import Task
 
@@ -206,6 +209,28 @@ def test_a_step_that_is_called_by_itself_opens_the_model(change: Callable[[nn.Mo
     assert list(plan) == ["0", "2.0"]
     assert not any(is_parametrized(module) or module._forward_pre_hooks for module in made.modules())
     assert torch.allclose(made(x), before, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Chain(steps=(Widen(by=0.0),)), Repeat(steps=(PruneChannels(refit=False),), until_drop=None, at_most=1),
+        Search(macs="0.5x", images=0, steps=(PruneChannels(),)),
+    ],
+    ids=["chain", "repeat", "search"],
+)  # fmt: skip
+def test_what_holds_steps_plans_for_a_model_that_torch_cannot_copy(step: Step) -> None:
+    model = hooked(nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2), nn.Dropout())).eval()
+    before = model(torch.ones(2, 4))  # leaves the computed weight with its history
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MadePermanent)
+        assert step.plan(model, TASK)
+    assert torch.equal(model(torch.ones(2, 4)), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MadePermanent)
+        made, plan = step.run(model, TASK)
+    assert plan
+    assert not any(module._forward_pre_hooks for module in made.modules())
 
 
 def test_nothing_is_asked_of_a_step_that_nobody_hears() -> None:

@@ -18,7 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tersenet.bricks.opened import copied
 from tersenet.errors import DataError, NoEffect, SettingsError
+from tersenet.graph.taken_apart import opened
 from tersenet.left_alone import LeftAlone, listening, tell
 from tersenet.named import remembering
 from tersenet.step import Chain, Plan, Step
@@ -83,7 +85,7 @@ class Repeat(Step):
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """Each round is planned on what the ones before it made, so this runs them all on a copy."""
-        return self.run(copy.deepcopy(model), task)[1]
+        return self.run(copied(model), task)[1]
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Replays the rounds that were kept, in order. Raises SettingsError when the plan is of other steps."""
@@ -101,6 +103,7 @@ class Repeat(Step):
             DataError: when there is nothing to judge by.
             SettingsError: when agreement cannot be told, because the outputs are no logits (N, classes).
         """
+        model = opened(model, task.example)
         judged_by, lost = ("nothing", None) if self.until_drop is None else _judge(model, task, self.images)
         say = _sayer(task.quiet)
         start = model

@@ -7,7 +7,6 @@ A chain of steps is a step. The idea of a group of parts being a part is that of
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 import warnings
@@ -17,6 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from tersenet.bricks.opened import copied
 from tersenet.bricks.plain import is_kind, is_plain
 from tersenet.errors import NoEffect, SettingsError, TersenetError
 from tersenet.graph.taken_apart import opened
@@ -270,7 +270,7 @@ class Chain(Step):
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """Each step is planned on what the ones before it made, so this runs the chain on a copy."""
-        return self.run(copy.deepcopy(model), task)[1]
+        return self.run(copied(model), task)[1]
 
     def apply(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Replays the steps' plans in order. Raises SettingsError when the plan is another chain's."""

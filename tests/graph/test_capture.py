@@ -361,3 +361,30 @@ def test_kernels_of_each_image_are_left_alone() -> None:
 def test_opening_twice_does_nothing_the_second_time() -> None:
     model = Net(slice_write).eval()
     assert opened(model, example()) is model
+
+
+class Differently(nn.Module):
+    """One layer reads both inputs, each in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.last(self.first(x).relu() - 2 * self.first(z))
+
+
+def test_an_example_with_one_tensor_twice_stands_for_two_inputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Differently().eval(), torch.randn(2, 3, 8, 8)
+    inputs = (torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8))
+    wanted = model(*inputs)
+    torch.testing.assert_close(trace(model, (x, x))(*inputs), wanted)
+    cut, plan = PruneChannels(sparsity=0.5, refit=False).run(copy.deepcopy(model), Task(example=(x, x), quiet=True))  # type: ignore[arg-type]
+    assert list(plan["keep"]) == ["first"]
+    twin = copy.deepcopy(model)
+    gone = [channel for channel in range(8) if channel not in plan["keep"]["first"]]
+    with torch.no_grad():
+        twin.last.weight[:, gone] = 0
+    torch.testing.assert_close(cut(*inputs), twin(*inputs))
+    torch.testing.assert_close(load_terse(save_terse(cut, (x, x), tmp_path / "cut.terse"))(*inputs), cut(*inputs))

@@ -39,8 +39,15 @@ _TORCH, _OWN = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 
 def inputs_of(example: Example) -> tuple[Tensor, ...]:
     """The inputs of a model, with a batch of at least 2: torch.export would fix a batch of 1."""
-    inputs = example if isinstance(example, tuple) else (example,)
-    return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
+    return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in _apart(example))
+
+
+def _apart(example: Example) -> tuple[Tensor, ...]:
+    """All inputs, each a tensor of its own: one that stands there twice would be taken for a single input."""
+    found: list[Tensor] = []
+    for x in example if isinstance(example, tuple) else (example,):
+        found.append(x.clone() if any(x is other for other in found) else x)
+    return tuple(found)
 
 
 def export(model: nn.Module, example: Example, dynamic_batch: bool = True) -> ExportedProgram:
@@ -61,8 +68,7 @@ def _export(
 ) -> tuple[ExportedProgram, str | None]:
     """The program, and in words where the forward fixes the batch that was to stay open; None when it does not."""
     _refuse_wrapped(model)
-    plain = example if isinstance(example, tuple) else (example,)
-    inputs = inputs_of(example) if dynamic_batch else plain
+    inputs = inputs_of(example) if dynamic_batch else _apart(example)
     program = _attempt(model, inputs, dynamic_batch, calls)
     if not dynamic_batch or is_open(program):
         return program, None

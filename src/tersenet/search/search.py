@@ -18,8 +18,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from tersenet.bricks.opened import copied
 from tersenet.cache import cache_folder
 from tersenet.errors import InputWarning, NoEffect, SettingsError
+from tersenet.graph.taken_apart import opened
 from tersenet.left_alone import trying
 from tersenet.named import foresee_names, hits
 from tersenet.search.bench import check_runtime, images_of, working_folder
@@ -295,6 +297,7 @@ class Search(Step):
 
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"picks": what was picked, "plan": the steps' plans}; runs the search, and the steps on a copy."""
+        model = opened(copied(model), task.example)
         try:
             found = self.solve(model, task)
         except NoChoice:
@@ -324,6 +327,7 @@ class Search(Step):
 
     def run(self, model: nn.Module, task: Task) -> tuple[nn.Module, Plan]:
         """Where nothing can be picked, the model stays as it is and `NoEffect` is warned of."""
+        model = opened(model, task.example)
         try:
             found = self.solve(model, task)
         except NoChoice as error:
