@@ -305,7 +305,7 @@ def reuse_tables() -> None:
     from torch.onnx._internal.exporter import _decomp, _registration
 
     registry = functools.cache(_registration.ONNXRegistry.from_torchlib)
-    _registration.ONNXRegistry.from_torchlib = staticmethod(registry)  # type: ignore[method-assign, assignment]
+    _registration.ONNXRegistry.from_torchlib = staticmethod(registry)  # type: ignore[method-assign]
     decompositions = _decomp.create_onnx_friendly_decomposition_table
     made: dict[frozenset[Any], Any] = {}
 
@@ -315,7 +315,7 @@ def reuse_tables() -> None:
             made[key] = dict(decompositions(registered).items())
         return dict(made[key])
 
-    _decomp.create_onnx_friendly_decomposition_table = known
+    _decomp.create_onnx_friendly_decomposition_table = known  # type: ignore[assignment]
 
 
 def main() -> None:
