@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 WIDTH, SIDE = 8, 16
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 X = torch.randn(32, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
 
 
@@ -67,6 +68,8 @@ def _reductions(name: str) -> dict[str, nn.Module]:
         "tokens_channels": lambda x: reduce(x.flatten(2).transpose(1, 2), 2),
         "channels_last": lambda x: reduce(x.permute(0, 2, 3, 1), (1, 2)),
         "float_tokens": lambda x: reduce(F.gelu(x).flatten(2), 2),
+        "float_spatial": lambda x: reduce(F.gelu(x), (2, 3)),
+        "float_channels": lambda x: reduce(F.gelu(x), 1, True).flatten(1),
     }
     return {key: _then_linear(function) for key, function in forms.items()}
 
@@ -119,6 +122,10 @@ def _preactivated(parts: Parts, x: Tensor) -> Tensor:
     return (x + parts.second(parts.norm2(x).relu())).mean((2, 3))
 
 
+def _averaged(x: Tensor) -> Tensor:
+    return F.gelu(x).mean((2, 3))
+
+
 def _with_class_token(parts: Parts, x: Tensor) -> Tensor:
     return torch.cat([parts.token.expand(len(x), -1, -1), _tokens(x)], 1)
 
@@ -134,6 +141,8 @@ def _norms() -> dict[str, nn.Module]:
                 norm=nn.BatchNorm2d(2 * WIDTH), conv=_conv(), last=_conv(2 * WIDTH),
             )
         ),
+        "layer_without_bias": _headed(Function(_averaged), nn.LayerNorm(WIDTH, bias=False), nn.Linear(WIDTH, 4)),
+        "root_mean_square": _headed(Function(_averaged), nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 4)),
         "instance": _headed(nn.InstanceNorm2d(WIDTH), _conv()),
         "instance_kept": _headed(nn.InstanceNorm2d(WIDTH, affine=True, track_running_stats=True), _conv()),
         "group": _headed(nn.GroupNorm(2, WIDTH), nn.ReLU(), _conv()),
@@ -162,10 +171,81 @@ def _transformers() -> dict[str, nn.Module]:
 
 
 def _layer_scale() -> dict[str, nn.Module]:
+    """Products with constants of both signs, where they stand alone in front of a rounding or of an addition."""
     layers: dict[str, Any] = {"conv": _conv(kernel=7, padding=3, groups=WIDTH), "norm": nn.LayerNorm(WIDTH)}
     linears: dict[str, Any] = {"up": nn.Linear(WIDTH, 16), "back": nn.Linear(16, WIDTH)}
-    gamma = nn.Parameter(torch.randn(WIDTH, 1, 1))
-    return {"convnext": _headed(Parts(_convnext, **layers, **linears, gamma=gamma))}
+
+    def gamma(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.randn(*shape))
+
+    def scaled(parts: Parts, x: Tensor) -> Tensor:
+        return parts.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) * parts.gamma
+
+    point, pair = (WIDTH, 1, 1), {"linear": nn.Linear(WIDTH, WIDTH), "gamma": gamma(WIDTH, 1, 1)}
+    head = nn.Linear(WIDTH, 4)
+    return {
+        "convnext": _headed(Parts(_convnext, **layers, **linears, gamma=gamma(*point))),
+        "behind_linear": _headed(Parts(scaled, **pair)),
+        "added": _headed(Parts(lambda parts, x: scaled(parts, x) + x, **pair)),
+        "behind_mean": _headed(Parts(lambda parts, x: _averaged(x) * parts.gamma, gamma=gamma(WIDTH)), head),
+        "divided": _headed(Parts(lambda parts, x: _averaged(x) / (parts.gamma * 2), gamma=gamma(WIDTH)), head),
+        "rectified": _headed(Parts(lambda parts, x: (_averaged(x) * parts.gamma).relu(), gamma=gamma(WIDTH)), head),
+        "behind_pool": _headed(
+            Parts(lambda parts, x: F.adaptive_avg_pool2d(F.gelu(x), 4) * parts.gamma, gamma=gamma(*point)), _conv()
+        ),
+        "flipped": _headed(Parts(lambda parts, x: F.gelu(x).flip(3) * parts.gamma, gamma=gamma(*point)), _conv()),
+    }
+
+
+def _additions() -> dict[str, nn.Module]:
+    """A convolution whose rounded result is changed before it is added, or added in a chain."""
+
+    def form(function: Callable[[Parts, Tensor], Tensor], **more: nn.Module | nn.Parameter) -> nn.Module:
+        changed = Parts(lambda parts, x: function(parts, x.relu()) + x, conv=_conv(), **more)
+        return _headed(changed, _conv())
+
+    def constant(low: float) -> nn.Parameter:
+        return nn.Parameter(torch.rand(WIDTH, 1, 1) + low)
+
+    return {
+        "scaled": form(lambda parts, x: parts.conv(x) * parts.gamma, gamma=constant(0.2)),
+        "times_number": form(lambda parts, x: parts.conv(x) * 0.7),
+        "shifted": form(lambda parts, x: parts.conv(x) + parts.shift, shift=constant(-0.5)),
+        "clipped": form(lambda parts, x: parts.conv(x).clamp(-0.2, 0.2)),
+        "gelu": form(lambda parts, x: F.gelu(parts.conv(x))),
+        "absolute": form(lambda parts, x: parts.conv(x).abs()),
+        "subtracted": form(lambda parts, x: x - parts.conv(x)),
+        "alpha": form(lambda parts, x: torch.add(x, parts.conv(x), alpha=0.5)),
+        "three": form(lambda parts, x: parts.conv(x) + parts.other(x), other=_conv()),
+        "product": form(lambda parts, x: parts.conv(x) * parts.other(x), other=_conv()),
+        "constant_alone": _headed(Parts(lambda parts, x: x + parts.shift, shift=constant(-0.5)), _conv()),
+    }
+
+
+def _clips() -> dict[str, nn.Module]:
+    """Two roundings with a clip between them or nothing, and operators that are written with others."""
+
+    def gated(parts: Parts, x: Tensor) -> Tensor:
+        return parts.value(x.relu()) * torch.sigmoid(parts.gate(x.relu()))
+
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "clamp": lambda x: x.clamp(-0.2, 0.4),
+        "at_least": lambda x: x.clamp(min=-0.1),
+        "at_most": lambda x: x.clamp(max=0.3),
+        "softmax": lambda x: x.softmax(1),
+        "softmax_rows": lambda x: x.relu().softmax(2),
+        "deviation": lambda x: F.gelu(x) * x.std((2, 3), keepdim=True),
+        "largest": lambda x: F.gelu(x).max(1, keepdim=True)[0].expand(-1, WIDTH, -1, -1),
+        "largest_of_flat": lambda x: x * x.flatten(2).max(2)[0][..., None, None],
+        "adaptive_maximum": lambda x: F.adaptive_max_pool2d(F.gelu(x), 3),
+    }
+    forms = {name: _headed(Function(function), _conv()) for name, function in functions.items()}
+    return {
+        **forms,
+        "hardtanh": _headed(nn.Hardtanh(0.1, 0.5), _conv()),
+        "softmax_of_tokens": _headed(Function(_tokens), nn.Softmax(1), nn.Linear(WIDTH, 4)),
+        "two_relus": _headed(Parts(gated, value=_conv(), gate=_conv()), _conv()),
+    }
 
 
 def _pools() -> dict[str, nn.Module]:
@@ -189,8 +269,13 @@ def _others() -> dict[str, nn.Module]:
         x = F.hardswish(x)
         return x * F.hardsigmoid(parts.up(parts.down(F.adaptive_avg_pool2d(x, 1)).relu()))
 
+    def excited_behind_relu(parts: Parts, x: Tensor) -> Tensor:
+        return x.relu() * torch.sigmoid(parts.up(parts.down(F.adaptive_avg_pool2d(x.relu(), 1)).relu()))
+
     point: dict[str, Any] = {"kernel": 1, "padding": 0}
     return {
+        "pad_relu_value": _headed(Function(lambda x: F.pad(x.relu(), (1, 2, 1, 2), value=0.5)), _conv()),
+        "squeeze_behind_relu": _headed(Parts(excited_behind_relu, down=_conv(**point), up=_conv(**point)), _conv()),
         "pad": _headed(Function(lambda x: F.pad(x, (1, 2, 1, 2))), _conv()),
         "pad_value": _headed(Function(lambda x: F.pad(x, (1, 2, 1, 2), value=0.5)), _conv()),
         "pad_channels": _headed(Function(lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))), _conv(WIDTH + 4)),
@@ -215,20 +300,24 @@ BUNDLES: dict[str, Callable[[], dict[str, nn.Module]]] = {
     "norms": _norms,
     "transformers": _transformers,
     "layer_scale": _layer_scale,
+    "additions": _additions,
+    "clips": _clips,
     "pools": _pools,
     "others": _others,
 }
 
 
 def lively_bundle(name: str) -> Bundle:
-    """A bundle in evaluation mode, its norms with statistics that are not those of a fresh one."""
+    """A bundle in evaluation mode, its norms with statistics unlike a fresh one's and weights of both signs."""
     torch.manual_seed(0)
     model = Bundle(BUNDLES[name]()).eval()
     for module in model.modules():
         if getattr(module, "running_mean", None) is not None:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
-            if module.weight is not None:
-                nn.init.uniform_(module.weight, 0.5, 1.5)
+        if isinstance(module, _NORMS) and module.weight is not None:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.weight.data[::2] *= -1
+            if getattr(module, "bias", None) is not None:
                 nn.init.normal_(module.bias)
     return model

@@ -51,17 +51,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "name",
     [
         pytest.param(name, marks=pytest.mark.minutes)
-        if name not in ("mean", "pools", "transformers", "layer_scale")
+        if name not in ("mean", "pools", "transformers", "layer_scale", "additions")
         else name
         for name in BUNDLES
     ],
 )
-def test_int8_is_what_was_simulated(name: str, runtime: str, folder: Path, request: pytest.FixtureRequest) -> None:
+def test_int8_is_what_was_simulated(name: str, runtime: str, folder: Path) -> None:
     """Rounding may fall the other way now and then; a wrong operator is off by far more than int8 costs."""
     pytest.importorskip(runtime)
-    if (name, runtime) == ("layer_scale", "openvino"):
-        why = "OpenVINO is off at a product with a parameter of both signs; the check of files refuses such a file"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
     path, columns, outputs = exported(name, folder)
     got = open_file(path, runtime, threads=1).run(X.numpy())
     simulated, plain = outputs[runtime], outputs["float"]

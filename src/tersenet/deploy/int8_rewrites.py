@@ -10,13 +10,11 @@ behind a reduction into the reduction's kernel:
   dimensions and the reduced ones kept it is right, so other reductions get that form. It moves no data.
   Behind a float convolution and in adaptive max pools that form is wrong, too: a minimum of two values stands behind
   every maximum, which keeps the fake quantization out of its kernel.
-- A Pad along the channels adds zeros of the integers, not of the values. It is made to read floats.
 - A constant that is expanded to the batch (a class token) and concatenated makes other layers lose their bias, or
   OpenVINO stops: the concatenation becomes a Pad of floats plus a constant, which needs no batch size. So do the
   statistics of an instance norm, which the exporter repeats for each sample: it becomes a batch norm.
 
-ONNX Runtime rounds the float weights of a convolution, transposed ones too, or a Gemm to 8 bits by itself, one scale
-for all channels, where it stands between integers. Layers that are left in float are made to read floats.
+Where it is enough that an operator reads floats, `read_floats.py` says why.
 """
 
 from __future__ import annotations
@@ -29,24 +27,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from tersenet.bricks.brick import Brick
-from tersenet.bricks.quantizer import Quantizer
 from tersenet.deploy.onnx_decompositions import in_float
-from tersenet.graph.points import is_global_pool, only_moves, signed_quantizers
+from tersenet.deploy.read_floats import plain_float, quantizer_of, read_floats
+from tersenet.graph.points import clip_bounds, is_global_pool, signed_quantizers
 
 aten = torch.ops.aten
 
 _MEANS = {aten.mean.dim, aten.sum.dim_IntList}
 _REDUCTIONS = {*_MEANS, aten.amax.default, aten.amin.default}
-_PADS = {aten.pad.default, aten.constant_pad_nd.default}
 _CONCATS = {aten.cat.default, aten.concat.default}
 _MAXIMA = {
     aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim, aten.adaptive_max_pool1d.default,
     aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default,
 }  # fmt: skip
 _RANK = 4
-_HUGE = 3e38
-_FLOAT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 def rewrite_for_int8(graph: fx.GraphModule) -> None:
@@ -57,13 +51,9 @@ def rewrite_for_int8(graph: fx.GraphModule) -> None:
             _rewrite_reduction(graph, node)
         elif node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), _InstanceNorm):
             _fix_statistics(graph, str(node.target))
-        elif node.target in _PADS:
-            _pad_floats(graph, node)
-        elif node.op == "call_module" and _is_float(graph.get_submodule(str(node.target))):
-            if _quantizer(graph, node.args[0]) is not None:
-                _read_floats(graph, node, node.args[0])
         elif node.target in _CONCATS:
             _concatenate_by_addition(graph, node)
+    read_floats(graph)
     graph.recompile()
 
 
@@ -82,23 +72,15 @@ def _keep_maxima_apart(graph: fx.GraphModule) -> None:
 
 
 def has_zero_point(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a value comes, moved or chosen at most, out of integers whose zero is not 0 in the file."""
-    path = _quantizer(graph, node)
+    """Whether a value comes, moved, chosen or clipped at most, out of integers whose zero is not 0 in the file."""
+    while clip_bounds(graph, node) is not None:
+        node = node.args[0]  # type: ignore[assignment]
+    path = quantizer_of(graph, node)
     if path is None:
         return False
     quantizer: Any = graph.get_submodule(path)
     zero = int(quantizer.zero_point)
     return zero != 0 and not (zero == 128 and quantizer.bits == 8 and path in signed_quantizers(graph))
-
-
-def _quantizer(graph: fx.GraphModule, node: fx.Node) -> str | None:
-    """The path of the quantizer that a value comes from, moved or chosen at most; None where it is a float."""
-    while True:
-        if node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), Quantizer):
-            return str(node.target)
-        if not only_moves(graph, node) or not isinstance(node.args[0], fx.Node):
-            return None
-        node = node.args[0]
 
 
 def _rewrite_reduction(graph: fx.GraphModule, node: fx.Node) -> None:
@@ -179,27 +161,6 @@ def _reduce_in_four_dimensions(graph: fx.GraphModule, node: fx.Node, reduced: li
     graph.graph.erase_node(node)
 
 
-def _pad_floats(graph: fx.GraphModule, node: fx.Node) -> None:
-    """Lets a Pad along the channels read floats."""
-    source, sides = node.args[0], list(node.args[1])  # type: ignore[arg-type]
-    assert isinstance(source, fx.Node)
-    rank = len(source.meta.get("shape", ()))
-    if len(sides) >= 2 * (rank - 1) and any(sides[2 * (rank - 2) :]) and _quantizer(graph, source) is not None:
-        _read_floats(graph, node, source)
-
-
-def _is_float(layer: nn.Module) -> bool:
-    """Whether a layer is left in float; bricks hold few bits."""
-    return isinstance(layer, _FLOAT_LAYERS) and not isinstance(layer, Brick)
-
-
-def _read_floats(graph: fx.GraphModule, node: fx.Node, source: fx.Node) -> None:
-    with graph.graph.inserting_before(node):
-        same = graph.graph.call_function(_same, (source,))
-    same.meta = dict(source.meta)
-    node.replace_input_with(source, same)
-
-
 def _concatenate_by_addition(graph: fx.GraphModule, node: fx.Node) -> None:
     """Writes a concatenation of one value with constants (a class token) as a padded value plus a constant."""
     parts: Any = node.args[0]
@@ -241,12 +202,7 @@ class _PaddedPlus(nn.Module):
         self.register_buffer("constant", constant.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.pad(_same(x), self.sides) + self.constant
-
-
-def _same(x: Tensor) -> Tensor:
-    """x, by an operator that OpenVINO moves no zero point through and takes out nowhere."""
-    return torch.onnx.ops.symbolic("Max", (x, torch.tensor(-_HUGE)), dtype=x.dtype, shape=x.shape)
+        return nn.functional.pad(plain_float(x), self.sides) + self.constant
 
 
 def _fix_statistics(graph: fx.GraphModule, path: str) -> None:

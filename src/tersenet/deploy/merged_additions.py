@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from tersenet.bricks.quantized import Int8Layer
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.deploy.folded import folded_graph
-from tersenet.graph.points import is_addition
+from tersenet.graph.points import constants, is_addition
 
 
 def rounded_for_addition(graph: fx.GraphModule, kind: type[nn.Module]) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -52,7 +52,10 @@ def as_openvino_adds(model: nn.Module, example: Tensor) -> fx.GraphModule:
 
 def merge_additions(graph: fx.GraphModule) -> fx.GraphModule:
     """The same on a captured graph with folded norms, in place."""
+    fixed = constants(graph.graph.nodes)
     for node, _ in rounded_for_addition(graph, Quantizer):
+        if any(source in fixed for user in node.users for source in user.all_input_nodes):
+            continue  # a constant is added behind the rounding
         quantizer = graph.get_submodule(str(node.target))
         assert isinstance(quantizer, Quantizer)
         scale, zero = float(quantizer.scale), int(quantizer.zero_point)

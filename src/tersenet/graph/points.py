@@ -90,7 +90,7 @@ class _Walk:
     def __init__(self, graph: fx.GraphModule, quantized: set[str], copies: set[str]) -> None:
         self.graph, self.quantized, self.copies = graph, quantized, copies
         self.nodes = list(graph.graph.nodes)
-        self.constants = _constants(self.nodes)
+        self.constants = constants(self.nodes)
         self.kinds = {node: self._kind(node) for node in self.nodes}
         self.parent: dict[fx.Node, fx.Node] = {}
         self.rounded: set[fx.Node] = set()
@@ -229,7 +229,7 @@ class _Walk:
         return found
 
 
-def _constants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+def constants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes whose values are the same for every input, but for their batch: parameters, and what is made of them.
 
     OpenVINO 2026 stops at a concatenation of integers with such a value (a class token) that is rounded too.
