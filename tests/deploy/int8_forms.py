@@ -236,7 +236,6 @@ def _clips() -> dict[str, nn.Module]:
         "softmax_rows": lambda x: x.relu().softmax(2),
         "deviation": lambda x: F.gelu(x) * x.std((2, 3), keepdim=True),
         "largest": lambda x: F.gelu(x).max(1, keepdim=True)[0].expand(-1, WIDTH, -1, -1),
-        "largest_of_flat": lambda x: x * x.flatten(2).max(2)[0][..., None, None],
         "adaptive_maximum": lambda x: F.adaptive_max_pool2d(F.gelu(x), 3),
     }
     forms = {name: _headed(Function(function), _conv()) for name, function in functions.items()}
