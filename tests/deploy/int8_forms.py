@@ -225,13 +225,8 @@ def _additions() -> dict[str, nn.Module]:
 def _clips() -> dict[str, nn.Module]:
     """Two roundings with a clip between them or nothing, and operators that are written with others."""
 
-    def gated(parts: Parts, x: Tensor) -> Tensor:
-        return parts.value(x.relu()) * torch.sigmoid(parts.gate(x.relu()))
-
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "clamp": lambda x: x.clamp(-0.2, 0.4),
-        "at_least": lambda x: x.clamp(min=-0.1),
-        "at_most": lambda x: x.clamp(max=0.3),
         "softmax": lambda x: x.softmax(1),
         "softmax_rows": lambda x: x.relu().softmax(2),
         "deviation": lambda x: F.gelu(x) * x.std((2, 3), keepdim=True),
@@ -243,7 +238,6 @@ def _clips() -> dict[str, nn.Module]:
         **forms,
         "hardtanh": _headed(nn.Hardtanh(0.1, 0.5), _conv()),
         "softmax_of_tokens": _headed(Function(_tokens), nn.Softmax(1), nn.Linear(WIDTH, 4)),
-        "two_relus": _headed(Parts(gated, value=_conv(), gate=_conv()), _conv()),
     }
 
 

@@ -10,7 +10,7 @@ a rounding through, is put in between. Found by comparing each runtime with the 
   further on (`Convolution::setPostOps` of its CPU plugin). What goes into the addition at once is simulated so
   (`merged_additions.py`); what is multiplied, subtracted or bent in between keeps its rounding.
 - OpenVINO clips integers at bounds that are rounded to them; ONNX Runtime leaves out what a later rounding repeats and
-  merges the two roundings around it into one. A clip, or nothing, between two grids reads floats.
+  merges the two roundings around it into one. A clip between two grids, but a ReLU, reads floats.
 - A variance is written with means of integers, of which OpenVINO loses the zero point, as of other means; it reads
   floats.
 - A Pad along the channels adds zeros of the integers in OpenVINO, not of the values.
@@ -89,19 +89,13 @@ def quantizer_of(graph: fx.GraphModule, node: Any) -> str | None:
 
 
 def _between_grids(graph: fx.GraphModule, node: fx.Node) -> None:
-    """Keeps a second rounding apart from a first one to another grid.
-
-    Below 8 bits a Clip of the integers (`onnx.QuantizeDequantize`) does that already, but for a clip at other bounds.
-    """
+    """Keeps a second rounding, behind a clip, apart from a first one to another grid."""
     reader, source, bounds = node, node.args[0], set()
     while isinstance(source, fx.Node) and (clip := clip_bounds(graph, source)) is not None:
         bounds.add(clip)
         reader, source = source, source.args[0]
-    path = quantizer_of(graph, source)
-    if path in (None, node.target):
-        return
-    bits = [graph.get_submodule(str(each)).bits for each in (path, node.target)]
-    if min(bits) == 8 or bounds - {(0.0, math.inf)}:  # type: ignore[type-var]
+    # Behind a ReLU alone OpenVINO lost a bias, where ONNX Runtime is off by a rounding.
+    if bounds - {(0.0, math.inf)} and quantizer_of(graph, source) not in (None, node.target):
         _put_in_front(graph, reader, source, plain_float)
 
 
@@ -163,9 +157,12 @@ def _keep_rounding(graph: fx.GraphModule, node: fx.Node, fixed: Collection[fx.No
 
 
 def _put_in_front(graph: fx.GraphModule, node: fx.Node, source: Any, function: Any) -> None:
-    with graph.graph.inserting_before(node):
-        same = graph.graph.call_function(function, (source,))
-    same.meta = dict(source.meta)
+    """One for all that read the same value: beside several, OpenVINO loses the bias of the layer before them."""
+    same = next((user for user in source.users if user.target is function), None)
+    if same is None:
+        with graph.graph.inserting_after(source):
+            same = graph.graph.call_function(function, (source,))
+        same.meta = dict(source.meta)
     node.replace_input_with(source, same)
 
 
