@@ -222,25 +222,6 @@ def _additions() -> dict[str, nn.Module]:
     }
 
 
-def _clips() -> dict[str, nn.Module]:
-    """Two roundings with a clip between them or nothing, and operators that are written with others."""
-
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "clamp": lambda x: x.clamp(-0.2, 0.4),
-        "softmax": lambda x: x.softmax(1),
-        "softmax_rows": lambda x: x.relu().softmax(2),
-        "deviation": lambda x: F.gelu(x) * x.std((2, 3), keepdim=True),
-        "largest": lambda x: F.gelu(x).max(1, keepdim=True)[0].expand(-1, WIDTH, -1, -1),
-        "adaptive_maximum": lambda x: F.adaptive_max_pool2d(F.gelu(x), 3),
-    }
-    forms = {name: _headed(Function(function), _conv()) for name, function in functions.items()}
-    return {
-        **forms,
-        "hardtanh": _headed(nn.Hardtanh(0.1, 0.5), _conv()),
-        "softmax_of_tokens": _headed(Function(_tokens), nn.Softmax(1), nn.Linear(WIDTH, 4)),
-    }
-
-
 def _pools() -> dict[str, nn.Module]:
     pools = {
         "padded": nn.AvgPool2d(3, 2, 1),
@@ -294,7 +275,6 @@ BUNDLES: dict[str, Callable[[], dict[str, nn.Module]]] = {
     "transformers": _transformers,
     "layer_scale": _layer_scale,
     "additions": _additions,
-    "clips": _clips,
     "pools": _pools,
     "others": _others,
 }
