@@ -18,6 +18,7 @@ from tersenet.errors import SettingsError
 from tersenet.graph.fold import fold_all
 from tersenet.graph.points import activation_points, insert_after
 from tersenet.graph.trace import said_input, trace, trace_with
+from tersenet.graph.twins import merge_twins
 from tersenet.quantize.equalise import find_pairs, unclip
 from tersenet.quantize.formats import Format
 from tersenet.step import Plan, Step
@@ -127,8 +128,9 @@ def _shortcuts(graph: fx.GraphModule, step: Step) -> dict[str, list[int]]:
 
 
 def _prepare(graph: fx.GraphModule, shortcuts: dict[str, list[int]]) -> None:
-    """Folds the norms, and makes convolutions of the zero-padding shortcuts. Exact."""
+    """Folds norms, merges what is computed twice, and makes convolutions of the zero-padding shortcuts. Exact."""
     fold_all(graph)
+    merge_twins(graph)
     for path, arguments in shortcuts.items():
         graph.add_submodule(path, identity_convolution(*arguments))
 
