@@ -132,6 +132,19 @@ def test_what_changes_the_graph_is_captured_anew(
     assert len(count) == 2
 
 
+def test_a_pt2_file_is_held_to_the_model_that_it_is_made_of(
+    count: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "FACTOR", 2.0)
+    model = Net().eval()
+    model.kept = 1.0  # a tensor here would give each copy a structure of its own
+    for factor in (2.0, 4.0):  # which the structure of the model does not say
+        monkeypatch.setitem(globals(), "FACTOR", factor)
+        export_pt2(model, x(), tmp_path / "m.pt2")
+        torch.testing.assert_close(read_pt2(tmp_path / "m.pt2")[0](x()), model(x()))
+    assert len(count) == 2
+
+
 def test_captures_keep_no_model_in_memory(count: list[Any]) -> None:
     model = Net().eval()
     gone = weakref.ref(model), weakref.ref(model.first.weight), weakref.ref(model.shift)

@@ -27,6 +27,7 @@ from torch.export import Dim, ExportedProgram
 from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.opened import unwrapped, wrapper
 from tersenet.errors import ModelError, TraceError
+from tersenet.graph.agreement import still_right
 from tersenet.graph.calls import Calls
 from tersenet.graph.functional import functional
 from tersenet.graph.open_batch import is_open, sizes_kept, why_fixed
@@ -126,7 +127,13 @@ def export_open(model: nn.Module, example: Example) -> tuple[ExportedProgram, st
     Its operators may be shared with other programs: they are not to be changed.
     """
     captured = capture(model, example)
-    return _with_numbers(captured.program, model) if captured.again else captured.program, captured.fixed
+    if captured.again:
+        program = _with_numbers(captured.program, model)
+        with attributes_kept(model):  # the model runs here, too
+            if still_right(model, program.module(check_guards=False), inputs_of(example)):
+                return program, captured.fixed
+        captured = capture(model, example, anew=True)
+    return captured.program, captured.fixed
 
 
 def _captured(model: nn.Module, example: Example) -> Captured:
