@@ -58,7 +58,6 @@ def test_nothing_is_wrong(log: dict[str, Any]) -> None:
     assert [key for key, row in log["rows"].items() if is_wrong(row)] == []
 
 
-@pytest.mark.xfail(strict=True, reason="ONNX and int8 of some rows are not run yet: python benchmarks/operators.py")
 def test_every_row_is_run(log: dict[str, Any]) -> None:
     assert [key for key, row in log["rows"].items() if missing(row)] == []
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+import tersenet.deploy.checked
 import tersenet.deploy.onnx
 from tersenet.bricks.settle import settle
 from tersenet.deploy.checked import checked
@@ -75,3 +76,47 @@ def test_what_is_wrong_in_integers_is_left_in_float(monkeypatch, tmp_path):
     path = export_onnx(model, X[:2], path)
     with pytest.raises(ExportError, match=r"does not agree.*it differs first at pool \(AvgPool2d\)"):
         checked(path, ["onnxruntime"], reference)
+
+
+class Deviating(nn.Module):
+    """OpenVINO loses the bias of the convolution in front of what deviates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(F.gelu(x) * x.std((2, 3), keepdim=True)).mean((2, 3))
+
+
+class Spread(nn.Module):
+    """The same, of a mean that is spread over a computed shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x.mean((2, 3), keepdim=True).expand(x.shape)).relu().mean((2, 3))
+
+
+@pytest.mark.parametrize(("kind", "shown"), [(Deviating, True), (Spread, True), (Spread, False)])
+def test_a_bias_that_openvino_loses_is_added_apart(kind, shown, monkeypatch, tmp_path):
+    """Also where the file is right while its integers are shown, so that its convolutions have to be tried."""
+    if not shown:
+        monkeypatch.setattr(tersenet.deploy.checked, "_culprits", lambda agreement, reference: [])
+    model = settle(Quantize().run(kind().eval(), Task(example=X[:2], calibrate=[X], quiet=True))[0])
+    reference = Reference(model, X[:2], [X])
+    path = export_onnx(model, X[:2], tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match="does not agree"):
+        checked(path, ["openvino"], reference)
+    rewritten = export_onnx(model, X[:2], path)
+    found = checked(
+        path, ["onnxruntime", "openvino"], reference, lambda floats: export_onnx(model, X[:2], rewritten, floats=floats)
+    )
+    assert found["openvino"].in_float == ("stem (Int8Conv2d)",)
+    assert all(each.agrees for each in found.values())

@@ -6,6 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import fx
+
+from tersenet.bricks.quantized import Int8Conv2d, Int8Layer
+from tersenet.bricks.quantizer import Quantizer
 from tersenet.deploy.locate import before_quantizer, first_that_differs, named
 from tersenet.deploy.reference import Reference
 from tersenet.deploy.verify import Agreement, check, compare_file
@@ -14,6 +18,8 @@ from tersenet.errors import ExportError, FileError, TersenetError
 Rewrite = Callable[[Sequence[str]], object]
 # Operators of an int8 file that are left in float one after another; what is wrong at more places is wrong as a whole.
 _ROUNDS = 4
+# Convolutions that are tried in float one by one, where it is not known what is wrong; each is one more file.
+_SUSPECTS = 8
 
 
 def checked(
@@ -35,18 +41,24 @@ def checked(
     """
     floats: list[str] = []
     try:
+        agreements, wrong = _compared(path, runtimes, reference)
         for _ in range(_ROUNDS):
-            agreements = {runtime: compare_file(path, runtime, reference) for runtime in runtimes}
-            wrong = next((runtime for runtime, each in agreements.items() if not each.agrees), None)
-            if wrong is None:
-                operators = tuple(named(reference.graph, n) for n in reference.graph.graph.nodes if n.name in floats)
-                return {runtime: replace(each, in_float=operators) for runtime, each in agreements.items()}
-            culprits = _culprits(agreements[wrong], reference)
+            culprits = _culprits(agreements[wrong], reference) if wrong else []
             if rewrite is None or not culprits or set(culprits) <= set(floats):
                 break
             floats += culprits
             rewrite(floats)
-        assert wrong is not None
+            agreements, wrong = _compared(path, runtimes, reference)
+        for suspect in _suspects(reference.graph) if wrong and rewrite is not None else []:
+            rewrite([*floats, suspect])
+            tried, still_wrong = _compared(path, runtimes, reference)
+            if still_wrong is None:
+                agreements, wrong = tried, None
+                floats.append(suspect)
+                break
+        if wrong is None:
+            operators = tuple(named(reference.graph, n) for n in reference.graph.graph.nodes if n.name in floats)
+            return {runtime: replace(each, in_float=operators) for runtime, each in agreements.items()}
         try:
             check(agreements[wrong], f"{path} in {wrong}")
         except ExportError as error:
@@ -55,6 +67,27 @@ def checked(
         _remove(path)
         raise ExportError(str(error)) from error
     return agreements
+
+
+def _compared(path: Path, runtimes: Sequence[str], reference: Reference) -> tuple[dict[str, Agreement], str | None]:
+    """(runtime -> how far the file is from the model there, the first in which it is wrong)."""
+    agreements = {runtime: compare_file(path, runtime, reference) for runtime in runtimes}
+    return agreements, next((runtime for runtime, each in agreements.items() if not each.agrees), None)
+
+
+def _suspects(graph: fx.GraphModule) -> list[str]:
+    """Int8 convolutions that something else than a layer reads, behind their quantizers: OpenVINO merges some of them
+    wrong, and no longer where their integers are shown, so that the culprit is not known."""
+
+    def is_kind(node: fx.Node, kind: type) -> bool:
+        return node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), kind)
+
+    def readers(node: fx.Node) -> list[fx.Node]:
+        return [each for user in node.users for each in (readers(user) if is_kind(user, Quantizer) else [user])]
+
+    convolutions = [node for node in graph.graph.nodes if is_kind(node, Int8Conv2d)]
+    found = [n.name for n in convolutions if any(not is_kind(user, Int8Layer) for user in readers(n))]
+    return found[:_SUSPECTS]
 
 
 def _culprits(agreement: Agreement, reference: Reference) -> list[str]:

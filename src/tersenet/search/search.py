@@ -24,7 +24,7 @@ from tersenet.errors import InputWarning, NoEffect, SettingsError
 from tersenet.graph.taken_apart import opened
 from tersenet.left_alone import trying
 from tersenet.named import foresee_names, hits
-from tersenet.search.bench import check_runtime, images_of, working_folder
+from tersenet.search.bench import check_runtime, collected_once, images_of, working_folder
 from tersenet.search.between import between
 from tersenet.search.costs import Costs
 from tersenet.search.ground import Budget, Ground, NoChoice
@@ -187,7 +187,7 @@ class Search(Step):
         say = _sayer(task.quiet)
         steps = tuple(dataclasses.replace(step, **_inside(self, step, model)) for step in self.steps)
         images = images_of(task, 2 * self.images) if self.images else None
-        with working_folder() as folder, trying(), warnings.catch_warnings():
+        with working_folder() as folder, trying(), collected_once(), warnings.catch_warnings():
             warnings.simplefilter("ignore", InputWarning)  # said of the steps that are run in the end
             answers, note = self._all(steps, model, task, images, folder, say)
             answer, notes = answers[0], [note] if note else []
