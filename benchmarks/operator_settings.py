@@ -79,7 +79,8 @@ PairwiseDistance @tokens: 2 => f(x, y)
 FUNCTIONS = """
 add sub subtract true_divide truediv multiply mul rsub: y | 0.5 | p("b", 1, 8, 1, 1) | y.mean((2, 3), keepdim=True)
 add sub subtract: y, alpha=0.5
-radd rmul rdiv rpow rsub rmod: 1.5
+radd rmul rpow rsub rmod: 1.5
+rdiv: =f(u + 0.5, 1.5)
 pow float_power: 2 | 3.0
 float_power_: =f(x.double(), 2)
 div divide: y.abs() + 1 | 2.0 | p("b", 1, 8, 1, 1).abs() + 1 | 2.0, rounding_mode="floor" | y.abs() + 1, rounding_mode="trunc"

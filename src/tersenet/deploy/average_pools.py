@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tersenet.deploy.onnx_decompositions import in_float
+from tersenet.deploy.kept_in_float import in_float
 
 aten = torch.ops.aten
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from tersenet.deploy.onnx_decompositions import in_float
+from tersenet.deploy.kept_in_float import in_float
 from tersenet.deploy.read_floats import plain_float, quantizer_of, read_floats
 from tersenet.graph.points import clip_bounds, is_global_pool, signed_quantizers
 

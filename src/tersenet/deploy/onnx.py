@@ -31,7 +31,8 @@ from tersenet.deploy.average_pools import rewrite_average_pools
 from tersenet.deploy.exported_once import exported_once
 from tersenet.deploy.folded import folded_graph
 from tersenet.deploy.int8_rewrites import rewrite_for_int8
-from tersenet.deploy.onnx_decompositions import decompose, keep_in_float, replace_resizes
+from tersenet.deploy.kept_in_float import keep_in_float
+from tersenet.deploy.onnx_decompositions import decompose, replace_resizes
 from tersenet.deploy.onnx_packing import make_floats_once, pack_constants
 from tersenet.deploy.onnx_weights import StoredAsOnnx, unpack_weights
 from tersenet.errors import ExportError, require
