@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from tersenet.data import open_data
 from tersenet.data.checks import check_same_classes
 from tersenet.deploy.artifact import load_terse, save_terse, terse_preparation
-from tersenet.deploy.checked import checked
+from tersenet.deploy.checked import CHECKED, checked
 from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.folded import with_half_weights
 from tersenet.deploy.left_in_float import left_in_float
@@ -21,11 +23,11 @@ from tersenet.deploy.measure import serving
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.pt2 import export_pt2
 from tersenet.deploy.reference import Reference
-from tersenet.deploy.runtimes import Runner, open_file
+from tersenet.deploy.runtimes import Runner, open_file, runtime_for
 from tersenet.deploy.stand_in import StandIn
 from tersenet.deploy.tensorrt import broken_rules, export_tensorrt, symmetric
 from tersenet.deploy.verify import score_file
-from tersenet.errors import SettingsError, require
+from tersenet.errors import InputWarning, SettingsError, require
 from tersenet.graph.costs import totals
 from tersenet.report.words import (
     bytes_text,
@@ -88,6 +90,7 @@ def measure_files(
         SettingsError: on more threads than cores, or a file that no named runtime reads.
         FileError: when a file is damaged, or the process that runs it dies.
     """
+    _say_unchecked(files, runtimes)
     # Scores come first: data that does not fit a file is heard of before minutes of timing.
     scored = [] if data is None else list(_scored(files, runtimes, data, threads, columns, on_bad_image, quiet))
     found = measure_in_runtimes(
@@ -104,6 +107,23 @@ def measure_files(
         if score.top5 is not None:
             entry.setdefault("top5", score.top5)
     return found
+
+
+def _say_unchecked(files: Sequence[Path], runtimes: Sequence[str] | None) -> None:
+    """Warns of files that run in a runtime in which nobody held them to their model."""
+    for path in files:
+        for runtime in serving(path, runtimes):
+            if path.suffix.lower() != ".onnx" or runtime == runtime_for(path):
+                continue
+            known = open_file(path, runtime).metadata.get(CHECKED)
+            if known is not None and runtime not in known.split(","):
+                names = " and ".join(map(runtime_name, known.split(",")))
+                warnings.warn(
+                    f"{path} was checked in {names} alone: what it computes in {runtime_name(runtime)} may differ from "
+                    f"its model; name {runtime} in --runtime when it is made, or write one: export --to {runtime}",
+                    InputWarning,
+                    stacklevel=2,
+                )
 
 
 def _scored(
@@ -236,7 +256,9 @@ def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> 
             reference.tolerances = Reference(model, example, [example]).tolerances
         if name == "litert-fp16":
             reference.allow(with_half_weights(model, example))
-        agreement = checked(path, [runtime], reference)[runtime]
+        plain = name in ("onnx", "openvino")
+        again = functools.partial(_write, model, example, preparation, path, name) if plain else None
+        agreement = checked(path, [runtime], reference, again if path.name not in own else None)[runtime]
         weights = path.with_suffix(".bin")
         size = path.stat().st_size + (weights.stat().st_size if suffix == ".xml" else 0)
         found[str(path)] = {"bytes": size, **agreement.to_json()}
@@ -246,13 +268,21 @@ def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> 
     return found
 
 
-def _write(model: nn.Module, example: Tensor, preparation: Preparation, path: Path, target: str) -> None:
+def _write(
+    model: nn.Module,
+    example: Tensor,
+    preparation: Preparation,
+    path: Path,
+    target: str,
+    floats: Sequence[str] = (),
+) -> None:
+    """Writes one file; `floats` as in `export_onnx`."""
     if target == "tensorrt":
         export_tensorrt(model, example, path, preparation)
     elif path.suffix == ".pt2":
         export_pt2(model, example, path, preparation.metadata())
     elif path.suffix == ".onnx":
-        export_onnx(model, example, path, preparation)
+        export_onnx(model, example, path, preparation, {CHECKED: "onnxruntime"}, floats=floats)
     elif path.suffix == ".tflite":
         from tersenet.deploy.litert import export_litert
 
@@ -264,7 +294,7 @@ def _write(model: nn.Module, example: Tensor, preparation: Preparation, path: Pa
     else:  # OpenVINO's own .xml and .bin
         openvino = require("openvino", "openvino", "write OpenVINO files")
         with tempfile.TemporaryDirectory() as scratch:
-            onnx = export_onnx(model, example, Path(scratch) / "model.onnx", preparation)
+            onnx = export_onnx(model, example, Path(scratch) / "model.onnx", preparation, floats=floats)
             path.parent.mkdir(parents=True, exist_ok=True)
             openvino.save_model(openvino.convert_model(str(onnx)), str(path), compress_to_fp16=False)
 

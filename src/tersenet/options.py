@@ -38,7 +38,7 @@ Latency = Annotated[
     str | None,
     typer.Option(help="target: 0.25x of the original's float file in this runtime, or 3ms"),
 ]
-Bytes = Annotated[str | None, typer.Option(help="target: 0.1x of the original's float file, or 200000")]
+Bytes = Annotated[str | None, typer.Option("--bytes", help="target: 0.1x of the original's float file, or 200000")]
 Memory = Annotated[
     str | None, typer.Option(help="target: 0.5x of the memory that running the original's float file takes, or bytes")
 ]

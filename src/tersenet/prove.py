@@ -231,6 +231,7 @@ def _final_files(folder: Path, shipped: Shipped, task: Task, runtimes: Sequence[
             found[path.name] = describe_file(
                 path, shipped.scores.get(runtime or ""), shipped.agreements.get(runtime or ""), runtime
             )
+            found[path.name]["checked"] = [name for name in runtimes if READS[name] == kind]
     if "pt2" not in shipped.files and "pt2" not in shipped.not_written:
         write_into(shipped, task, "pt2", path := folder / "model.pt2", ["pytorch"])
         if "pt2" in shipped.files:

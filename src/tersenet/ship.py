@@ -17,7 +17,7 @@ from tersenet.bricks.settle import settle
 from tersenet.deploy import graph_json
 from tersenet.deploy.apart import Entry, measure_apart
 from tersenet.deploy.artifact import save_terse
-from tersenet.deploy.checked import checked
+from tersenet.deploy.checked import CHECKED, checked
 from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.left_in_float import READERS, left_in_float
 from tersenet.deploy.machine import usable_cores
@@ -135,7 +135,7 @@ def write_into(shipped: Shipped, task: Task, kind: str, path: Path, runtimes: Se
         if kind == "terse":
             save_terse(shipped.model, task.example, path, task.preparation)
         elif kind == "onnx":
-            export_onnx(shipped.model, task.example, path, task.preparation)
+            _write_onnx(shipped, task, path, runtimes)
         else:
             export_pt2(shipped.model, task.example, path, task.preparation.metadata())
     except (ExportError, TraceError) as error:
@@ -147,18 +147,22 @@ def write_into(shipped: Shipped, task: Task, kind: str, path: Path, runtimes: Se
     if kind == "terse":
         shipped.agreements["terse"] = checked(path, ["pytorch"], shipped.reference)["pytorch"]
     else:
-        found = checked(path, runtimes, shipped.reference, functools.partial(_again, shipped, task, path))
+        found = checked(
+            path, runtimes, shipped.reference, functools.partial(_write_onnx, shipped, task, path, runtimes)
+        )
         shipped.agreements |= found
         shipped.notes += [
             f"{runtime} computes {', '.join(each.in_float)} wrong in integers, so the file leaves that in float"
-            for runtime, each in list(found.items())[:1]
+            for runtime, each in found.items()
             if each.in_float
         ]
 
 
-def _again(shipped: Shipped, task: Task, path: Path, floats: Sequence[str]) -> None:
-    """Writes an ONNX file of an int8 model again, with some operators in float."""
-    export_onnx(shipped.model, task.example, path, task.preparation, floats=floats)
+def _write_onnx(shipped: Shipped, task: Task, path: Path, runtimes: Sequence[str], floats: Sequence[str] = ()) -> None:
+    """Writes an ONNX file that names the runtimes in which it is checked; of an int8 model with some operators in
+    float."""
+    said = {CHECKED: ",".join(runtimes)}
+    export_onnx(shipped.model, task.example, path, task.preparation, said, floats=floats)
 
 
 def foresee_files(model: nn.Module, task: Task) -> list[str]:

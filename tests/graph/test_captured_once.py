@@ -145,6 +145,32 @@ def test_a_pt2_file_is_held_to_the_model_that_it_is_made_of(
     assert len(count) == 2
 
 
+class Caching(nn.Module):
+    """What it computes of its parameter it keeps for later, as LeViT's attention does with its biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bias, self.kept = nn.Conv2d(3, 4, 3), nn.Parameter(torch.randn(4, 1, 1)), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.bias.exp()
+        return self.first(x) + self.kept["bias"]
+
+
+def test_what_a_forward_keeps_in_inference_mode_is_part_of_the_structure(count: list[Any]) -> None:
+    model = Caching().eval()
+    with torch.inference_mode():
+        model(x())
+    right(model)
+    right(model)
+    assert len(count) == 1
+    with torch.inference_mode():
+        model.kept["bias"] += 1
+    right(model)
+    assert len(count) == 2
+
+
 def test_captures_keep_no_model_in_memory(count: list[Any]) -> None:
     model = Net().eval()
     gone = weakref.ref(model), weakref.ref(model.first.weight), weakref.ref(model.shift)

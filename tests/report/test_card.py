@@ -89,6 +89,14 @@ def test_the_five_lines_run(folder, monkeypatch, capsys, head, package):
     assert "0" in capsys.readouterr().out  # the largest of equal logits is the first
 
 
+def test_a_file_is_shown_in_the_runtimes_that_it_was_checked_in(tmp_path):
+    report = load_example()
+    report["files"]["model.onnx"]["checked"] = ["onnxruntime"]
+    heads = snippets(card(report, tmp_path))
+    assert "ONNX Runtime (`model.onnx`)" in heads
+    assert not any("OpenVINO" in head for head in heads)
+
+
 def test_a_card_with_almost_nothing(tmp_path):
     report = {"schema": 1, "machine": {}, "settings": {}, "files": {}, "verdict": "Nothing"}
     text = card(report | {"rows": [{"step": "original"}]}, tmp_path)

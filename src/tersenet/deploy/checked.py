@@ -15,6 +15,8 @@ from tersenet.deploy.reference import Reference
 from tersenet.deploy.verify import Agreement, check, compare_file
 from tersenet.errors import ExportError, FileError, TersenetError
 
+# Metadata of an ONNX file: the runtimes in which it was held to its model, with commas.
+CHECKED = "tersenet.checked"
 Rewrite = Callable[[Sequence[str]], object]
 # Operators of an int8 file that are left in float one after another; what is wrong at more places is wrong as a whole.
 _ROUNDS = 4
@@ -34,12 +36,13 @@ def checked(
         runtimes: that read the file.
         rewrite: writes an int8 ONNX file again, with the operators of these nodes of the captured graph in float.
     Returns:
-        runtime -> how far the file is from the model there, and which operators were left in float.
+        runtime -> how far the file is from the model there, and which operators were left in float because of it.
     Raises:
         ExportError: when it is wrong, with the figures and the first operator that differs, or does not open; the file
             is gone then.
     """
     floats: list[str] = []
+    blamed: set[str] = set()
     try:
         agreements, wrong = _compared(path, runtimes, reference)
         for _ in range(_ROUNDS):
@@ -47,18 +50,23 @@ def checked(
             if rewrite is None or not culprits or set(culprits) <= set(floats):
                 break
             floats += culprits
+            blamed.add(wrong or "")
             rewrite(floats)
             agreements, wrong = _compared(path, runtimes, reference)
         for suspect in _suspects(reference.graph) if wrong and rewrite is not None else []:
             rewrite([*floats, suspect])
             tried, still_wrong = _compared(path, runtimes, reference)
             if still_wrong is None:
+                blamed.add(wrong)
                 agreements, wrong = tried, None
                 floats.append(suspect)
                 break
         if wrong is None:
             operators = tuple(named(reference.graph, n) for n in reference.graph.graph.nodes if n.name in floats)
-            return {runtime: replace(each, in_float=operators) for runtime, each in agreements.items()}
+            return {
+                runtime: replace(each, in_float=operators if runtime in blamed else ())
+                for runtime, each in agreements.items()
+            }
         try:
             check(agreements[wrong], f"{path} in {wrong}")
         except ExportError as error:

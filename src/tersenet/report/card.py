@@ -31,6 +31,14 @@ from tersenet.report.words import (
 # More labels than these would bury the rest of the card.
 SHOWN_LABELS = 40
 
+# Of its own accord OpenVINO computes in bfloat16 where the processor can, and rounds what some linear layers read.
+_EXACT = '{{"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}}'
+_OPENVINO = (
+    "OpenVINO",
+    "import numpy, openvino",
+    f'openvino.compile_model({{name}}, "CPU", {_EXACT})',
+    "model(images)[0]",
+)
 SNIPPETS = {
     ".onnx": (
         (
@@ -39,9 +47,9 @@ SNIPPETS = {
             "onnxruntime.InferenceSession({name})",
             "model.run(None, {{model.get_inputs()[0].name: images}})[0]",
         ),
-        ("OpenVINO", "import numpy, openvino", 'openvino.compile_model({name}, "CPU")', "model(images)[0]"),
+        _OPENVINO,
     ),
-    ".xml": (("OpenVINO", "import numpy, openvino", 'openvino.compile_model({name}, "CPU")', "model(images)[0]"),),
+    ".xml": (_OPENVINO,),
     ".pt2": (
         ("Plain PyTorch, without tersenet", "import torch", "torch.export.load({name}).module()", "model(images)"),
     ),
@@ -110,7 +118,7 @@ def facts(report: dict[str, Any]) -> dict[str, Any]:
         "preparation": preparation,
         "labels": labels[:SHOWN_LABELS],
         "hidden": max(0, len(labels) - SHOWN_LABELS),
-        "snippets": [snippet for name in report["files"] for snippet in snippets(name, shape)],
+        "snippets": [snippet for name, file in report["files"].items() for snippet in snippets(name, shape, file)],
         "terminal": next((name for name in report["files"] if Path(name).suffix in SNIPPETS), None),
         "machine": machine_text(report["machine"]),
         "warnings": report.get("warnings", []),
@@ -150,11 +158,14 @@ def left_text(left: dict[str, Any]) -> str:
     return f"{left['step']} left {share_text(left['share'])} of the {left['of']} alone: {why}."
 
 
-def snippets(name: str, shape: list[int] | None) -> list[dict[str, str]]:
-    """How to load a file: five lines per runtime that serves its format; none for a format that is not known."""
+def snippets(name: str, shape: list[int] | None, file: dict[str, Any]) -> list[dict[str, str]]:
+    """How to load a file: five lines per runtime in which it was checked; none for a format that is not known."""
     sizes = ", ".join(map(str, shape)) if shape else "3, 224, 224"
     found = []
+    checked = [runtime_name(each) for each in file.get("checked", [file.get("runtime")]) if each]
     for head, imports, load, call in SNIPPETS.get(Path(name).suffix, ()):
+        if Path(name).suffix == ".onnx" and head not in checked:
+            continue
         zeros = f"torch.zeros(1, {sizes})" if "torch" in imports else f'numpy.zeros((1, {sizes}), "float32")'
         lines = [
             imports,
