@@ -167,6 +167,25 @@ def test_what_a_forward_keeps_in_inference_mode_is_part_of_the_structure(count: 
     assert len(count) == 1
 
 
+class Preset(Caching):
+    """A dictionary of numbers that no forward makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = {"bias": torch.full((4, 1, 1), 3.0)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) * self.kept["bias"]
+
+
+def test_a_dictionary_that_is_only_read_is_kept(count: list[Any]) -> None:
+    model = Preset().eval()
+    right(model)
+    model.kept["bias"] *= 2
+    right(model)
+    assert model.kept["bias"].max() == 6
+
+
 def test_captures_keep_no_model_in_memory(count: list[Any]) -> None:
     model = Net().eval()
     gone = weakref.ref(model), weakref.ref(model.first.weight), weakref.ref(model.shift)

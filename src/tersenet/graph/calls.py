@@ -57,6 +57,7 @@ class Calls:
         }
         self.names = Counter(self.first.values())
         self.made: dict[str, list[bool]] = {}
+        self.refills = True  # whether the forward itself makes the tensors that it keeps in dictionaries
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:

@@ -129,7 +129,7 @@ def export_open(model: nn.Module, example: Example) -> tuple[ExportedProgram, st
     captured = capture(model, example)
     if captured.again:
         program = _with_numbers(captured.program, model)
-        with attributes_kept(model):  # the model runs here, too
+        with attributes_kept(model, captured.calls.refills):  # the model runs here, too
             if still_right(model, program.module(check_guards=False), inputs_of(example)):
                 return program, captured.fixed
         captured = capture(model, example, anew=True)
@@ -173,9 +173,18 @@ def _with_numbers(program: ExportedProgram, model: nn.Module) -> ExportedProgram
 
 def _attempt(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, calls: Calls) -> ExportedProgram:
     shapes = _open_shapes(model, inputs) if dynamic_batch else None
+
+    def attempt() -> ExportedProgram:
+        kept = attributes_kept(model, calls.refills)
+        with evaluating(model), torch.no_grad(), _silence(), kept, calls.watching(model):
+            return torch.export.export(model, inputs, dynamic_shapes=shapes)
+
     try:
-        with evaluating(model), torch.no_grad(), _silence(), attributes_kept(model), calls.watching(model):
-            program = torch.export.export(model, inputs, dynamic_shapes=shapes)
+        try:
+            program = attempt()
+        except KeyError:  # what a dictionary holds was not made by the forward
+            calls.refills = False
+            program = attempt()
     except Exception as error:  # torch.export raises many kinds; each becomes one sentence
         raise TraceError(_why(model, error)) from error
     return in_plain_containers(program)
@@ -202,8 +211,9 @@ def _refuse_wrapped(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Puts the plain attributes of a model back as they were, and empties dictionaries of tensors meanwhile.
+def attributes_kept(model: nn.Module, refills: bool) -> Iterator[None]:
+    """Puts the plain attributes of a model back as they were, and empties dictionaries of tensors meanwhile where the
+    forward `refills` them.
 
     Some forwards keep what they computed, such as position biases by device. What they compute while they are captured
     is no number to be used later; and what they have kept would be captured as a constant, which no cut reaches.
@@ -212,7 +222,7 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
     modules = [(module, {k: v for k, v in vars(module).items() if k not in own}) for module in model.modules()]
     inside = [(v, copy.copy(v)) for _, was in modules for v in was.values() if type(v) in (dict, list)]
     for held, _ in inside:
-        if isinstance(held, dict) and all(type(value) is Tensor for value in held.values()):
+        if refills and isinstance(held, dict) and all(type(value) is Tensor for value in held.values()):
             held.clear()
     try:
         with warnings.catch_warnings():

@@ -34,7 +34,7 @@ def trace(model: nn.Module, example: Example, permanent: bool = False) -> fx.Gra
     inputs = inputs_of(example)
     captured = capture(model, example)
     graph = Folder(model, captured.program, captured.calls, permanent).graph_module()
-    with attributes_kept(model):  # the model runs here, too
+    with attributes_kept(model, captured.calls.refills):  # the model runs here, too
         if captured.again and not still_right(model, graph, inputs):
             captured = capture(model, example, anew=True)
             graph = Folder(model, captured.program, captured.calls, permanent).graph_module()
