@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,8 @@ def test_every_command_explains_itself(command: str) -> None:
     ended = tersenet(command, "--help")
     assert ended.code == 0
     assert "--json" in ended.out
+    options = re.findall(r"^ +(?:-\w, )?--([\w-]+)", ended.out, re.MULTILINE)
+    assert [option for option in options if "_" in option or option.endswith("-")] == []  # such as bytes_
     assert max(map(len, ended.out.splitlines())) <= 80
 
 

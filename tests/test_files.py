@@ -14,7 +14,7 @@ from command import DigitsRun
 from tersenet import files, models
 from tersenet.deploy.artifact import load_terse, unpack
 from tersenet.deploy.runtimes import open_file
-from tersenet.errors import DataError, FileError, SettingsError
+from tersenet.errors import DataError, FileError, InputWarning, SettingsError
 from tersenet.gate import gate
 from tersenet.models.weights import load_weights
 from tersenet.predict import predict_images
@@ -130,6 +130,15 @@ def test_files_that_do_not_know_their_inputs_are_not_scored(run: Path, tmp_path:
         files.measure_files([run / "model.onnx"], None, "random:1x8x8", quiet=True)
 
 
+def test_a_runtime_in_which_a_file_was_not_checked_is_said(run: Path) -> None:
+    pytest.importorskip("openvino")
+    known = open_file(run / "model.onnx", "openvino").metadata["tersenet.checked"]
+    assert known == "onnxruntime"
+    with pytest.warns(InputWarning, match="was checked in ONNX Runtime alone: what it computes in OpenVINO may differ"):
+        files.measure_files([run / "model.onnx"], ["openvino"], quiet=True)
+    assert "OpenVINO" not in (run / "README.md").read_text().split("## How to load it")[1].split("##")[0]
+
+
 def test_a_file_is_measured_by_the_gate(run: Path) -> None:
     assert gate(run / "model.onnx", max_latency="1000ms")["met"]
     found = gate(run / "model.terse", max_latency="0.000001ms")
@@ -154,7 +163,7 @@ def test_labels_are_those_of_the_model_in_memory(run: Path, digit_images: list[P
 
 def test_images_that_cannot_be_read(run: Path, tmp_path: Path) -> None:
     (tmp_path / "junk.png").write_bytes(b"this is no image")
-    with pytest.raises(DataError, match=r"junk\.png cannot be read"):
+    with pytest.raises(DataError, match=r"^[^:]*junk\.png cannot be read: it is no image"):
         predict_images(run / "model.onnx", [tmp_path / "junk.png"])
     with pytest.raises(DataError, match="there is no such file"):
         predict_images(run / "model.onnx", [tmp_path / "none.png"])

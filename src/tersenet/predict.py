@@ -35,8 +35,9 @@ def predict_images(
     std = np.asarray(preparation.std, dtype=np.float32)[:, None, None]
     model, found = StandIn(runner), {}
     for path in images:
+        image = _image(path)
         try:
-            scaled = pixels(_image(path), preparation).astype(np.float32) / 255  # (C, H, W)
+            scaled = pixels(image, preparation).astype(np.float32) / 255  # (C, H, W)
         except ValueError as error:  # more than 8 bits, and of no known range
             raise DataError(f"{path} cannot be read: {str(error).replace('its set', 'it')}") from error
         outputs = model(torch.from_numpy(((scaled - mean) / std)[None]))

@@ -127,7 +127,9 @@ def test_numbers_are_no_names() -> None:
 
 
 def test_names_that_fit_in_part_are_said() -> None:
-    with pytest.warns(InputWarning, match=r"1 classes that the model has no output for by name \(eel\)"):
+    with pytest.warns(InputWarning, match="output 1 is 'eel', and the model has 1 outputs"):
+        assert in_model_order(("cat", "eel"), ("cat",), "x") == ("cat", "eel")
+    with pytest.warns(InputWarning, match=r"by name \(eel\), .* output 0 is 'cat', not 'dog'"):
         assert in_model_order(("cat", "eel"), ("dog", "cat"), "x") == ("cat", "eel")
 
 

@@ -95,9 +95,11 @@ def in_model_order(names: tuple[str, ...], model: tuple[str, ...], what: str) ->
     shared = [name for name in names if name in model]
     if shared:
         strange = [name for name in names if name not in model]
+        place = next(i for i, name in enumerate(names) if i >= len(model) or name != model[i])
+        known = f"not {model[place]!r}" if place < len(model) else f"and the model has {len(model)} outputs"
         warnings.warn(
             f"{what} has {len(strange)} classes that the model has no output for by name ({listed(strange)}), so its "
-            f"own order of classes is used: output 0 is {names[0]!r}, not {model[0]!r}",
+            f"own order of classes is used: output {place} is {names[place]!r}, {known}",
             InputWarning,
             stacklevel=3,
         )

@@ -256,8 +256,15 @@ class PruneChannels(Step):
             sparsity = sparsity_for(candidates, self._scope, share * total, macs)
             counts = shares(candidates, sparsity, self._scope) if sparsity <= 1 else None
         if counts is None:
-            hint = "" if self.residual else ", set residual: true"
-            raise SettingsError(f"macs {share} cannot be reached by cutting channels; ask for more{hint} or skip less")
+            hint = "" if self.residual else ", set residual: true in a recipe"
+            least = (
+                ""
+                if self.scope == "sensitivity"
+                else (f": the least is {macs.at(shares(candidates, 1.0, self._scope)) / total:.2g}")
+            )
+            raise SettingsError(
+                f"macs {share} cannot be reached by cutting channels{least}; ask for more{hint} or skip less"
+            )
         return counts
 
     def _curves(
