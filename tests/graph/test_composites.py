@@ -87,3 +87,42 @@ def test_a_size_that_depends_on_values_is_refused_in_a_sentence():
 def test_a_batch_that_torch_fixes_is_said_without_a_line_of_torch():
     graph = trace(Net(lambda x, y: torch.kron(x, torch.ones(1, 1, 2, 2))).eval(), X[:2])
     assert "the forward of Net fixes the batch at 2; use x.shape[0]" in (fixed_batch(graph) or "")
+
+
+class ByHand(nn.Module):
+    """A norm whose tensors are given to a function, before and after an operator that is taken apart."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.function = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), function
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.function(self.norm, self.conv(x)).mean((2, 3))
+        return y + F.one_hot(y.argmax(1), 8).to(y.dtype)
+
+
+BY_HAND = {
+    "batch norm": lambda m, x: F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias),
+    "called": lambda m, x: m(x),
+    "with its statistics": lambda m, x: torch.native_batch_norm(
+        x, m.weight, m.bias, m.running_mean, m.running_var, False, 0.1, 1e-3
+    )[0],
+    "group norm with its statistics": lambda m, x: sum(
+        part.mean() * x
+        for part in torch.native_group_norm(x, m.weight, m.bias, len(x), 8, x.shape[2] * x.shape[3], 2, 1e-3)[1:]
+    ),
+    "largest with their places": lambda m, x: torch.max(x.movedim(1, -1) * m.weight, 3, keepdim=True)[0].movedim(-1, 1),
+    "a size": lambda m, x: x * m.weight.size(0),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_operators_of_several_outputs_on_a_layer_s_tensors_are_captured(name):
+    model = ByHand(BY_HAND[name]).eval()
+    graph = trace(model, X)
+    torch.testing.assert_close(graph(X), model(X))
+    norms = [node for node in graph.graph.nodes if node.target == "norm"]
+    assert len(norms) == (name in ("batch norm", "called", "with its statistics"))

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from tersenet.errors import SurgeryError
 from tersenet.graph.calls import is_leaf
+from tersenet.graph.outside_reads import Read, outside_reads
 from tersenet.graph.points import clip_bounds
 from tersenet.graph.trace import Example, trace
 
@@ -79,6 +80,7 @@ def residual_blocks(model: nn.Module, example: Example) -> Blocks:
     ranges = _ranges(graph)
     regions: dict[str, _Region] = {}
     refused: dict[str, str] = {}
+    outside = outside_reads(model, example)
     for path, module in model.named_modules(remove_duplicate=False):
         if not path:
             refused[path] = "it is the whole model"
@@ -88,6 +90,8 @@ def residual_blocks(model: nn.Module, example: Example) -> Blocks:
             refused[path] = said
         else:
             region = _Region.of(graph, path)
+            if isinstance(region, _Region):
+                region = next((_used(path, read) for read in outside if _reaches_into(read, path)), region)
             if isinstance(region, str):
                 refused[path] = region
             else:
@@ -124,6 +128,16 @@ def drop(model: nn.Module, blocks: Mapping[str, Activation]) -> nn.Module:
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
     return model
+
+
+def _reaches_into(read: Read, path: str) -> bool:
+    """Whether other code than a block's own reads of the block, or of what is in it."""
+    return f"{read.path}.".startswith(f"{path}.") and not f"{read.reader}.".startswith(f"{path}.")
+
+
+def _used(path: str, read: Read) -> str:
+    name = f"{read.path}.{read.name}".removeprefix(f"{path}.")
+    return f"its {name} is used outside of it"
 
 
 def _calls(model: nn.Module, example: Example) -> dict[int, str]:

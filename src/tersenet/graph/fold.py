@@ -19,6 +19,9 @@ from torch.nn.utils import parametrize
 from tersenet.bricks.brick import Brick
 from tersenet.bricks.few_bits import FewBitLayer
 from tersenet.bricks.mask import at_most_masked, only_masked, stored_weight
+from tersenet.graph.capture import Example
+from tersenet.graph.outside_reads import TENSORS, by_path, keep_reads, outside_reads
+from tersenet.graph.trace import trace
 
 
 def foldable(graph: fx.GraphModule) -> list[tuple[str, str]]:
@@ -33,6 +36,28 @@ def foldable(graph: fx.GraphModule) -> list[tuple[str, str]]:
 def why_not_foldable(graph: fx.GraphModule) -> dict[str, str]:
     """Path of every other batch norm that is called -> why it cannot be folded."""
     return {str(node.target): why for node, why in _norms(graph) if why is not None}
+
+
+def foldable_in(model: nn.Module, example: Example) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """`foldable` and `why_not_foldable` of a model's graph, for folding in the model itself.
+
+    There a norm goes, and its layer gets other numbers, so that nobody else may read of either.
+
+    Raises:
+        TraceError: when the forward cannot be captured.
+    """
+    graph = trace(model, example)
+    reads = outside_reads(model, example)
+    of_norms, of_layers = by_path(reads), by_path(reads, TENSORS)
+    pairs, why = [], why_not_foldable(graph)
+    for layer, norm in foldable(graph):
+        if norm in of_norms:
+            why[norm] = of_norms[norm]
+        elif layer in of_layers:
+            why[norm] = "stand behind layers that " + of_layers[layer]
+        else:
+            pairs.append((layer, norm))
+    return pairs, why
 
 
 def _norms(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, str | None]]:
@@ -119,6 +144,8 @@ def _beside(factor: Tensor, layer: Any) -> Tensor:
 def fold_all(graph: fx.GraphModule) -> list[str]:
     """Folds every batch norm that can be, and takes them out of the graph. Returns the paths of the norms."""
     pairs = foldable(graph)
+    if pairs:
+        keep_reads(graph)
     norms = {norm for _, norm in pairs}
     for layer, norm in pairs:
         fold(graph.get_submodule(layer), graph.get_submodule(norm))

@@ -39,6 +39,7 @@ def functional(program: ExportedProgram) -> ExportedProgram:
     _inline(program.graph_module)
     program = take_apart(program)
     graph = program.graph_module
+    _norms_again(graph.graph)
     if not (_contexts(graph) or _overwrites(graph.graph)):
         without_in_place(graph.graph)
         graph.recompile()

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.utils import parametrize
 
+from tersenet.bricks.brick import Brick
 from tersenet.errors import TraceError
 from tersenet.graph.calls import Calls, is_leaf
 from tersenet.graph.lifted import bias_of, is_product, layer_of, weight_of
@@ -217,7 +218,10 @@ class Folder:
         if not isinstance(weight, fx.Node) or weight.name not in self.parameters:
             return None
         path, _, leaf = self.parameters[weight.name].rpartition(".")
-        if leaf != "weight" or not path or node.meta["val"].dtype != weight.meta["val"].dtype:
+        value = node.meta.get("val")
+        if leaf != "weight" or not path or not isinstance(value, Tensor):  # such as a norm that gives its statistics
+            return None
+        if value.dtype != weight.meta["val"].dtype:
             return None
         others = [arg for arg in node.args[1:] if isinstance(arg, fx.Node)]
         if any(arg.name not in self.parameters for arg in others):
@@ -234,8 +238,8 @@ class Folder:
         if computed and own is not None and is_leaf(own):
             path, own = self._free(path), None  # it is made of another layer's weight
         if own is not None and is_leaf(own):  # used by another module's forward, like the last layer of an attention
-            if parametrize.is_parametrized(own):
-                return None
+            if parametrize.is_parametrized(own) or isinstance(own, Brick):
+                return None  # the operator computes with the numbers themselves, and not as the layer does
             if isinstance(own, type(layer)) and own.extra_repr() == layer.extra_repr():
                 layer = own
             elif _parameters_of(own) != _parameters_of(layer):

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from tersenet.bricks.mask import only_masked
+from tersenet.graph.outside_reads import read_by_graph
 
 # An activation of all images together, or the rows of one least-squares problem: 2^26 floats are 256 MiB.
 FLOATS = 2**26
@@ -31,7 +32,9 @@ def is_plain(module: Any, masked: bool = False) -> bool:
 
 
 def plain_calls(graph: fx.GraphModule, masked: bool = False) -> dict[str, fx.Node]:
-    """path -> node of the plain layers that are called once, in the graph's order."""
+    """path -> node of the plain layers that are called once, and of whose numbers the graph reads nothing else, in the
+    graph's order."""
+    read = read_by_graph(graph)
     nodes: dict[str, list[fx.Node]] = {}
     for node in graph.graph.nodes:
         if node.op == "call_module":
@@ -39,7 +42,7 @@ def plain_calls(graph: fx.GraphModule, masked: bool = False) -> dict[str, fx.Nod
     return {
         path: calls[0]
         for path, calls in nodes.items()
-        if len(calls) == 1 and is_plain(graph.get_submodule(path), masked)
+        if len(calls) == 1 and path not in read and is_plain(graph.get_submodule(path), masked)
     }
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.mask import mask_of, stored_weight
 from tersenet.graph import rows
+from tersenet.graph.outside_reads import read_by_graph
 from tersenet.graph.trace import trace
 from tersenet.numerics import saliency
 from tersenet.numerics.masked_squares import masked_least_squares
@@ -30,8 +31,8 @@ class Refit:
     """Remembers what layers give; `run` moves their weights, once the masks are chosen, to where they give it again.
 
     Args:
-        paths: of masked layers. Convolutions of two dimensions and linear layers that are called once are served; the
-            others stay as they are.
+        paths: of masked layers. Convolutions of two dimensions and linear layers that are called once, and of whose
+            numbers nobody else reads, are served; the others stay as they are.
         samples: how many calibration images, fewer where they would not fit in memory.
     Raises:
         DataError: without calibration data.
@@ -42,7 +43,7 @@ class Refit:
         self.graph = trace(model, first(images, 2))
         self.images = first(images, rows.fitting(self.graph))
         self.samples = len(self.images[0])
-        self.calls = _calls(self.graph, paths)
+        self.calls = _calls(self.graph, set(paths) - set(read_by_graph(self.graph)))
         self.targets: dict[str, Tensor] = {}  # path -> (R, O), without the bias
         self.norms: dict[fx.Node, tuple[Tensor, Tensor]] = {}  # mean and variance of what they read
         with evaluating(model), torch.no_grad():

@@ -16,6 +16,7 @@ from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.shortcut import PadShortcut
 from tersenet.errors import SettingsError
 from tersenet.graph.fold import fold_all
+from tersenet.graph.outside_reads import keep_reads
 from tersenet.graph.points import activation_points, insert_after
 from tersenet.graph.trace import said_input, trace, trace_with
 from tersenet.graph.twins import merge_twins
@@ -38,6 +39,7 @@ def plan_activations(model: nn.Module, example: Tensor, step: Quantize) -> Plan:
     """
     graph = trace(copy.deepcopy(model), example)
     _unquantize_weights(graph)
+    keep_reads(graph, copies=True)
     shortcuts = _shortcuts(graph, step)
     _prepare(graph, shortcuts)
     layers, floats = {}, {}
@@ -84,6 +86,7 @@ def apply_activations(model: nn.Module, plan: Plan) -> fx.GraphModule:
     device = next((p.device for p in model.parameters()), None)
     graph = trace_with(model, plan["input"])
     _unquantize_weights(graph)
+    keep_reads(graph, copies=True)
     _prepare(graph, plan["shortcuts"])
     try:
         unclip(graph, plan.get("unclipped", []))

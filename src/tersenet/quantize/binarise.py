@@ -17,6 +17,7 @@ from tersenet.bricks.brick import Brick
 from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.few_bits import FewBitConv2d, FewBitLayer, few_bit_kind
 from tersenet.errors import SettingsError
+from tersenet.graph.outside_reads import used_outside
 from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
 from tersenet.quantize.learned_graph import edges_of
 from tersenet.quantize.quantize_aware import few_bit_twin
@@ -91,7 +92,14 @@ class Binarise(Step):
         layers: dict[str, str] = {}
         if self.stage != "weights":
             edges = edges_of(model, task.example) if self.edges == "float" else set()
-            layers = {path: rule for path, module in model.named_modules() if self._takes(path, module, edges)}
+            outside = used_outside(
+                model, task.example, None
+            )  # what signs stand before has none of a layer's attributes
+            layers = {
+                path: rule
+                for path, module in model.named_modules()
+                if path not in outside and self._takes(path, module, edges)
+            }
         found = {"layers": layers, "rules": rules}
         return {"method": self.method, **found} if layers or rules else {}
 
@@ -101,6 +109,8 @@ class Binarise(Step):
         return self.method == "bwn" or (isinstance(module, nn.Conv2d) and not isinstance(module, Brick))
 
     def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        outside = used_outside(model, task.example, None)
+
         def why(path: str, layer: nn.Module) -> str | None:
             if path in plan.get("layers", {}) or path in plan.get("rules", {}):
                 return None
@@ -112,7 +122,7 @@ class Binarise(Step):
                 return "have no binary activations from a stage before"
             if self.method != "bwn" and not isinstance(layer, nn.Conv2d):
                 return "are no convolutions; only bwn takes linear layers"
-            return "are the first and last layers"
+            return outside.get(path, "are the first and last layers")
 
         return by_layer(model, why, EDGES if self.edges == "float" and self.stage != "weights" else "")
 

@@ -21,6 +21,7 @@ from tersenet.bricks.coded import RoundedLayer
 from tersenet.bricks.mask import stored_weight
 from tersenet.bricks.quantized import QuantizedLayer
 from tersenet.bricks.quantizer import Quantizer
+from tersenet.graph.outside_reads import read_by_graph
 from tersenet.graph.points import clip_bounds
 from tersenet.numerics.equalisation import equalisation_factors, input_ranges, output_ranges
 
@@ -44,9 +45,10 @@ class Pair:
 def find_pairs(graph: fx.GraphModule) -> list[Pair]:
     """Layers of which the second alone reads the first, with nothing between them that scaling would change."""
     calls = Counter(node.target for node in graph.graph.nodes if node.op == "call_module")
+    read = read_by_graph(graph)
     found = []
     for node in graph.graph.nodes:
-        if _layer(graph, node) is None or calls[node.target] != 1:
+        if _layer(graph, node) is None or calls[node.target] != 1 or node.target in read:
             continue
         clips, reader = [], node
         while len(reader.users) == 1:
@@ -57,7 +59,7 @@ def find_pairs(graph: fx.GraphModule) -> list[Pair]:
             elif not _per_channel(graph, reader):
                 break
         second = _layer(graph, reader)
-        if reader is not node and second is not None and calls[reader.target] == 1:
+        if reader is not node and second is not None and calls[reader.target] == 1 and reader.target not in read:
             found.append(Pair(str(node.target), str(reader.target), tuple(clips)))
     return found
 

@@ -24,6 +24,7 @@ from tersenet.bricks.quantized import QuantizedConv2d, identity_convolution
 from tersenet.bricks.shortcut import PadShortcut
 from tersenet.errors import SettingsError
 from tersenet.graph.fold import fold_all, foldable
+from tersenet.graph.outside_reads import keep_reads
 from tersenet.graph.points import activation_points, insert_after
 from tersenet.graph.trace import Example, said_input, trace, trace_with
 from tersenet.quantize.quantize_aware import METHODS, QuantizeAware, few_bit_twin
@@ -42,6 +43,7 @@ def plan_graph(model: nn.Module, example: Example, step: QuantizeAware) -> Plan:
         its norms.
     """
     graph = trace(copy.deepcopy(model), _beside(model, example))
+    keep_reads(graph)
     edges = _edges(graph)
     after_norm = _after_norms(graph)
     shortcuts = _shortcuts(graph, step)
@@ -88,6 +90,7 @@ def apply_graph(model: nn.Module, plan: Plan) -> fx.GraphModule:
     """
     device = next((p.device for p in model.parameters()), None)
     graph = trace_with(model, plan["input"])
+    keep_reads(graph)
     make = partial(LearnedQuantizer, method=METHODS[plan["method"]][1])
     try:
         for path, arguments in plan["shortcuts"].items():

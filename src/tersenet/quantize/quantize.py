@@ -22,6 +22,7 @@ from tersenet.bricks.opened import copied
 from tersenet.bricks.quantized import QuantizedLayer, quantized_kind
 from tersenet.errors import ModelError, SettingsError
 from tersenet.findings import is_asked, tell
+from tersenet.graph.outside_reads import used_outside
 from tersenet.graph.trace import trace
 from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
 from tersenet.named import hits
@@ -209,8 +210,9 @@ class Quantize(Step):
             return plan_activations(model, task.example, self)
         layers: dict[str, dict[str, Any]] = {}
         floats: dict[str, str] = {}
+        outside = used_outside(model, task.example)
         for path, module in model.named_modules():
-            if quantized_kind(module) is None or not self.matches(path, module):
+            if quantized_kind(module) is None or not self.matches(path, module) or path in outside:
                 continue
             name = self.format_of(path, module) if self.formats else self.weights
             if name == "float":
@@ -229,6 +231,8 @@ class Quantize(Step):
     def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
         """The layers with weights that stay float."""
 
+        outside = used_outside(model, task.example) if self.activations is None else {}
+
         def why(path: str, layer: nn.Module) -> str | None:
             if path in plan.get("layers", {}):
                 return None
@@ -237,6 +241,8 @@ class Quantize(Step):
                 return LEFT_OUT if said == "left out by only or skip" else f"stay float: {said}"
             if quantized_kind(layer) is not None and not self.matches(path, layer):
                 return LEFT_OUT
+            if path in outside and quantized_kind(layer) is not None:
+                return outside[path]
             return f"stay float: there is no integer kernel for {type(layer).__name__}"
 
         return by_layer(model, why)

@@ -15,6 +15,7 @@ from torch import nn
 from tersenet.bricks.few_bits import FewBitLayer, few_bit_kind
 from tersenet.bricks.weight_rules import RULES
 from tersenet.errors import SettingsError
+from tersenet.graph.outside_reads import used_outside
 from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
 from tersenet.step import Plan, Step, replace
 from tersenet.task import Task
@@ -87,14 +88,18 @@ class QuantizeAware(Step):
 
         if self.activations is not None:
             return plan_graph(model, task.example, self)
-        edges = edges_of(model, task.example)
+        edges, outside = edges_of(model, task.example), used_outside(model, task.example)
         found = {}
         for path, module in model.named_modules():
-            if few_bit_kind(module) and self.matches(path, module) and not (path in edges and self.edges == "float"):
+            if path in outside or not few_bit_kind(module) or not self.matches(path, module):
+                continue
+            if not (path in edges and self.edges == "float"):
                 found[path] = self.scheme(path in edges)
         return {"layers": found} if found else {}
 
     def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        outside = used_outside(model, task.example) if self.activations is None else {}
+
         def why(path: str, layer: nn.Module) -> str | None:
             if path in plan.get("layers", {}):
                 return None
@@ -102,7 +107,9 @@ class QuantizeAware(Step):
                 return f"stay float: {plan['float'][path]}"
             if few_bit_kind(layer) is None:
                 return f"have no twin of few bits ({type(layer).__name__}, or its padding)"
-            return "are the first and last layers" if self.matches(path, layer) else LEFT_OUT
+            if not self.matches(path, layer):
+                return LEFT_OUT
+            return outside.get(path, "are the first and last layers")
 
         return by_layer(model, why, "edges: same takes the first and last layers, too" if self.edges == "float" else "")
 

@@ -14,6 +14,7 @@ from torch import nn
 from tersenet.bricks.brick import Brick
 from tersenet.bricks.few_bits import FewBitLayer, few_bit_kind
 from tersenet.errors import ModelError, SettingsError
+from tersenet.graph.outside_reads import used_outside
 from tersenet.left_alone import LEFT_OUT, LeftAlone, by_layer
 from tersenet.quantize.learned_graph import edges_of
 from tersenet.quantize.quantize_aware import few_bit_twin
@@ -58,19 +59,24 @@ class Ternarise(Step):
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"layers": {path: scheme}}."""
         edges = edges_of(model, task.example) if self.edges == "float" else set()
+        outside = used_outside(model, task.example)
         scheme = {"rule": self.method, "bits": 2, "granularity": self.granularity}
         found = {
             path: dict(scheme)
             for path, module in model.named_modules()
-            if few_bit_kind(module) and self.matches(path, module) and path not in edges
+            if few_bit_kind(module) and self.matches(path, module) and path not in edges and path not in outside
         }
         return {"layers": found} if found else {}
 
     def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
+        outside = used_outside(model, task.example)
+
         def why(path: str, layer: nn.Module) -> str | None:
             if path in plan.get("layers", {}):
                 return None
-            return no_few_bits(layer) or ("are the first and last layers" if self.matches(path, layer) else LEFT_OUT)
+            if reason := no_few_bits(layer):
+                return reason
+            return outside.get(path, "are the first and last layers") if self.matches(path, layer) else LEFT_OUT
 
         return by_layer(model, why, EDGES if self.edges == "float" else "")
 

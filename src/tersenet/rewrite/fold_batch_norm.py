@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tersenet.bricks.plain import is_kind, is_plain
-from tersenet.graph.fold import fold, foldable, neutralize, why_not_foldable
-from tersenet.graph.trace import trace
+from tersenet.graph.fold import fold, foldable_in, neutralize
 from tersenet.left_alone import LEFT_OUT, LeftAlone, gathered
 from tersenet.step import Plan, Step, replace
 from tersenet.task import Task
@@ -35,7 +34,7 @@ class FoldBatchNorm(Step):
         here = dict(model.named_modules())
         pairs = [
             [layer, norm]
-            for layer, norm in foldable(trace(model, task.example))
+            for layer, norm in foldable_in(model, task.example)[0]
             if layer in here and norm in here and is_kind(here[layer], nn.Module) and self.matches(layer, here[layer])
         ]
         return {"pairs": pairs} if pairs else {}
@@ -43,9 +42,8 @@ class FoldBatchNorm(Step):
     def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
         norms = {path: norm.num_features for path, norm in model.named_modules() if isinstance(norm, _BatchNorm)}
         folded = {norm for _, norm in plan.get("pairs", [])}
-        graph = trace(model, task.example)
-        why = {path: LEFT_OUT for _, path in foldable(graph) if path not in folded}
-        why |= why_not_foldable(graph)
+        pairs, why = foldable_in(model, task.example)
+        why |= {path: LEFT_OUT for _, path in pairs if path not in folded}
         unused = {path: "are not called" for path in norms if path not in folded}
         return gathered(norms, {**unused, **why}, of="channels of batch norms")
 

@@ -21,8 +21,7 @@ from tersenet.bricks.shared import shared_layers
 from tersenet.codec import tensors
 from tersenet.codec.estimate import coded_bytes
 from tersenet.errors import SettingsError
-from tersenet.graph.fold import fold, foldable
-from tersenet.graph.trace import trace
+from tersenet.graph.fold import fold, foldable_in
 from tersenet.numerics.sparse_bytes import distances
 from tersenet.size.shrink_file import ShrinkFile
 from tersenet.step import replace
@@ -110,7 +109,7 @@ def _rated(pruned: nn.Module, task: Task, max_drop: float) -> list[Stage]:
     """The pruned network, norms folded, rounded by price."""
     if task.calibrate is None and task.train is None and task.validate is None:
         return []
-    for layer, norm in foldable(trace(pruned, task.example)):
+    for layer, norm in foldable_in(pruned, task.example)[0]:
         fold(pruned.get_submodule(layer), pruned.get_submodule(norm))
         replace(pruned, {norm: nn.Identity()})
     try:
