@@ -146,7 +146,7 @@ def profile(
     from tersenet.deploy.profile import profile_file, profile_model
     from tersenet.deploy.profile_table import ProfilesTable, ProfileTable
     from tersenet.deploy.roofline import roofline
-    from tersenet.sources import example_of
+    from tersenet.sources import example_for
 
     runtimes = (None,) if runtime is None else names_in(runtime)
     if model.endswith(".onnx"):
@@ -157,7 +157,7 @@ def profile(
         network, task = _open(
             model, weights, data, image_size=image_size, columns=columns, on_bad_image=on_bad_image, quiet=True
         )
-        example = task.example if data else example_of(task.preparation)
+        example = task.example if data else example_for(network, task.preparation)
         found = [profile_model(network, example, runtime=name, threads=threads, batch=batch) for name in runtimes]
     roof = roofline(threads, say=say)
     found = [explained(each, roof) for each in found]

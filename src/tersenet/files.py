@@ -18,6 +18,7 @@ from tersenet.deploy.checked import CHECKED, checked
 from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.folded import with_half_weights
 from tersenet.deploy.left_in_float import left_in_float
+from tersenet.deploy.made_inputs import made_example
 from tersenet.deploy.measure import measure_files as measure_in_runtimes
 from tersenet.deploy.measure import serving
 from tersenet.deploy.onnx import export_onnx
@@ -39,7 +40,7 @@ from tersenet.report.words import (
     runtime_name,
 )
 from tersenet.run import Run
-from tersenet.sources import example_of, open_model
+from tersenet.sources import example_for, example_of, open_model, takes_image
 from tersenet.task import Preparation, Score, Task, scored_output
 
 # What `export --to` can name: the ending, and the runtime that checks it.
@@ -213,12 +214,14 @@ def _difference(ratio: dict[str, Any]) -> str:
     return f"{factor:.2f}x {ratio['difference']}"
 
 
-def _source(source: str | Path) -> tuple[nn.Module, Preparation, str]:
-    """The model of a run folder or of a .terse file, and a stem for files made from it."""
+def _source(source: str | Path) -> tuple[nn.Module, Preparation | None, str]:
+    """The model of a run folder or of a .terse file, how its inputs are prepared where it takes one image, and a stem
+    for files made from it."""
     path = Path(source)
     if path.is_dir():
         path = Run(path).file("model.terse")
-    return load_terse(path), terse_preparation(path), path.stem
+    model = load_terse(path)
+    return model, terse_preparation(path) if takes_image(model) else None, path.stem
 
 
 def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -243,7 +246,9 @@ def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> 
     model, preparation, stem = _source(source)
     own = set(Run(source).report["files"]) if out is None and source.is_dir() else set()
     folder = out if out is not None else (source if source.is_dir() else source.parent)
-    example = example_of(preparation)
+    example = made_example(model, str(source))
+    for name in {"litert", "litert-fp16", "executorch"} & set(targets):
+        _need_one_float(model, name)
     found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(targets):
         suffix, runtime = _WRITTEN[name]
@@ -251,9 +256,9 @@ def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> 
         if path.name not in own or not path.is_file():
             _write(model, example, preparation, path, name)
         meant = symmetric(model, example) if name == "tensorrt" else model
-        reference = Reference(meant, example, [example])
+        reference = Reference(meant, example, [(example, None)])
         if name == "tensorrt":  # its quantizers have other grids, and rounding errs alike on them
-            reference.tolerances = Reference(model, example, [example]).tolerances
+            reference.tolerances = Reference(model, example, [(example, None)]).tolerances
         if name == "litert-fp16":
             reference.allow(with_half_weights(model, example))
         plain = name in ("onnx", "openvino")
@@ -268,10 +273,21 @@ def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> 
     return found
 
 
+def _need_one_float(model: Any, target: str) -> None:
+    """Raises SettingsError where a model takes other inputs than those that files of a kind are written for."""
+    dtypes = [each.dtype for each in model.inputs]
+    if dtypes != ["float32"]:
+        listed = ", ".join(f"{each.name} of {each.dtype}" for each in model.inputs)
+        raise SettingsError(
+            f"files for {target} are written of models that take one input of float32, and this one takes {listed}; "
+            "choose onnx, openvino or torch"
+        )
+
+
 def _write(
     model: nn.Module,
-    example: Tensor,
-    preparation: Preparation,
+    example: Any,
+    preparation: Preparation | None,
     path: Path,
     target: str,
     floats: Sequence[str] = (),
@@ -280,7 +296,7 @@ def _write(
     if target == "tensorrt":
         export_tensorrt(model, example, path, preparation)
     elif path.suffix == ".pt2":
-        export_pt2(model, example, path, preparation.metadata())
+        export_pt2(model, example, path, None if preparation is None else preparation.metadata())
     elif path.suffix == ".onnx":
         export_onnx(model, example, path, preparation, {CHECKED: "onnxruntime"}, floats=floats)
     elif path.suffix == ".tflite":
@@ -307,10 +323,10 @@ def pack(source: str, output: Path, weights: Path | None = None) -> dict[str, An
         model, preparation, _ = _source(source)
     else:
         model, preparation = open_model(source, weights)
-    example = example_of(preparation)
+    example = example_for(model, preparation)
     save_terse(model, example, output, preparation)
-    agreement = checked(output, ["pytorch"], Reference(model, example, [example]))["pytorch"]
-    cost = totals(model, example_of(preparation))
+    agreement = checked(output, ["pytorch"], Reference(model, example, [(example, None)]))["pytorch"]
+    cost = totals(model, example)
     size = output.stat().st_size
     return {
         "file": str(output),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,8 +75,10 @@ def _open_program(path: Path, weights: str | Path | None) -> tuple[nn.Module, Pr
     if weights is not None:
         load_weights(program, weights)
     # A program knows its operators but not its layers; tracing it brings them back.
-    model = trace(program, example_of(preparation))
+    inputs: Any = program.inputs
+    model = trace(program, example_for(program, preparation) if len(inputs) > 1 else example_of(preparation))
     model.training = False
+    model.inputs = inputs
     return model, preparation
 
 
@@ -82,6 +86,60 @@ def example_of(preparation: Preparation) -> torch.Tensor:
     """Two made inputs of the right shape, (2, C, H, W), always the same."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, preparation.channels, *preparation.size, generator=generator)
+
+
+def input_names(model: nn.Module) -> list[str]:
+    """What a model must be called with: inputs of the file that it was read from, else what its forward asks for."""
+    known: Any = getattr(model, "inputs", ())
+    if known:
+        return [each.name for each in known]
+    try:
+        asked = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # compiled code may not say
+        return []
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [each.name for each in asked if each.kind in by_place and each.default is inspect.Parameter.empty]
+
+
+def takes_image(model: nn.Module) -> bool:
+    """Whether a model that was read from a file takes one input, floats (N, C, H, W)."""
+    inputs: Any = getattr(model, "inputs", ())
+    return [(len(each.shape), str(each.dtype).startswith("float")) for each in inputs] == [(4, True)]
+
+
+def example_for(model: nn.Module, preparation: Preparation | None) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Two made samples: images, or what the file that the model was read from says it takes instead.
+
+    Raises:
+        ModelError: when the model has no file that says what it takes, and takes several inputs.
+    """
+    if hasattr(model, "inputs") and not takes_image(model):
+        from tersenet.deploy.made_inputs import made_example
+
+        return made_example(model, type(model).__name__)
+    if len(names := input_names(model)) > 1:
+        raise ModelError(
+            f"{type(model).__name__} takes {len(names)} inputs ({', '.join(names)}), and code does not say of which "
+            "shapes; give a .terse or .pt2 file of it, which does"
+        )
+    assert preparation is not None
+    return example_of(preparation)
+
+
+def _check_takes_images(model: nn.Module, data: str) -> None:
+    """Raises ModelError where a model cannot be called with one input, images."""
+    names = input_names(model)
+    if len(names) > 1:
+        what = f"{len(names)} inputs ({', '.join(names)})"
+    elif hasattr(model, "inputs") and not takes_image(model):
+        (only,) = model.inputs  # type: ignore[misc]
+        what = f"an input {only.said} of {only.dtype}"
+    else:
+        return
+    raise ModelError(
+        f"the model takes {what}, and {data} gives one input, images; use the model in Python, where a Task has an "
+        "example and data of any inputs"
+    )
 
 
 def prepared(
@@ -168,7 +226,9 @@ def open_task(
         validate: a held-out set in the same form, for choosing; its test part is used, else all of it.
     Raises:
         DataError: when the data is missing, empty or broken.
+        ModelError: when the model takes something else than one input, images.
     """
+    _check_takes_images(model, data)
     found = open_data(
         data, preparation, batch_size=batch_size, seed=seed, columns=columns, on_bad_image=on_bad_image,
         validate=validate, quiet=quiet,

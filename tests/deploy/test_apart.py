@@ -207,7 +207,7 @@ def test_the_protocol_is_lines_of_json_and_survives_an_error(entry: Entry, tmp_p
     worker.serve(io.StringIO("".join(json.dumps(each) + "\n" for each in requests)), answers)
     wrong, opened, first, turn = map(json.loads, answers.getvalue().splitlines())
     assert wrong["error"] == "FileError"
-    assert opened["input_shape"] == [None, 3, 8, 8]
+    assert [shape for _, shape, _ in opened["inputs"]] == [[None, 3, 8, 8]]
     assert first["first_ms"] > 0
     assert len(turn["ns"]) == 4
     assert min(turn["ns"]) > 0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -56,15 +57,15 @@ def test_an_estimate_says_that_it_is_one() -> None:
 
 def test_files_are_counted_as_the_model_is(tiny_model: nn.Module, tiny_onnx: Path, tmp_path: Path) -> None:
     macs = 4 * 3 * 9 * 64 + 16 * 6
-    onnx = estimate_file(tiny_onnx, (2, 3, 8, 8))
+    onnx = estimate_file(tiny_onnx, [np.zeros((2, 3, 8, 8), np.float32)])
     assert onnx is not None
     assert f"from {2 * macs:,} 32-bit" in onnx.note
     program = export_pt2(tiny_model, torch.zeros(1, 3, 8, 8), tmp_path / "a.pt2")
-    one, two = (estimate_file(program, (n, 3, 8, 8)) for n in (1, 2))
+    one, two = (estimate_file(program, [np.zeros((n, 3, 8, 8), np.float32)]) for n in (1, 2))
     assert one is not None
     assert two is not None
     assert f"from {macs:,} 32-bit" in one.note
     assert one.joules < two.joules < 2 * one.joules  # the weights are read once
-    assert estimate_file(tmp_path / "a.tflite", (1, 3)) is None
+    assert estimate_file(tmp_path / "a.tflite", [np.zeros((1, 3))]) is None
     (tmp_path / "junk.onnx").write_bytes(b"junk")
-    assert estimate_file(tmp_path / "junk.onnx", (1, 3)) is None
+    assert estimate_file(tmp_path / "junk.onnx", [np.zeros((1, 3))]) is None

@@ -123,7 +123,7 @@ def test_who_is_who_in_the_optimised_graph(turned: bool, quantized: bool, tmp_pa
     path = export_onnx(model, X, tmp_path / "model.onnx")
     source = numbered(path, tmp_path, lambda proto: owners(proto, graph, keys))
     profiler = OnnxProfiler(source, tmp_path, threads=1)
-    profiler(X.numpy())
+    profiler((X.numpy(),))
     assert sum(map(sum, profiler.times().values())) > 0
     executed = onnx.load(profiler.optimised).graph.node
     origins = _origins(source.graph, executed)

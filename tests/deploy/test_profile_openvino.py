@@ -65,7 +65,7 @@ def test_real_counters(calls: int, tmp_path: Path) -> None:
     twin = numbered(path, tmp_path, lambda graph: [(node.op_type, node.name) for node in graph.node])
     profiler = OpenvinoProfiler(twin, threads=1)
     for _ in range(calls):
-        profiler(torch.randn(1, 3, 16, 16).numpy())
+        profiler((torch.randn(1, 3, 16, 16).numpy(),))
     found = profiler.times()
     products = [row for row in found if row[0] in ("Conv", "Gemm")]
     assert len(products) == 3

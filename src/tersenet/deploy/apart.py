@@ -28,6 +28,8 @@ from tersenet.deploy.energy import Energy
 from tersenet.deploy.estimate import estimate_file
 from tersenet.deploy.footprint import Footprint
 from tersenet.deploy.machine import machine, usable_cores
+from tersenet.deploy.made_inputs import made_inputs
+from tersenet.deploy.runner import Input, as_taken
 from tersenet.deploy.timings import Measurement, joined
 from tersenet.deploy.turns import LEAST_TURNS, Key, check_schedule, play
 from tersenet.deploy.warm import Warmed
@@ -129,7 +131,7 @@ def cores_for(threads: int) -> tuple[int, ...]:
 def measure_apart(
     entries: Sequence[Entry],
     *,
-    x: np.ndarray | None = None,
+    x: np.ndarray | tuple[np.ndarray, ...] | None = None,
     batch: int = 1,
     threads: int = 1,
     turns: int = LEAST_TURNS,
@@ -148,7 +150,8 @@ def measure_apart(
         openings: the turns are shared out over so many openings of all the files, in new processes and another order
             each time, so that where memory comes to lie is in the intervals too; 1 to half the turns. What opening
             and warming up cost, and the energy, are those of the first.
-        x: real inputs (N, ...), of which the first `batch` are used; None draws normal noise of the files' own shape.
+        x: real inputs (N, ...), of which the first `batch` are used, of several inputs a tuple; None draws normal noise
+            of the files' own shapes, which serves only floats.
         energy: where the counters cannot be read, estimate the energy of each file's call.
         turns, calls, discard, seed, cold, budget_s, progress: as in `tersenet.deploy.measure.measure`.
     Raises:
@@ -172,7 +175,7 @@ def measure_apart(
 def _one_opening(
     entries: Sequence[Entry],
     cores: tuple[int, ...],
-    x: np.ndarray | None,
+    x: np.ndarray | tuple[np.ndarray, ...] | None,
     batch: int,
     threads: int,
     energy: bool,
@@ -188,13 +191,12 @@ def _one_opening(
         for entry in entries:
             worker = workers[entry.key] = stack.enter_context(Worker(entry, cores))
             opened = worker.ask("open", path=str(entry.path), runtime=entry.runtime, threads=threads)
-            several = entry.x if isinstance(entry.x, tuple) else ()
-            own = entry.x if isinstance(entry.x, np.ndarray) else x
-            inputs = several[0] if several else inputs_for(entry.name, opened["input_shape"], own, batch)
-            np.savez(scratch / "input.npz", *(several or (inputs,)))
+            expected = [Input(own, tuple(shape), dtype) for own, shape, dtype in opened["inputs"]]
+            inputs = inputs_for(entry.name, expected, x if entry.x is None else entry.x, batch)
+            np.savez(scratch / "input.npz", *inputs)
             first = worker.ask("input", file=str(scratch / "input.npz"))
             footprints[entry.key] = Footprint(opened["load_ms"], first["first_ms"], first["peak_bytes"])
-            if energy and not first["counted"] and (found := estimate_file(entry.path, inputs.shape)) is not None:
+            if energy and not first["counted"] and (found := estimate_file(entry.path, inputs)) is not None:
                 energies[entry.key] = found
         speeds = {}
         for key, worker in workers.items():
@@ -213,25 +215,26 @@ def _one_opening(
     return Measurement(values, threads, batch, machine(), footprints, energies, warmed)
 
 
-def inputs_for(name: str, shape: Sequence[int | None] | None, x: np.ndarray | None, batch: int) -> np.ndarray:
-    """The input (batch, ...) that a file is measured with.
+def inputs_for(
+    name: str, expected: Sequence[Input], x: np.ndarray | tuple[np.ndarray, ...] | None, batch: int
+) -> tuple[np.ndarray, ...]:
+    """The inputs (batch, ...) that a file is measured with, by order, in the types that it takes.
 
     Args:
         name: of the file, for what is said.
-        shape: of its input, None for open sizes.
+        expected: its inputs.
         x, batch: as in `measure_apart`.
     """
-    shape = tuple(shape) if shape else (None, None)
-    if shape[0] not in (None, batch):
-        raise SettingsError(f"{name} has a fixed batch of {shape[0]}, so it cannot be measured with {batch}")
-    if x is not None:
-        if len(x) < batch:
-            raise SettingsError(f"a batch of {batch} needs as many inputs, got {len(x)}")
-        return np.ascontiguousarray(x[:batch], dtype=np.float32)
-    sizes = [size for size in shape[1:] if size is not None]
-    if len(sizes) != len(shape) - 1:
-        raise SettingsError(f"{name} takes inputs of any size; say with which to measure it (x=, or --data)")
-    return np.random.default_rng(0).standard_normal((batch, *sizes), dtype=np.float32)
+    for each in expected:
+        if each.shape and each.shape[0] not in (None, batch):
+            raise SettingsError(f"{name} has a fixed batch of {each.shape[0]}, so it cannot be measured with {batch}")
+    if x is None:
+        return made_inputs(name, expected, batch)
+    given = x if isinstance(x, tuple) else (x,)
+    if (fewest := min(map(len, given))) < batch:
+        raise SettingsError(f"a batch of {batch} needs as many inputs, got {fewest}")
+    into = expected if len(expected) == len(given) else [None] * len(given)  # the worker refuses another number of them
+    return tuple(as_taken(each[:batch], one) for each, one in zip(given, into, strict=True))
 
 
 def _check_names(entries: Sequence[Entry]) -> None:

@@ -22,6 +22,7 @@ from tersenet.bricks.settle import settle
 from tersenet.codec import container
 from tersenet.deploy import graph_json
 from tersenet.deploy.lazy import keep_coded
+from tersenet.deploy.made_inputs import made_example
 from tersenet.deploy.runner import Input
 from tersenet.errors import ExportError, FileError, SettingsError, TraceError
 from tersenet.graph.capture import Example
@@ -159,9 +160,7 @@ def unpack(path: str | Path, out: str | Path) -> Path:
         )
     model = load_terse(path)
     manifest = container.inspect(path).manifest
-    given: Any = model.inputs
-    zeros = tuple(torch.zeros([2, *each.shape[1:]], dtype=graph_json.DTYPES[each.dtype]) for each in given)
-    example = zeros if len(zeros) > 1 else zeros[0]
+    example = made_example(model, str(path))
     preparation = terse_preparation(path) if manifest.get("preparation") is not None else None
     if out.suffix == ".onnx":
         from tersenet.deploy.onnx import export_onnx
@@ -171,20 +170,15 @@ def unpack(path: str | Path, out: str | Path) -> Path:
         from tersenet.deploy.pt2 import export_pt2
 
         export_pt2(model, example, out, None if preparation is None else preparation.metadata())
-    _compared(model, zeros, out)
+    _compared(model, example, out)
     return out
 
 
-def _compared(model: nn.Module, zeros: tuple[Tensor, ...], path: Path) -> None:
-    """Holds an unpacked file to the model, on made inputs where it takes floats."""
+def _compared(model: nn.Module, example: Example, path: Path) -> None:
+    """Holds an unpacked file to the model, on made inputs."""
     from tersenet.deploy.checked import checked
     from tersenet.deploy.reference import Reference
 
-    generator = torch.Generator().manual_seed(0)
-    made = tuple(
-        torch.randn(x.shape, generator=generator, dtype=x.dtype) if x.is_floating_point() else x for x in zeros
-    )
-    example = made if len(made) > 1 else made[0]
     runtime = "onnxruntime" if path.suffix == ".onnx" else "pytorch"
     checked(path, [runtime], Reference(model, example, [(example, None)]))
 

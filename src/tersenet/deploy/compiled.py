@@ -19,6 +19,7 @@ from torch._inductor import config
 
 from tersenet.compiler import need_compiler
 from tersenet.deploy.decomposed import INDUCTOR, decomposed, rounds_activations
+from tersenet.deploy.made_inputs import made_example
 
 
 def compiled(path: Path, model: Any) -> Any:
@@ -29,10 +30,9 @@ def compiled(path: Path, model: Any) -> Any:
     """
     need_compiler(f"pytorch-compiled cannot run {path.name}")
     model.requires_grad_(False)
-    shape = getattr(model, "input_shape", None)
-    if shape is None or not rounds_activations(model):
+    if not hasattr(model, "inputs") or not rounds_activations(model):
         return torch.compile(model, dynamic=False)
-    graph = decomposed(model, torch.zeros(2, *shape[1:]), INDUCTOR).requires_grad_(False)
+    graph = decomposed(model, made_example(model, path.name), INDUCTOR).requires_grad_(False)
     return _Frozen(torch.compile(graph, dynamic=False))
 
 
@@ -45,12 +45,13 @@ class _Frozen(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model, self.seen = model, set[torch.Size]()
+        self.model, self.seen = model, set[tuple[torch.Size, ...]]()
 
-    def forward(self, x: Tensor) -> Any:
-        if x.shape in self.seen:
-            return self.model(x)
+    def forward(self, *inputs: Tensor) -> Any:
+        shapes = tuple(x.shape for x in inputs)
+        if shapes in self.seen:
+            return self.model(*inputs)
         with config.patch(freezing=True):
-            y = self.model(x)
-        self.seen.add(x.shape)
+            y = self.model(*inputs)
+        self.seen.add(shapes)
         return y

@@ -20,6 +20,7 @@ from tersenet.bricks.quantized import Int8Conv2d, Int8Layer, Int8Linear, layer_c
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.settle import settle
 from tersenet.deploy.folded import folded_graph
+from tersenet.graph.capture import Example
 from tersenet.graph.points import is_concatenation, is_global_pool
 from tersenet.graph.trace import trace
 from tersenet.numerics.rounding import grid
@@ -57,12 +58,12 @@ EXECUTORCH = Dialect(float_last=True, alike_in_concat=True, keep_axes=True)  # w
 INDUCTOR = Dialect(unsigned=True)
 
 
-def decomposed(model: nn.Module, example: Tensor, dialect: Dialect) -> fx.GraphModule:
+def decomposed(model: nn.Module, example: Example, dialect: Dialect) -> fx.GraphModule:
     """The same function in `quantized_decomposed` operators; the model is left as it was.
 
     Args:
         model: quantized by us, with activations.
-        example: (N, ...); only its shape and type are used.
+        example: (N, ...), or all inputs; only their shapes and types are used.
     Raises:
         TraceError: when the forward cannot be captured.
     """

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tersenet.deploy.energy import Energy, estimate
 from tersenet.errors import TersenetError
 
 
-def estimate_file(path: Path, shape: tuple[int, ...]) -> Energy | None:
-    """The energy of a call on an input of this shape (N, ...); None for a kind of file that we cannot look into."""
+def estimate_file(path: Path, inputs: Sequence[np.ndarray]) -> Energy | None:
+    """The energy of a call on these inputs (N, ...), by order; None for a kind of file that we cannot look into."""
     suffix = path.suffix.lower()
     if suffix == ".onnx" and importlib.util.find_spec("onnx") is not None:
-        return _onnx(path, shape)
+        return _onnx(path, [x.shape for x in inputs])
     if suffix in (".pt2", ".terse"):
-        return _program(path, shape)
+        return _program(path, inputs)
     return None
 
 
-def _program(path: Path, shape: tuple[int, ...]) -> Energy | None:
+def _program(path: Path, inputs: Sequence[np.ndarray]) -> Energy | None:
     import torch
 
     from tersenet.deploy.artifact import load_terse
@@ -30,22 +33,26 @@ def _program(path: Path, shape: tuple[int, ...]) -> Energy | None:
 
     try:
         model = load_terse(path) if path.suffix.lower() == ".terse" else read_pt2(path)[0]
-        found = totals(model, torch.zeros(1, *shape[1:]))
+        found = totals(model, tuple(torch.from_numpy(x[:1]) for x in inputs))
     except TersenetError:
         return None
     activations = max(0, found.bytes_moved - found.param_bytes)  # weights are read once, whatever the batch
-    return estimate(found.macs * shape[0], found.param_bytes + activations * shape[0], 32)
+    samples = len(inputs[0])
+    return estimate(found.macs * samples, found.param_bytes + activations * samples, 32)
 
 
-def _onnx(path: Path, shape: tuple[int, ...]) -> Energy | None:
+def _onnx(path: Path, inputs: Sequence[tuple[int, ...]]) -> Energy | None:
     """Convolutions and matrix products of the graph; a quantized one is told by its int8 weights."""
     import onnx
     from onnx import shape_inference
 
     try:
         model = onnx.load(path)
-        for size, value in zip(model.graph.input[0].type.tensor_type.shape.dim, shape, strict=True):
-            size.dim_value = value
+        stored = {each.name for each in model.graph.initializer}
+        taken = [each for each in model.graph.input if each.name not in stored]
+        for each, shape in zip(taken, inputs, strict=True):
+            for size, value in zip(each.type.tensor_type.shape.dim, shape, strict=True):
+                size.dim_value = value
         graph = shape_inference.infer_shapes(model).graph
     except Exception:  # noqa: BLE001 an estimate is not worth an error: the file runs
         return None

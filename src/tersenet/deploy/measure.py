@@ -38,7 +38,7 @@ class Contender:
     Args:
         name: of the file, or of what is called.
         work: an open file, or any callable of one input.
-        x: its input, (N, ...).
+        x: its input, (N, ...); of an open file with several inputs a tuple.
         runtime: where it runs; a Runner says so itself.
     """
 
@@ -54,7 +54,10 @@ class Contender:
     @property
     def call(self) -> Callable[[Any], Any]:
         """A Runner's bare call: its checks of the input are ours, not the runtime's."""
-        return self.work.call if isinstance(self.work, Runner) else self.work
+        if not isinstance(self.work, Runner):
+            return self.work
+        bare = self.work.call
+        return (lambda several: bare(*several)) if isinstance(self.x, tuple) else bare
 
 
 def measure(
@@ -111,7 +114,7 @@ def measure_files(
     paths: Sequence[str | Path],
     runtimes: Sequence[str] | None = None,
     *,
-    x: np.ndarray | None = None,
+    x: np.ndarray | tuple[np.ndarray, ...] | None = None,
     batch: int = 1,
     threads: int = 1,
     **settings: Any,
@@ -121,11 +124,12 @@ def measure_files(
     Args:
         paths: of the files, each of which is a contender in each runtime that reads it.
         runtimes: names of `RUNTIMES`; None takes each file's own.
-        x: real inputs, of which the first `batch` are used; None draws normal noise of the files' own shape.
+        x: real inputs, of which the first `batch` are used, of several inputs a tuple; None draws normal noise of the
+            files' own shapes.
         settings: as in `tersenet.deploy.apart.measure_apart`.
     Raises:
-        SettingsError: when a file can be read by none of the runtimes, or has open sizes and no `x` is given; on more
-            threads than cores.
+        SettingsError: when a file can be read by none of the runtimes, or has open sizes or takes integers and no `x`
+            is given; on more threads than cores.
         DataError, FileError, MissingExtra: as `open_file` and `Runner.run`; FileError also when a process dies.
     """
     entries = [
@@ -160,10 +164,9 @@ def _check(contenders: Sequence[Contender], batch: int) -> None:
     if len(set(keys)) != len(keys):
         raise SettingsError(f"two contenders have the same name and runtime: {keys}; give them different names")
     for contender in contenders:
-        if hasattr(contender.x, "shape") and contender.x.shape[0] != batch:
-            raise SettingsError(
-                f"{contender.name} has an input of batch {contender.x.shape[0]}, the measurement {batch}"
-            )
+        for x in contender.x if isinstance(contender.x, tuple) else (contender.x,):
+            if hasattr(x, "shape") and x.shape[0] != batch:
+                raise SettingsError(f"{contender.name} has an input of batch {x.shape[0]}, the measurement {batch}")
 
 
 def _probe(contender: Contender, clock: Clock) -> float:

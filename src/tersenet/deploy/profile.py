@@ -28,9 +28,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from tersenet.deploy.machine import machine
+from tersenet.deploy.made_inputs import made_inputs
 from tersenet.deploy.measure import Contender, measure
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.profile_file import works_of_file
@@ -39,9 +40,11 @@ from tersenet.deploy.profile_openvino import OpenvinoProfiler
 from tersenet.deploy.runtimes import Runner, open_file, open_module
 from tersenet.deploy.work import Key, Work, works_of
 from tersenet.errors import SettingsError, require
+from tersenet.graph.capture import Example
 from tersenet.graph.costs import costs
 from tersenet.graph.trace import trace
 
+Arrays = tuple[np.ndarray, ...]  # all inputs by order
 PROFILED = ("onnxruntime", "openvino", "pytorch")
 _CALLS, _DISCARD = 10, 2  # of each turn; with 20 turns 240 runs are profiled
 
@@ -49,12 +52,12 @@ _CALLS, _DISCARD = 10, 2  # of each turn; with 20 turns 240 runs are profiled
 class Profiler(Protocol):
     """Runs a model and keeps the times of its parts."""
 
-    def __call__(self, x: np.ndarray) -> None: ...
+    def __call__(self, x: Arrays) -> None: ...
     def times(self) -> Times: ...
 
 
 def profile_model(
-    model: nn.Module, example: Tensor, *, runtime: str | None = None, threads: int = 1, batch: int = 1
+    model: nn.Module, example: Example, *, runtime: str | None = None, threads: int = 1, batch: int = 1
 ) -> dict[str, Any]:
     """Costs and measured time of each layer, as JSON.
 
@@ -66,8 +69,8 @@ def profile_model(
     in turns, and the times come from the latter.
 
     Args:
-        model: any module of one input, quantized by us or not; it is left as it was.
-        example: (N, ...) input; repeated or cut to `batch` samples.
+        model: any module, quantized by us or not; it is left as it was.
+        example: (N, ...) input, or a tuple of all inputs; repeated or cut to `batch` samples.
         runtime: one of `PROFILED`; None takes ONNX Runtime where it is installed, else PyTorch.
         threads: how many one call may use.
     Raises:
@@ -80,7 +83,9 @@ def profile_model(
     model = copy.deepcopy(model)
     for module in model.modules():
         module.training = False  # an exported module refuses eval(), and has nothing to switch
-    x = example.detach()[torch.arange(batch) % len(example)]
+    given = example if isinstance(example, tuple) else (example,)
+    x = tuple(each.detach()[torch.arange(batch) % len(each)] for each in given)
+    arrays = tuple(each.numpy() for each in x)
     layers = costs(model, x)
     known = {(layer.path, layer.kind) for layer in layers}
     model = model if runtime == "pytorch" else told_apart(model)
@@ -88,13 +93,13 @@ def profile_model(
     keys = {node: key for node in graph.graph.nodes if (key := _key(graph, node)) in known and key is not None}
     works = works_of(graph, layers, keys, integers=runtime != "pytorch")
     if runtime == "pytorch":
-        return _found(works, open_module(model, threads), _TorchProfiler(graph), x.numpy(), runtime, threads)
+        return _found(works, open_module(model, threads), _TorchProfiler(graph), arrays, runtime, threads)
     with tempfile.TemporaryDirectory() as folder:
         runner = open_file(export_onnx(model, x, Path(folder) / "model.onnx"), runtime, threads)
         _check_batch(runner, batch)
         assert runner.path is not None
         source = numbered(runner.path, Path(folder), lambda proto: owners(proto, graph, keys))
-        return _found(works, runner, _profiler(source, runtime, folder, threads), x.numpy(), runtime, threads)
+        return _found(works, runner, _profiler(source, runtime, folder, threads), arrays, runtime, threads)
 
 
 def profile_file(path: str | Path, *, runtime: str | None = None, threads: int = 1, batch: int = 1) -> dict[str, Any]:
@@ -104,17 +109,14 @@ def profile_file(path: str | Path, *, runtime: str | None = None, threads: int =
         path: .onnx
         runtime: "onnxruntime" (None) or "openvino".
     Raises:
-        SettingsError: as `profile_model`; when the file takes inputs of any size.
+        SettingsError: as `profile_model`; when the file takes inputs of any size, or integers.
         FileError: when the file is missing or damaged.
     """
     runtime = "onnxruntime" if runtime is None else runtime
     _check(runtime, threads, batch, PROFILED[:2])
     runner = open_file(path, runtime, threads)
     _check_batch(runner, batch)
-    sizes = (runner.input_shape or (None, None))[1:]
-    if any(size is None for size in sizes):
-        raise SettingsError(f"{path} takes inputs of any size, so it cannot be profiled; fix the size in the file")
-    x = np.random.default_rng(0).standard_normal((batch, *(size or 1 for size in sizes)), dtype=np.float32)
+    x = made_inputs(str(path), runner.expected, batch)
     works, rows = works_of_file(require("onnx", "onnx", "read ONNX files").load(path))
     with tempfile.TemporaryDirectory() as folder:
         source = numbered(Path(path), Path(folder), lambda _: rows)
@@ -129,11 +131,12 @@ def _check(runtime: str, threads: int, batch: int, allowed: Sequence[str]) -> No
 
 
 def _check_batch(runner: Runner, batch: int) -> None:
-    if runner.input_shape is not None and runner.input_shape[0] not in (None, batch):
-        raise SettingsError(
-            f"the file has a fixed batch of {runner.input_shape[0]}, so it cannot be profiled with {batch}; "
-            "choose that batch"
-        )
+    for each in runner.expected:
+        if each.shape and each.shape[0] not in (None, batch):
+            raise SettingsError(
+                f"the file has a fixed batch of {each.shape[0]}, so it cannot be profiled with {batch}; "
+                "choose that batch"
+            )
 
 
 def _default() -> str:
@@ -148,16 +151,16 @@ def _profiler(source: Numbered, runtime: str, folder: str, threads: int) -> Prof
 
 
 def _found(
-    works: Sequence[Work], runner: Runner, profiler: Profiler, x: np.ndarray, runtime: str, threads: int
+    works: Sequence[Work], runner: Runner, profiler: Profiler, x: Arrays, runtime: str, threads: int
 ) -> dict[str, Any]:
     """Measures, and puts the times into the rows."""
     contenders = [Contender("plain", runner, x), Contender("profiled", profiler, x, runtime)]
-    measured = measure(contenders, calls=_CALLS, discard=_DISCARD, threads=threads, batch=len(x))
+    measured = measure(contenders, calls=_CALLS, discard=_DISCARD, threads=threads, batch=len(x[0]))
     rows = _rows(works, profiler.times())
     return {
         "runtime": runtime,
         "threads": threads,
-        "batch": len(x),
+        "batch": len(x[0]),
         "machine": machine(),
         "rows": rows,
         "totals": _totals(rows),
@@ -174,9 +177,9 @@ class _TorchProfiler(fx.Interpreter):
         self.graph_module = graph
         self.samples: dict[fx.Node, list[int]] = defaultdict(list)
 
-    def __call__(self, x: np.ndarray) -> None:
+    def __call__(self, x: Arrays) -> None:
         with torch.inference_mode():
-            self.run(torch.from_numpy(x))
+            self.run(*map(torch.from_numpy, x))
 
     def run_node(self, n: fx.Node) -> Any:
         start = time.perf_counter_ns()

@@ -137,10 +137,10 @@ class OnnxProfiler:
         options.enable_profiling = True
         options.profile_file_prefix = str(folder / "profile")
         self.session = runtime.InferenceSession(str(source.path), options, providers=["CPUExecutionProvider"])
-        self.feed = self.session.get_inputs()[0].name
+        self.feeds = [each.name for each in self.session.get_inputs()]
 
-    def __call__(self, x: np.ndarray) -> None:
-        self.session.run(None, {self.feed: x})
+    def __call__(self, x: tuple[np.ndarray, ...]) -> None:
+        self.session.run(None, dict(zip(self.feeds, x, strict=True)))
 
     def times(self) -> Times:
         """Median milliseconds of each operator that ran, under the row that it belongs to."""

@@ -57,11 +57,11 @@ class OpenvinoProfiler:
         self.warm: dict[str, float] = {}
         self._open()
 
-    def __call__(self, x: np.ndarray) -> None:
+    def __call__(self, x: tuple[np.ndarray, ...]) -> None:
         if self.calls == WINDOW:
             self._close()
             self._open()
-        self.request.infer([x], share_inputs=True)
+        self.request.infer(list(x), share_inputs=True)
         self.calls += 1
         if self.calls == WARM:
             self.warm = self._means()

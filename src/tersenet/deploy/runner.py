@@ -86,7 +86,7 @@ class Runner:
         """
         arrays = self._fitting(inputs if isinstance(inputs, tuple | list) else (inputs,))
         n = len(arrays[0]) if arrays[0].ndim else 0
-        batch = next((each.shape[0] for each in self._expected if each.shape and each.shape[0] is not None), None)
+        batch = next((each.shape[0] for each in self.expected if each.shape and each.shape[0] is not None), None)
         if batch is None or batch == n:
             return self._called(arrays)
         pieces = []
@@ -104,7 +104,8 @@ class Runner:
         return tuple(np.concatenate(part) for part in zip(*pieces, strict=True))
 
     @property
-    def _expected(self) -> tuple[Input, ...]:
+    def expected(self) -> tuple[Input, ...]:
+        """All inputs by order, as far as they are known."""
         return self.inputs or (() if self.input_shape is None else (Input("input", self.input_shape),))
 
     def _called(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
@@ -113,9 +114,9 @@ class Runner:
 
     def _fitting(self, given: Sequence[Any]) -> list[Array]:
         """The inputs as the file takes them. Raises DataError when they do not fit."""
-        expected = self._expected
+        expected = self.expected
         if not expected:
-            return [_as_taken(np.asarray(x), None) for x in given]
+            return [as_taken(np.asarray(x), None) for x in given]
         if len(given) != len(expected):
             raise DataError(
                 f"{self.name} takes {len(expected)} input{'s' if len(expected) > 1 else ''} "
@@ -126,11 +127,11 @@ class Runner:
             if not each.fits(x.shape) or len(x) == 0:
                 which = "input" if len(expected) == 1 else f"input {each.name!r}"
                 raise DataError(f"the {which} of {self.name} must be {each.said}, got {'x'.join(map(str, x.shape))}")
-            arrays.append(_as_taken(x, each))
+            arrays.append(as_taken(x, each))
         return arrays
 
 
-def _as_taken(x: Array, into: Input | None) -> Array:
+def as_taken(x: Array, into: Input | None) -> Array:
     """An input in the type that it is taken in: integers and booleans stay what they are, unless floats are taken.
 
     Raises:

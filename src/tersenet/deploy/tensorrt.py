@@ -31,6 +31,7 @@ from tersenet.deploy.folded import folded_graph
 from tersenet.deploy.merged_additions import rounded_for_addition
 from tersenet.deploy.onnx import QuantizeDequantize, to_onnx_operators, write_onnx
 from tersenet.errors import ExportError, require
+from tersenet.graph.capture import Example
 from tersenet.numerics.rounding import fake_quantize
 from tersenet.task import Preparation
 
@@ -68,12 +69,12 @@ class SymmetricQuantizer(nn.Module):
         return fake_quantize(x, self.scale, 0, LOW, HIGH)
 
 
-def symmetric(model: nn.Module, example: Tensor) -> fx.GraphModule:
+def symmetric(model: nn.Module, example: Example) -> fx.GraphModule:
     """What a TensorRT file computes, as a module of PyTorch; the model is left as it was.
 
     Args:
-        model: any module of one input; quantized by us or not.
-        example: (N, ...); only its shape and type are used.
+        model: any module; quantized by us or not.
+        example: (N, ...), or all inputs; only their shapes and types are used.
     Raises:
         TraceError: when the forward cannot be captured.
     """
@@ -92,7 +93,7 @@ def symmetric(model: nn.Module, example: Tensor) -> fx.GraphModule:
 
 def export_tensorrt(
     model: nn.Module,
-    example: Tensor,
+    example: Example,
     path: str | Path,
     preparation: Preparation | None = None,
     metadata: Mapping[str, str] | None = None,

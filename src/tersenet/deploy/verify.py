@@ -12,11 +12,12 @@ import numpy as np
 from torch import nn
 
 from tersenet.deploy.reference import Outputs, Reference, Tolerance, difference, root_mean_square
+from tersenet.deploy.runner import as_array
 from tersenet.deploy.runtimes import Runner, open_file, open_module
 from tersenet.deploy.stand_in import StandIn
 from tersenet.deploy.stepwise import SLACK, Steps, stepwise
 from tersenet.errors import DataError, ExportError
-from tersenet.task import Score, Task, batch_input, score
+from tersenet.task import Score, Task, inputs_of, score
 
 # Of the largest output: what the same operators of PyTorch may differ by in another order.
 _SAME = 1e-5
@@ -199,25 +200,26 @@ def verify(runner: Runner, model: nn.Module, batches: Iterable[Any], limit: int 
     Args:
         runner: the file, open in its runtime.
         model: any module; its modes are put back.
-        batches: inputs (N, ...), or (input, target) pairs, or dicts.
+        batches: inputs (N, ...), or (input, target) pairs, or dicts; several inputs as in Task.
         limit: at most this many samples are compared.
     Raises:
         DataError: when there are no inputs.
         ExportError: when the outputs do not even have the same shape.
     """
-    reference = open_module(model, runner.threads, runner.input_shape)
+    inputs_as_given = tuple(replace(each, dtype=None) for each in runner.inputs)
+    reference = open_module(model, runner.threads, runner.input_shape, inputs_as_given)
     expected: Outputs = []
     outputs: Outputs = []
     samples = 0
     for batch in batches:
         if samples >= limit:
             break
-        x = np.asarray(batch_input(batch)[: limit - samples].detach().cpu().float())
-        if len(x) == 0:
+        inputs = [as_array(x[: limit - samples]) for x in inputs_of(batch)]
+        if len(inputs[0]) == 0:
             continue
-        expected.append(reference.run_all(x))
-        outputs.append(runner.run_all(x))
-        samples += len(x)
+        expected.append(reference.run_all(inputs))
+        outputs.append(runner.run_all(inputs))
+        samples += len(inputs[0])
     if samples == 0:
         raise DataError("there is nothing to compare on: the data is empty (0 samples); give at least one input")
     _same_shapes(runner, expected, outputs)

@@ -5,7 +5,7 @@ is loaded then finds those that it will run on. (OpenVINO 2026.4, pinned afterwa
 and was 2 to 7 times slower.) Then it waits for requests on standard input and answers each with one line on standard
 output:
 
-    {"do": "open", "path", "runtime", "threads"}   -> {"input_shape", "load_ms"}
+    {"do": "open", "path", "runtime", "threads"}   -> {"inputs": [[name, shape, dtype]], "load_ms"}
     {"do": "input", "file"}                        -> {"first_ms", "peak_bytes", "counted"}
     {"do": "warm"}                                 -> {"calls", "ms", "stable"}
     {"do": "turn", "discard", "calls"}             -> {"ns": [...], "joules"}
@@ -49,7 +49,8 @@ class Session:
 
         self.opening = Opening.of(path, runtime, threads)
         self.counters = Counters.find()
-        return {"input_shape": self.opening.runner.input_shape, "load_ms": self.opening.load_ms}
+        inputs = [[each.name, each.shape, each.dtype] for each in self.opening.runner.expected]
+        return {"inputs": inputs, "load_ms": self.opening.load_ms}
 
     def input(self, file: str) -> dict[str, Any]:
         import numpy as np

@@ -12,6 +12,7 @@ import copy
 import inspect
 import io
 import logging
+import sysconfig
 import traceback
 import warnings
 from collections import OrderedDict
@@ -35,6 +36,7 @@ from tersenet.graph.outputs import in_plain_containers
 from tersenet.graph.structure import structure
 
 Example = Tensor | tuple[Tensor, ...]  # what a model is called with
+_STANDARD, _INSTALLED = sysconfig.get_path("stdlib"), (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 _TORCH, _OWN = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 
 
@@ -69,6 +71,7 @@ def _export(
 ) -> tuple[ExportedProgram, str | None]:
     """The program, and in words where the forward fixes the batch that was to stay open; None when it does not."""
     _refuse_wrapped(model)
+    _refuse_other_inputs(model, _apart(example))
     inputs = inputs_of(example) if dynamic_batch else _apart(example)
     program = _attempt(model, inputs, dynamic_batch, calls)
     if not dynamic_batch or is_open(program):
@@ -210,6 +213,22 @@ def _refuse_wrapped(model: nn.Module) -> None:
         raise TraceError(str(error)) from None
 
 
+def _refuse_other_inputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Raises where a forward cannot be called with so many inputs."""
+    try:
+        asked = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # compiled code may not say
+        return
+    try:
+        asked.bind(*inputs)
+    except TypeError as error:
+        given = f"{len(inputs)} input{'s' if len(inputs) > 1 else ''}"
+        raise TraceError(
+            f"the forward of {type(model).__name__} takes ({', '.join(asked.parameters)}) and is given {given}: {error}"
+            "; give all its inputs by order, several as a tuple"
+        ) from None
+
+
 @contextlib.contextmanager
 def attributes_kept(model: nn.Module, refills: bool) -> Iterator[None]:
     """Puts the plain attributes of a model back as they were, and empties dictionaries of tensors meanwhile where the
@@ -254,12 +273,17 @@ def _silence() -> Iterator[None]:
         logging.disable(was)
 
 
+def _is_standard(file: str) -> bool:
+    """Whether a file is of Python's own library, whose lines say nothing about a model; packages may lie inside."""
+    return file.startswith(_STANDARD) and not file.startswith(_INSTALLED)
+
+
 def _why(model: nn.Module, error: Exception) -> str:
     """One sentence on why torch.export failed: the user's own line, and what it said."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_TORCH, _OWN, "<"))
+        if not frame.filename.startswith((_TORCH, _OWN, "<")) and not _is_standard(frame.filename)
     ]
     said = str(error).strip().splitlines()
     reason = said[0] if said else type(error).__name__

@@ -31,6 +31,7 @@ from torch import Tensor, fx, nn
 
 from tersenet.bricks.brick import Brick
 from tersenet.graph.arithmetic import Counts, Shape, counts_of_layer, counts_of_operator, geometry, stands_for
+from tersenet.graph.capture import Example
 from tersenet.graph.trace import trace
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -87,19 +88,19 @@ class Costs:
     peak_activation_bytes: int
 
 
-def costs(model: nn.Module, example: Tensor) -> list[LayerCost]:
+def costs(model: nn.Module, example: Example) -> list[LayerCost]:
     """The costs of each layer in order of its first call; (path, kind) is unique. Views have no row.
 
     Args:
         model: any module that `tersenet.graph.trace.trace` can capture; it is left as it was.
-        example: (N, ...); only its shape matters.
+        example: (N, ...), or a tuple of all inputs; only its shape matters.
     Raises:
         TraceError: when the forward cannot be captured.
     """
     return _ledger(trace(model, example)).rows()
 
 
-def totals(model: nn.Module, example: Tensor) -> Costs:
+def totals(model: nn.Module, example: Example) -> Costs:
     """The costs of a whole model; parameters that the forward never uses count too, because files often ship them.
 
     Raises:

@@ -22,6 +22,7 @@ from tersenet.deploy.machine import machine
 from tersenet.deploy.measure import LEAST_TURNS, Contender, measure
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.quiet import quiet_native
+from tersenet.deploy.runner import as_array
 from tersenet.deploy.runtimes import RUNTIMES, open_file
 from tersenet.deploy.variants import Variants
 from tersenet.errors import SettingsError
@@ -95,7 +96,7 @@ class Bench:
         self._memory: tuple[float, float] | None = None
         self._plans: dict[tuple[int, str, int], dict[str, Any]] = {}
         x = batch_input(next(iter(task.calibration(1)))) if task.calibrate is not None or task.train else task.example
-        self.x = x[:1].repeat(batch, *[1] * (x.dim() - 1)).float().numpy()
+        self.x = as_array(x[:1].repeat(batch, *[1] * (x.dim() - 1)))  # of the network's own type
         # What a share is a share of: the original with the inputs that it was made for.
         self.float_x: Any = self.x if whole is None else whole.float_x
         self.float_path: Path = folder / "float.onnx" if whole is None else whole.float_path
