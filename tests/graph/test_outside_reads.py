@@ -120,6 +120,18 @@ def test_a_model_is_as_it_was_after_it_was_watched() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_models_made_in_inference_mode_and_graphs_are_watched() -> None:
+    with torch.inference_mode():
+        made = Net(NORM_READ["a statistic"])
+    assert used_outside(made, X[:2], None).keys() == {"norm"}
+    graph = trace(Net(WEIGHT_READ["weight"]), X[:2])
+    before = graph(X)
+    assert used_outside(graph, X[:2]).keys() == {"first"}
+    folded, why = run(FoldBatchNorm(), graph)
+    torch.testing.assert_close(folded(X), before)
+    assert "norm" in why
+
+
 def test_masks_and_calls_are_no_reads_from_outside() -> None:
     model, _ = run(PruneWeights(sparsity=0.5), Net(lambda m, x: m.rest(m.norm(m.first(x)))))
     assert outside_reads(model, X[:2]) == []
@@ -192,6 +204,12 @@ def test_a_quantized_graph_keeps_what_it_reads_in_float(name: str, equalise: boo
     assert (simulated - before).abs().max() < 0.05 * before.abs().max()
     settled, _ = run(Settle(), quantized, task)
     torch.testing.assert_close(settled(X), simulated, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_is_never_called_is_not_said_to_have_no_kernel() -> None:
+    model = Net(SECOND_READ["scaled"])
+    _, why = run(Quantize(samples=8), model, Task(example=X[:2], calibrate=[X]))
+    assert why == {"second": "stay float: the forward does not call them"}
 
 
 def test_a_trained_graph_keeps_what_it_reads_with_the_layer() -> None:

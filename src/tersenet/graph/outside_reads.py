@@ -95,7 +95,8 @@ def _by_parts() -> Iterator[None]:
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Some forwards count or average in their buffers."""
     places = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    was = [(buffer, buffer.clone(), buffer._version) for buffer in model.buffers()]
+    writable = [buffer for buffer in model.buffers() if not buffer.is_inference()]  # the others torch keeps itself
+    was = [(buffer, buffer.clone(), buffer._version) for buffer in writable]
     try:
         yield
     finally:

@@ -230,7 +230,6 @@ class Quantize(Step):
 
     def left_alone(self, model: nn.Module, plan: Plan, task: Task) -> LeftAlone | None:
         """The layers with weights that stay float."""
-
         outside = used_outside(model, task.example) if self.activations is None else {}
 
         def why(path: str, layer: nn.Module) -> str | None:
@@ -241,8 +240,8 @@ class Quantize(Step):
                 return LEFT_OUT if said == "left out by only or skip" else f"stay float: {said}"
             if quantized_kind(layer) is not None and not self.matches(path, layer):
                 return LEFT_OUT
-            if path in outside and quantized_kind(layer) is not None:
-                return outside[path]
+            if quantized_kind(layer) is not None:
+                return outside.get(path, "stay float: the forward does not call them")
             return f"stay float: there is no integer kernel for {type(layer).__name__}"
 
         return by_layer(model, why)
