@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def test_a_network_of_ids_is_compressed_timed_and_exported(tmp_path: Path) -> None:
+def test_a_network_of_ids_is_compressed_timed_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     model = made(Tokens)
     batches = [(ids(32, seed), torch.arange(32) % 3) for seed in range(2)]
@@ -101,6 +102,14 @@ def test_a_network_of_ids_is_compressed_timed_and_exported(tmp_path: Path) -> No
     assert [Path(path).name for path in files.export_to(tmp_path / "run", ["torch"], tmp_path)] == ["model.pt2"]
     x = ids(5, 3)
     torch.testing.assert_close(open_file(tmp_path / "model.pt2").run(x.numpy()), model(x).detach().numpy())
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "- Input 1: int64, (N, 6), the batch first" in text
+    assert not any(word in text for word in ("pixels", "image.jpg", "32, 32"))
+    snippets = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) >= 3
+    monkeypatch.chdir(tmp_path / "run")
+    for code in snippets:
+        exec(code, {})
 
 
 @pytest.mark.parametrize("ending", ["onnx", "terse"])

@@ -267,4 +267,11 @@ def sha256(path: Path) -> str:
 
 
 def preparation_dict(task: Task) -> dict[str, Any]:
-    return {key: list(value) for key, value in asdict(task.preparation).items()}
+    """How an image becomes an input; where the model takes something else, its inputs: shapes of one sample, types."""
+    given = inputs_of((task.example, None))
+    shapes = [[*x.shape[1:]] for x in given]
+    if shapes == [[task.preparation.channels, *task.preparation.size]] and given[0].is_floating_point():
+        return {key: list(value) for key, value in asdict(task.preparation).items()}
+    dtypes = [str(x.dtype).removeprefix("torch.") for x in given]
+    listed = [{"shape": shape, "dtype": dtype} for shape, dtype in zip(shapes, dtypes, strict=True)]
+    return {"labels": list(task.preparation.labels), "inputs": listed}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ SNIPPETS = {
         ("Plain PyTorch, without tersenet", "import torch", "torch.export.load({name}).module()", "model(images)"),
     ),
     ".terse": (("tersenet", "import torch, tersenet", "tersenet.load({name}).eval()", "model(images)"),),
+}
+
+# How all inputs are given by order, where that is not as in PyTorch.
+_ON_ALL = {
+    "ONNX Runtime": "model.run(None, {each.name: x for each, x in zip(model.get_inputs(), inputs)})",
+    "OpenVINO": "model(inputs)",
 }
 
 
@@ -118,8 +125,14 @@ def facts(report: dict[str, Any]) -> dict[str, Any]:
         "preparation": preparation,
         "labels": labels[:SHOWN_LABELS],
         "hidden": max(0, len(labels) - SHOWN_LABELS),
-        "snippets": [snippet for name, file in report["files"].items() for snippet in snippets(name, shape, file)],
-        "terminal": next((name for name in report["files"] if Path(name).suffix in SNIPPETS), None),
+        "snippets": [
+            snippet
+            for name, file in report["files"].items()
+            for snippet in snippets(name, shape, file, preparation.get("inputs"))
+        ],
+        "terminal": None
+        if preparation.get("inputs")
+        else next((name for name in report["files"] if Path(name).suffix in SNIPPETS), None),
         "machine": machine_text(report["machine"]),
         "warnings": report.get("warnings", []),
         "left_alone": [left_text(left) for row in report["rows"] for left in row.get("left_alone", [])],
@@ -158,8 +171,14 @@ def left_text(left: dict[str, Any]) -> str:
     return f"{left['step']} left {share_text(left['share'])} of the {left['of']} alone: {why}."
 
 
-def snippets(name: str, shape: list[int] | None, file: dict[str, Any]) -> list[dict[str, str]]:
-    """How to load a file: five lines per runtime in which it was checked; none for a format that is not known."""
+def snippets(
+    name: str, shape: list[int] | None, file: dict[str, Any], inputs: Sequence[dict[str, Any]] | None = None
+) -> list[dict[str, str]]:
+    """How to load a file: five lines per runtime in which it was checked; none for a format that is not known.
+
+    Args:
+        inputs: what the model takes where that is not an image.
+    """
     sizes = ", ".join(map(str, shape)) if shape else "3, 224, 224"
     found = []
     checked = [runtime_name(each) for each in file.get("checked", [file.get("runtime")]) if each]
@@ -174,8 +193,22 @@ def snippets(name: str, shape: list[int] | None, file: dict[str, Any]) -> list[d
             f"logits = {call.format()}",
             "print(logits.argmax(-1))",
         ]
+        if inputs:
+            lines[2:] = [
+                f"inputs = [{', '.join(_zeros(each, 'torch' in imports) for each in inputs)}]  # of the kinds above",
+                f"outputs = {_ON_ALL.get(head, 'model(*inputs)')}",
+                "print(outputs)",
+            ]
         found.append({"head": f"{head} (`{code(name)}`):", "code": "\n".join(lines)})
     return found
+
+
+def _zeros(each: dict[str, Any], torch: bool) -> str:
+    """One sample of an input, in code."""
+    sizes = ", ".join(map(str, [1, *each["shape"]]))
+    return (
+        f"torch.zeros({sizes}, dtype=torch.{each['dtype']})" if torch else f'numpy.zeros(({sizes},), "{each["dtype"]}")'
+    )
 
 
 def machine_text(machine: dict[str, Any]) -> str:
