@@ -334,17 +334,11 @@ def replace(model: nn.Module, swaps: Mapping[str, nn.Module]) -> nn.Module:
             continue
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
-        _call_parts(model, path)
+        parts = path.split(".")
+        for outer in (model.get_submodule(".".join(parts[:end])) for end in range(len(parts))):
+            # In evaluation torch's transformer layers would not call it, but compute with its float weights themselves.
+            if isinstance(outer, nn.TransformerEncoderLayer):
+                outer.activation_relu_or_gelu = 0
+            elif isinstance(outer, nn.TransformerEncoder):
+                outer.use_nested_tensor = False
     return model
-
-
-def _call_parts(model: nn.Module, path: str) -> None:
-    """torch's transformer layers around a module call it. In evaluation they would not, but read its float weights for
-    one operator of their own."""
-    parts = path.split(".")
-    for end in range(len(parts)):
-        outer = model.get_submodule(".".join(parts[:end]))
-        if isinstance(outer, nn.TransformerEncoderLayer):
-            outer.activation_relu_or_gelu = 0
-        elif isinstance(outer, nn.TransformerEncoder):
-            outer.use_nested_tensor = False

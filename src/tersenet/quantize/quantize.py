@@ -210,7 +210,12 @@ class Quantize(Step):
             return plan_activations(model, task.example, self)
         layers: dict[str, dict[str, Any]] = {}
         floats: dict[str, str] = {}
-        outside = used_outside(model, task.example)
+        # Layers of torch in a row read nothing of each other; what else holds layers, or is the user's own, may.
+        in_a_row = all(
+            type(module) is nn.Sequential or (not module._modules and type(module).__module__.startswith("torch.nn."))
+            for module in model.modules()
+        )
+        outside = {} if in_a_row else used_outside(model, task.example)
         for path, module in model.named_modules():
             if quantized_kind(module) is None or not self.matches(path, module) or path in outside:
                 continue
