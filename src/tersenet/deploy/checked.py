@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,32 +41,12 @@ def checked(
         ExportError: when it is wrong, with the figures and the first operator that differs, or does not open; the file
             is gone then.
     """
-    floats: list[str] = []
-    blamed: set[str] = set()
     try:
         agreements, wrong = _compared(path, runtimes, reference)
-        for _ in range(_ROUNDS):
-            culprits = _culprits(agreements[wrong], reference) if wrong else []
-            if rewrite is None or not culprits or set(culprits) <= set(floats):
-                break
-            floats += culprits
-            blamed.add(wrong or "")
-            rewrite(floats)
-            agreements, wrong = _compared(path, runtimes, reference)
-        for suspect in _suspects(reference.graph) if wrong and rewrite is not None else []:
-            rewrite([*floats, suspect])
-            tried, still_wrong = _compared(path, runtimes, reference)
-            if still_wrong is None:
-                blamed.add(wrong)
-                agreements, wrong = tried, None
-                floats.append(suspect)
-                break
+        if wrong is not None and rewrite is not None:
+            agreements, wrong = _worked_around(path, agreements, wrong, reference, rewrite)
         if wrong is None:
-            operators = tuple(named(reference.graph, n) for n in reference.graph.graph.nodes if n.name in floats)
-            return {
-                runtime: replace(each, in_float=operators if runtime in blamed else ())
-                for runtime, each in agreements.items()
-            }
+            return agreements
         try:
             check(agreements[wrong], f"{path} in {wrong}")
         except ExportError as error:
@@ -74,7 +54,43 @@ def checked(
     except (ExportError, FileError) as error:  # a FileError: just written, and the runtime refuses it
         _remove(path)
         raise ExportError(str(error)) from error
-    return agreements
+    raise AssertionError("a file that does not agree with its model passed its check")
+
+
+def _worked_around(
+    path: Path, agreements: Mapping[str, Agreement], wrong: str, reference: Reference, rewrite: Rewrite
+) -> tuple[dict[str, Agreement], str | None]:
+    """As `_compared`, of the file as it was written last, with more and more operators in float."""
+    runtimes, found = list(agreements), dict(agreements)
+    floats: list[str] = []
+    blamed, now = {wrong}, wrong
+    for _ in range(_ROUNDS):
+        culprits = _culprits(found[now], reference)
+        if not culprits or set(culprits) <= set(floats):
+            break
+        floats += culprits
+        blamed.add(now)
+        rewrite(floats)
+        found, then = _compared(path, runtimes, reference)
+        if then is None:
+            return _named(found, floats, blamed, reference.graph), None
+        now = then
+    for suspect in _suspects(reference.graph):
+        rewrite([*floats, suspect])
+        tried, then = _compared(path, runtimes, reference)
+        if then is None:
+            return _named(tried, [*floats, suspect], {*blamed, now}, reference.graph), None
+    return found, now
+
+
+def _named(
+    agreements: Mapping[str, Agreement], floats: Sequence[str], blamed: Collection[str], graph: fx.GraphModule
+) -> dict[str, Agreement]:
+    """With the operators that were left in float, in the model's own names, beside the runtimes that needed it."""
+    operators = tuple(named(graph, node) for node in graph.graph.nodes if node.name in floats)
+    return {
+        runtime: replace(each, in_float=operators if runtime in blamed else ()) for runtime, each in agreements.items()
+    }
 
 
 def _compared(path: Path, runtimes: Sequence[str], reference: Reference) -> tuple[dict[str, Agreement], str | None]:
