@@ -147,7 +147,7 @@ def test_a_process_that_is_killed_is_one_sentence(
 def test_what_a_dying_process_said_last_is_told(entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "onnxruntime.py").write_text("import os, sys; print('out of luck', file=sys.stderr); os._exit(3)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(FileError, match=r"ended with code 3 while it was measured \(it said last: out of luck\)"):
+    with pytest.raises(FileError, match=r"ended with code 3 while it was opened \(it said last: out of luck\)"):
         measure_apart([entry])
 
 

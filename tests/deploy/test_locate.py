@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -120,3 +122,15 @@ def test_a_bias_that_openvino_loses_is_added_apart(kind, shown, monkeypatch, tmp
     )
     assert found["openvino"].in_float == ("stem (Int8Conv2d)",)
     assert all(each.agrees for each in found.values())
+
+
+def test_a_runtime_that_ends_its_process_is_said(monkeypatch, tmp_path):
+    """OpenVINO crashes at some int8 graphs; the file is opened in a process of its own first."""
+    pytest.importorskip("openvino")
+    model = settle(Quantize().run(Net().eval(), Task(example=X[:2], calibrate=[X], quiet=True))[0])
+    path = export_onnx(model, X[:2], tmp_path / "model.onnx")
+    (tmp_path / "openvino.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(ExportError, match=r"model\.onnx in openvino was killed by SIGSEGV while it was opened"):
+        checked(path, ["openvino"], Reference(model, X[:2], [X]))
+    assert not path.exists()

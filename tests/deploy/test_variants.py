@@ -172,11 +172,11 @@ def test_what_the_file_does_not_have(bases: dict[str, Variants]) -> None:
 class Depthwise(nn.Module):
     """(N, 3, 8, 8) -> (N, 6), with a depthwise convolution and a linear layer behind a flattened map."""
 
-    def __init__(self) -> None:
+    def __init__(self, times: int) -> None:
         super().__init__()
         self.wide = nn.Conv2d(3, 16, 1)
-        self.depth = nn.Conv2d(16, 16, 3, padding=1, groups=16)
-        self.narrow = nn.Conv2d(16, 8, 1)
+        self.depth = nn.Conv2d(16, 16 * times, 3, padding=1, groups=16)
+        self.narrow = nn.Conv2d(16 * times, 8, 1)
         self.pool = nn.AdaptiveAvgPool2d(2)
         self.one = nn.Linear(32, 16)
         self.two = nn.Linear(16, 6)
@@ -193,10 +193,10 @@ def seeded() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("rounding", ["float", "int8"])
-def test_depthwise_and_linear_layers(rounding: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rounding", "times"), [("float", 1), ("float", 2), ("int8", 1)])
+def test_depthwise_and_linear_layers(rounding: str, times: int, tmp_path: Path) -> None:
     with seeded():
-        model = Depthwise().eval()
+        model = Depthwise(times).eval()
     task = residual_task(model)
     steps: tuple[Step, ...] = (Quantize(),) if rounding == "int8" else ()
     base = Variants(

@@ -42,6 +42,18 @@ class Between(nn.Module):
         return self.last(self.inside(self.first(x)))
 
 
+class Drawn(nn.Module):
+    """What a linear layer gives is an image, over whose rows and columns a depthwise convolution moves."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.first, self.moves = nn.Linear(10, 144), nn.Conv2d(4, 8, 3, stride, 1, groups=4)
+        self.last = nn.Linear(8 * (6 // stride) ** 2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.moves(self.first(x).reshape(-1, 4, 6, 6)).flatten(1))
+
+
 def cut_equals_zeros(model: nn.Module, x: Tensor) -> Coupling:
     """Cuts every second channel of everything, and compares with the network whose last layer does not read them."""
     known = coupling(model, x)
@@ -56,6 +68,13 @@ def cut_equals_zeros(model: nn.Module, x: Tensor) -> Coupling:
         torch.testing.assert_close(small(x), twin(x), rtol=1e-4, atol=1e-5)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     return known
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_depthwise_convolution_moves_over_rows_and_columns(stride: int) -> None:
+    torch.manual_seed(0)
+    known = cut_equals_zeros(Drawn(stride).eval(), torch.randn(2, 10))
+    assert "first" not in known.frozen, known.frozen
 
 
 @pytest.mark.parametrize("name", LAYERS)

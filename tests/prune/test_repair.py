@@ -158,7 +158,8 @@ def test_masked_layers_are_repaired_under_their_masks(model: nn.Module) -> None:
     assert error(cut, zeros) < 0.6 * error(bare, zeros)
 
 
-def test_a_depthwise_layer_behind_a_cut_is_refitted_to_the_channels_that_are_left() -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_depthwise_layer_behind_a_cut_is_refitted_to_the_channels_that_are_left(times: int) -> None:
     torch.manual_seed(0)
 
     def unit(inputs: int, outputs: int, groups: int = 1, kernel: int = 3) -> nn.Module:
@@ -166,11 +167,16 @@ def test_a_depthwise_layer_behind_a_cut_is_refitted_to_the_channels_that_are_lef
         return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU())
 
     model = nn.Sequential(
-        unit(3, 8), unit(8, 16), unit(16, 16, 16), unit(16, 8, kernel=1), nn.Flatten(), nn.Linear(512, 4)
+        unit(3, 8),
+        unit(8, 16),
+        unit(16, 16 * times, 16),
+        unit(16 * times, 8, kernel=1),
+        nn.Flatten(),
+        nn.Linear(512, 4),
     )
     model.eval()
     task = Task(example=IMAGES[:2], calibrate=[IMAGES])
     bare, _ = PruneChannels(sparsity=0.3, refit=False).run(copy.deepcopy(model), task)
     repaired, _ = PruneChannels(sparsity=0.3).run(copy.deepcopy(model), task)
-    assert repaired[2][0].weight.shape == bare[2][0].weight.shape == (11, 1, 3, 3)
+    assert repaired[2][0].weight.shape == bare[2][0].weight.shape == (11 * times, 1, 3, 3)
     assert error(repaired, model) < 0.8 * error(bare, model)

@@ -87,6 +87,7 @@ class Worker:
             FileError: when the process has died; says how, and what it said last.
         """
         line = ""
+        self._doing = "opened" if do == "open" else "measured"
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps({"do": do, **more}), file=self.process.stdin, flush=True)
             line = self.process.stdout.readline() if self.process.stdout else ""
@@ -107,7 +108,8 @@ class Worker:
         last = f" (it said last: {lines[-1].strip()[:200]})" if lines else ""
         hint = "; was there enough memory?" if -code == signal.SIGABRT or code == -9 else ""
         return FileError(
-            f"the process that ran {self.entry.path} in {self.entry.runtime} {how} while it was measured{last}{hint}"
+            f"the process that ran {self.entry.path} in {self.entry.runtime} {how} while it was "
+            f"{self._doing}{last}{hint}"
         )
 
 

@@ -164,7 +164,11 @@ class Variants:
     ) -> None:
         """Slices the tensors of one operator. They get names of their own, because equal tensors are shared."""
         node = graph.node[index]
-        out, into = roles.get("out", roles.get("channel")), roles.get("in")
+        groups = next((each for each in node.attribute if each.name == "group"), None)
+        out, into = roles.get("out"), roles.get("in")
+        if "channel" in roles:  # of a depthwise layer each channel gives one or several outputs
+            times = 1 if groups is None else self._outputs(graph, node, fresh) // groups.i
+            out = [channel * times + i for channel in roles["channel"] for i in range(times)]
         for place, name in enumerate(node.input):
             source = self._source(name)
             if source not in self.tensors:
@@ -175,11 +179,16 @@ class Variants:
             rounding = graph.node[self.maker[name]]
             for inner, part in enumerate(rounding.input):
                 rounding.input[inner] = self._sliced(node, path, place, part, out, into, fresh, inner)
-        groups = next((each for each in node.attribute if each.name == "group"), None)
         if groups is not None and "channel" in roles:
             groups.i = len(roles["channel"])
         if into is not None and node.op_type in ("Gemm", "MatMul"):
             self._reshape(graph, index, path, len(into), fresh)
+
+    def _outputs(self, graph: Any, node: Any, fresh: Mapping[str, np.ndarray]) -> int:
+        """How many outputs a convolution has: the rows of its weight."""
+        name = node.input[1]
+        name = name if self._source(name) == name else graph.node[self.maker[name]].input[0]
+        return len(self.tensors[name] if name in self.tensors else fresh[name])
 
     def _sliced(
         self,

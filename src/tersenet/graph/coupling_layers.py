@@ -34,6 +34,9 @@ def layer(call: Call, module: Any, path: str) -> Any:
         labels = call.labels.slot(path, "channel", state[dim], axis.size, why)
         call.labels.unite_rows(labels.reshape(axis.groups, -1), why)
         times = module.out_channels // axis.size if isinstance(getattr(module, "out_channels", None), int) else 1
+        if hasattr(module, "kernel_size"):
+            call.freeze("moves over them", *state[dim + 1 :])
+            state = (*state[: dim + 1], *[None] * len(state[dim + 1 :]))
         if state[dim] is None:
             return state
         return tuple(np.repeat(labels, times) if d == dim else v for d, v in enumerate(state))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,14 +136,23 @@ def _jobs(
             for path, name in wanted.get(node, ()):
                 module = whole.get_submodule(path)
                 found = rows.given(value, module, jobs[path].places)
-                roles = kept.get(path, {})
-                outputs = roles.get("out", roles.get("channel"))  # of a depthwise layer both sides are one
-                found = found.clone() if outputs is None else found[:, torch.tensor(outputs, device=found.device)]
+                outputs = _outputs(module, kept.get(path, {}))
+                found = found.clone() if outputs is None else found[:, outputs.to(found.device)]
                 setattr(jobs[path], name, found)
             return value
 
     Record(whole).run(*images)
     return jobs
+
+
+def _outputs(module: Any, roles: Mapping[str, Sequence[int]]) -> Tensor | None:
+    """Which outputs a layer keeps; None for all. Of a depthwise layer each channel gives one or several."""
+    if "out" in roles:
+        return torch.tensor(roles["out"])
+    if "channel" not in roles:
+        return None
+    times = module.out_channels // module.groups
+    return (torch.tensor(roles["channel"])[:, None] * times + torch.arange(times)).flatten()
 
 
 class _Pass(fx.Interpreter):
