@@ -132,3 +132,30 @@ def test_plans_of_before_still_apply(model: nn.Module) -> None:
 def test_plans_that_say_too_little(model: nn.Module, plan: dict[str, Any], said: str) -> None:
     with pytest.raises(SurgeryError, match=said):
         PruneChannels().apply(model, plan)
+
+
+class Products(nn.Module):
+    """A parameter that is cut along both of its dimensions, and one that is cut along its second one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 8)
+        self.one, self.two = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(5, 6))
+        self.last = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([self.first(x) @ self.one, x @ self.two], 1))
+
+
+def test_a_parameter_is_named_with_the_dimension_that_is_cut() -> None:
+    torch.manual_seed(0)
+    model, x = Products(), torch.randn(4, 5)
+    task = Task(example=x, calibrate=[x], quiet=True)
+    step = PruneChannels(sparsity=0.5, refit=False)
+    plan = step.plan(model, task)
+    assert set(plan["keep"]) == {"first", "one:dim1", "two:dim1"}
+    cut = step.apply(copy.deepcopy(model), plan)
+    assert (cut.one.shape, cut.two.shape) == ((4, 3), (5, 3))
+    plan["keep"]["two:dim1"] = [0, 5]
+    del plan["kept"]
+    assert torch.equal(step.apply(copy.deepcopy(model), plan).two, model.two[:, [0, 5]])

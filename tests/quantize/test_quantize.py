@@ -319,3 +319,23 @@ def test_an_activation_module_that_is_called_again_has_a_grid_for_each_call() ->
     scales = [float(m.scale) for path, m in made.named_modules() if isinstance(m, Quantizer) and "act" in path]
     assert len(scales) == 2
     assert max(scales) > 20 * min(scales), scales
+
+
+def test_a_layer_that_reads_constants_stays_in_float() -> None:
+    """Relative positions that a layer projects, as in ConViT: no activation is rounded in front of it."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.project, self.head = nn.Linear(6, 8), nn.Linear(3, 8), nn.Linear(8, 4)
+            self.register_buffer("places", torch.randn(1, 5, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.stem(x) + self.project(self.places.expand(x.shape[0], -1, -1))).mean(1)
+
+    torch.manual_seed(0)
+    model, x = Positions().eval(), torch.randn(8, 5, 6)
+    quantized, plan = Quantize().run(copy.deepcopy(model), Task(example=x[:2], calibrate=[x], quiet=True))
+    assert plan["float"]["project"] == "reads constants, which are not rounded"
+    assert set(plan["layers"]) == {"stem", "head"}
+    torch.testing.assert_close(quantized(x), model(x), atol=0.05, rtol=0)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.errors import SurgeryError
-from tersenet.graph.coupling import Coupling, coupling
+from tersenet.graph.coupling import Bundle, Coupling, coupling
 from tersenet.graph.trace import Example
 from tersenet.numerics.samples import side_by_side
 from tersenet.prune.budget import name_of
@@ -40,8 +40,7 @@ def plan_of(model: nn.Module, known: Coupling, removed: np.ndarray, example: Exa
     found = known.plan(model, removed)
     kept = found["kept"]
     cut = [bundle for bundle in known.bundles if np.isin(bundle.classes, removed).any()]
-    makers = dict.fromkeys(name_of(bundle) for bundle in cut)
-    keep = {path: kept[path][_maker(known, path)] for path in makers}
+    keep = {_place(known, path, role): kept[path][role] for path, role in map(_maker_of, cut)}
     shapes = ["x".join(map(str, each.shape)) for each in side_by_side(example)]
     types = [str(each.dtype).removeprefix("torch.") for each in side_by_side(example)]
     several = isinstance(example, tuple)
@@ -95,7 +94,7 @@ def removed_by(model: nn.Module, known: Coupling, keep: Mapping[Any, Sequence[in
     """
     said: dict[int, tuple[str, int, bool]] = {}  # class -> layer, position, whether it stays
     for place, kept in keep.items():
-        path, role = place if isinstance(place, tuple) else (place, _maker(known, place))
+        path, role = place if isinstance(place, tuple) else _slot(known, place)
         classes = _classes(model, known, path, role)
         stays = np.isin(np.arange(len(classes)), _positions(path, kept, len(classes)))
         held = np.flatnonzero(~stays & (classes == 0))
@@ -114,9 +113,28 @@ def removed_by(model: nn.Module, known: Coupling, keep: Mapping[Any, Sequence[in
     return np.array(sorted(own for own, (_, _, stays) in said.items() if not stays), dtype=np.int64)
 
 
-def _maker(known: Coupling, path: str) -> str:
-    """The role in which a layer makes or carries channels."""
-    return next((role for at, role in known.slots if at == path and role != "in"), "out")
+def _maker_of(bundle: Bundle) -> tuple[str, str]:
+    """The slot that `name_of` is about: of the first layer that makes a bundle, else of the first that carries it."""
+    path, slots = name_of(bundle), (*bundle.members, *bundle.tensors)
+    return path, next(role for at, role in slots if at == path and role != "in")
+
+
+def _place(known: Coupling, path: str, role: str) -> str:
+    """How a plan names the channels of a slot: by the path, with the dimension of a parameter that has several."""
+    return path if _roles(known, path) == [role] else f"{path}:{role}"
+
+
+def _slot(known: Coupling, place: str) -> tuple[str, str]:
+    """The slot that a plan names."""
+    path, _, role = place.rpartition(":")
+    if role and (path, role) in known.slots:
+        return path, role
+    return place, next(iter(_roles(known, place)), "out")
+
+
+def _roles(known: Coupling, path: str) -> list[str]:
+    """The roles in which a layer makes or carries channels."""
+    return [role for at, role in known.slots if at == path and role != "in"]
 
 
 def _classes(model: nn.Module, known: Coupling, path: str, role: str) -> np.ndarray:

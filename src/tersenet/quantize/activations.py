@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from tersenet.bricks.shortcut import PadShortcut
 from tersenet.errors import SettingsError
 from tersenet.graph.fold import fold_all
 from tersenet.graph.outside_reads import keep_reads
-from tersenet.graph.points import activation_points, insert_after
+from tersenet.graph.points import Points, activation_points, insert_after
 from tersenet.graph.trace import said_input, trace, trace_with
 from tersenet.graph.twins import merge_twins
 from tersenet.quantize.equalise import find_pairs, unclip
@@ -60,6 +61,10 @@ def plan_activations(model: nn.Module, example: Tensor, step: Quantize) -> Plan:
         clips = [name for pair in pairs if {pair.first, pair.second} <= set(layers) for name in pair.clips]
         unclip(graph, clips)
     points = activation_points(graph, layers, copies=shortcuts)
+    if fixed := _on_constants(graph, layers, points):
+        layers = {path: scheme for path, scheme in layers.items() if path not in fixed}
+        floats.update(dict.fromkeys(fixed, "reads constants, which are not rounded"))
+        points = activation_points(graph, layers, copies=shortcuts)
     floats.update(
         {
             name: f"{kind} has no int8 operator in every runtime"
@@ -136,6 +141,13 @@ def _prepare(graph: fx.GraphModule, shortcuts: dict[str, list[int]]) -> None:
     merge_twins(graph)
     for path, arguments in shortcuts.items():
         graph.add_submodule(path, identity_convolution(*arguments))
+
+
+def _on_constants(graph: fx.GraphModule, layers: Collection[str], points: Points) -> set[str]:
+    """Layers that read no activation, such as one of relative positions."""
+    rounded = {name for group in points.groups.values() for name in group}
+    calls = [node for node in graph.graph.nodes if node.op == "call_module" and node.target in layers]
+    return {str(node.target) for node in calls if node.args[0].name not in rounded}
 
 
 def _why_float(path: str, module: Any, step: Step) -> str | None:
