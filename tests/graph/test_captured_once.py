@@ -178,8 +178,15 @@ class Preset(Caching):
         return self.first(x) * self.kept["bias"]
 
 
-def test_a_dictionary_that_is_only_read_is_kept(count: list[Any]) -> None:
-    model = Preset().eval()
+class Optional(Preset):
+    def forward(self, x: Tensor) -> Tensor:
+        y, bias = self.first(x), self.kept.get("bias")
+        return y if bias is None else y * bias
+
+
+@pytest.mark.parametrize("kind", [Preset, Optional])
+def test_a_dictionary_that_is_only_read_is_kept(kind: type[Preset], count: list[Any]) -> None:
+    model = kind().eval()
     right(model)
     model.kept["bias"] *= 2
     right(model)

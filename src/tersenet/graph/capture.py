@@ -177,17 +177,11 @@ def _with_numbers(program: ExportedProgram, model: nn.Module) -> ExportedProgram
 def _attempt(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, calls: Calls) -> ExportedProgram:
     shapes = _open_shapes(model, inputs) if dynamic_batch else None
 
-    def attempt() -> ExportedProgram:
-        kept = attributes_kept(model, calls.refills)
-        with evaluating(model), torch.no_grad(), _silence(), kept, calls.watching(model):
-            return torch.export.export(model, inputs, dynamic_shapes=shapes)
-
+    calls.refills = _refills(model, inputs)
+    kept = attributes_kept(model, calls.refills)
     try:
-        try:
-            program = attempt()
-        except KeyError:  # what a dictionary holds was not made by the forward
-            calls.refills = False
-            program = attempt()
+        with evaluating(model), torch.no_grad(), _silence(), kept, calls.watching(model):
+            program = torch.export.export(model, inputs, dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises many kinds; each becomes one sentence
         raise TraceError(_why(model, error)) from error
     return in_plain_containers(program)
@@ -229,6 +223,32 @@ def _refuse_other_inputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         ) from None
 
 
+def _refills(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether a forward makes again what it keeps in dictionaries of tensors; one that it only reads stays empty."""
+    if not _caches(model):
+        return True
+    twin = copy.deepcopy(model)  # whose buffers may count calls
+    caches = _caches(twin)
+    for cache in caches:
+        cache.clear()
+    with evaluating(twin), torch.no_grad():
+        try:
+            twin(*inputs)
+        except Exception:  # noqa: BLE001 - whatever a forward says to a dictionary that lacks something
+            return False
+    return all(caches)
+
+
+def _caches(model: nn.Module) -> list[dict[Any, Tensor]]:
+    own = vars(nn.Module()).keys()
+    plain = [value for module in model.modules() for key, value in vars(module).items() if key not in own]
+    return [value for value in plain if type(value) is dict and value and _keeps_tensors(value)]
+
+
+def _keeps_tensors(held: dict[Any, Any]) -> bool:
+    return all(type(value) is Tensor for value in held.values())
+
+
 @contextlib.contextmanager
 def attributes_kept(model: nn.Module, refills: bool) -> Iterator[None]:
     """Puts the plain attributes of a model back as they were, and empties dictionaries of tensors meanwhile where the
@@ -241,7 +261,7 @@ def attributes_kept(model: nn.Module, refills: bool) -> Iterator[None]:
     modules = [(module, {k: v for k, v in vars(module).items() if k not in own}) for module in model.modules()]
     inside = [(v, copy.copy(v)) for _, was in modules for v in was.values() if type(v) in (dict, list)]
     for held, _ in inside:
-        if refills and isinstance(held, dict) and all(type(value) is Tensor for value in held.values()):
+        if refills and isinstance(held, dict) and _keeps_tensors(held):
             held.clear()
     try:
         with warnings.catch_warnings():
