@@ -46,16 +46,15 @@ def checked(
         agreements, wrong = _compared(path, runtimes, reference)
         if wrong is not None and rewrite is not None:
             agreements, wrong = _worked_around(path, agreements, wrong, reference, rewrite)
-        if wrong is None:
-            return agreements
-        try:
-            check(agreements[wrong], f"{path} in {wrong}")
-        except ExportError as error:
-            raise ExportError(f"{error}{_where(agreements[wrong], reference, path, wrong)}") from None
+        if wrong is not None:
+            try:
+                check(agreements[wrong], f"{path} in {wrong}")
+            except ExportError as error:
+                raise ExportError(f"{error}{_where(agreements[wrong], reference, path, wrong)}") from None
     except (ExportError, FileError) as error:  # a FileError: just written, and the runtime refuses it
         _remove(path)
         raise ExportError(str(error)) from error
-    raise AssertionError("a file that does not agree with its model passed its check")
+    return agreements
 
 
 def _open_apart(path: Path, runtime: str) -> None:
@@ -70,7 +69,8 @@ def _worked_around(
     """As `_compared`, of the file as it was written last, with more and more operators in float."""
     runtimes, found = list(agreements), dict(agreements)
     floats: list[str] = []
-    blamed, now = {wrong}, wrong
+    blamed: set[str] = set()
+    now = wrong
     for _ in range(_ROUNDS):
         culprits = _culprits(found[now], reference)
         if not culprits or set(culprits) <= set(floats):
@@ -82,7 +82,7 @@ def _worked_around(
         if then is None:
             return _named(found, floats, blamed, reference.graph), None
         now = then
-    for suspect in _suspects(reference.graph):
+    for suspect in _suspects(reference.graph) if now == "openvino" else []:
         rewrite([*floats, suspect])
         tried, then = _compared(path, runtimes, reference)
         if then is None:

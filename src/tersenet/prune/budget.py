@@ -52,10 +52,15 @@ class Candidate:
         return [self.width, *range((self.width - 1) // grain * grain, 0, -grain)]
 
 
+def maker_of(bundle: Bundle) -> tuple[str, str]:
+    """The slot of the first layer that makes a bundle, else of the first that carries it, or of a parameter."""
+    slots = [slot for slot in (*bundle.members, *bundle.tensors) if slot[1] != "in"]
+    return next((slot for slot in slots if slot[1] == "out"), slots[0])
+
+
 def name_of(bundle: Bundle) -> str:
-    """Path of the first layer that makes a bundle, else of the first that carries it, or of a parameter that does."""
-    makers = [path for path, role in bundle.members if role == "out"]
-    return makers[0] if makers else next(path for path, role in (*bundle.members, *bundle.tensors) if role != "in")
+    """The path of `maker_of`."""
+    return maker_of(bundle)[0]
 
 
 def positions_of(known: Coupling, bundle: Bundle) -> dict[tuple[str, str], int]:

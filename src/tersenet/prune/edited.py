@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.errors import SurgeryError
-from tersenet.graph.coupling import Bundle, Coupling, coupling
+from tersenet.graph.coupling import Coupling, coupling
 from tersenet.graph.trace import Example
 from tersenet.numerics.samples import side_by_side
-from tersenet.prune.budget import name_of
+from tersenet.prune.budget import maker_of, name_of
 
 
 def plan_of(model: nn.Module, known: Coupling, removed: np.ndarray, example: Example) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def plan_of(model: nn.Module, known: Coupling, removed: np.ndarray, example: Exa
     found = known.plan(model, removed)
     kept = found["kept"]
     cut = [bundle for bundle in known.bundles if np.isin(bundle.classes, removed).any()]
-    keep = {_place(known, path, role): kept[path][role] for path, role in map(_maker_of, cut)}
+    keep = {_place(known, path, role): kept[path][role] for path, role in map(maker_of, cut)}
     shapes = ["x".join(map(str, each.shape)) for each in side_by_side(example)]
     types = [str(each.dtype).removeprefix("torch.") for each in side_by_side(example)]
     several = isinstance(example, tuple)
@@ -111,12 +111,6 @@ def removed_by(model: nn.Module, known: Coupling, keep: Mapping[Any, Sequence[in
                     f"layer '{path}' {'goes' if stayed else 'stays'}, but they are coupled; keep both or none"
                 )
     return np.array(sorted(own for own, (_, _, stays) in said.items() if not stays), dtype=np.int64)
-
-
-def _maker_of(bundle: Bundle) -> tuple[str, str]:
-    """The slot that `name_of` is about: of the first layer that makes a bundle, else of the first that carries it."""
-    path, slots = name_of(bundle), (*bundle.members, *bundle.tensors)
-    return path, next(role for at, role in slots if at == path and role != "in")
 
 
 def _place(known: Coupling, path: str, role: str) -> str:
