@@ -7,14 +7,16 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 from command import DigitsRun
 from tersenet import files, models
 from tersenet.deploy.artifact import load_terse, unpack
 from tersenet.deploy.runtimes import open_file
-from tersenet.errors import DataError, FileError, InputWarning, SettingsError
+from tersenet.errors import DataError, ExportError, FileError, InputWarning, SettingsError
 from tersenet.gate import gate
 from tersenet.models.weights import load_weights
 from tersenet.predict import predict_images
@@ -46,6 +48,21 @@ def test_export_beside_a_run_keeps_what_its_report_describes(run: Path) -> None:
     # int8 arithmetic is rounded differently by OpenVINO; the others are PyTorch's.
     for path, entry in found.items():
         assert entry["max_abs_error"] < (0.05 if path.endswith(".xml") else 1e-4)
+
+
+def test_export_says_that_a_file_of_the_run_is_wrong_and_leaves_it(run: Path) -> None:
+    path = run / "model.onnx"
+    onnx_model = onnx.load(path)
+    step = next(each for each in onnx_model.graph.initializer if "scale" in each.name)
+    step.CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(step), step.name))
+    onnx.save(onnx_model, path)
+    before = checksums(run)
+    with pytest.raises(ExportError, match=r"model\.onnx in onnxruntime"):
+        files.export_to(run, ["onnx"])
+    assert checksums(run) == before
+    path.unlink()
+    files.export_to(run, ["onnx"])
+    assert path.is_file()
 
 
 def test_export_writes_what_was_named_and_no_more(run: Path, tmp_path: Path) -> None:

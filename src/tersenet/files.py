@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tersenet.data import open_data
 from tersenet.data.checks import check_same_classes
 from tersenet.deploy.artifact import load_terse, save_terse, terse_preparation
-from tersenet.deploy.checked import CHECKED, checked
+from tersenet.deploy.checked import CHECKED, checked, held
 from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.folded import with_half_weights
 from tersenet.deploy.left_in_float import left_in_float
@@ -232,13 +232,13 @@ def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> 
         targets: of "onnx", "openvino", "tensorrt", "torch", "litert", "litert-fp16", "executorch"; the last three have
             a fixed batch of 1.
         out: the folder to write to; beside the source when None. What a run folder has already is kept and checked:
-            its report tells the checksums of its files.
+            its report tells the checksums of its files. One of those that is wrong is said, never removed.
     Returns:
         {file: {"bytes", "max_abs_error"}}; of a model with rounded activations also "left_in_float", the operators that
         the runtime does not run in integers. The error of a file for TensorRT is that against its own simulation.
     Raises:
         SettingsError: on another target.
-        ExportError: when a file cannot be written.
+        ExportError: when a file cannot be written, or is wrong.
     """
     unknown = sorted(set(targets) - set(_WRITTEN))
     if unknown or not targets:
@@ -253,7 +253,8 @@ def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> 
     for name in dict.fromkeys(targets):
         suffix, runtime = _WRITTEN[name]
         path = folder / f"{stem}{suffix}"
-        if path.name not in own or not path.is_file():
+        kept = path.name in own and path.is_file()
+        if not kept:
             _write(model, example, preparation, path, name)
         meant = symmetric(model, example) if name == "tensorrt" else model
         reference = Reference(meant, example, [(example, None)])
@@ -261,9 +262,12 @@ def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> 
             reference.tolerances = Reference(model, example, [(example, None)]).tolerances
         if name == "litert-fp16":
             reference.allow(with_half_weights(model, example))
-        plain = name in ("onnx", "openvino")
-        again = functools.partial(_write, model, example, preparation, path, name) if plain else None
-        agreement = checked(path, [runtime], reference, again if path.name not in own else None)[runtime]
+        if kept:
+            agreement = held(path, [runtime], reference)[runtime]
+        else:
+            plain = name in ("onnx", "openvino")
+            again = functools.partial(_write, model, example, preparation, path, name) if plain else None
+            agreement = checked(path, [runtime], reference, again)[runtime]
         weights = path.with_suffix(".bin")
         size = path.stat().st_size + (weights.stat().st_size if suffix == ".xml" else 0)
         found[str(path)] = {"bytes": size, **agreement.to_json()}

@@ -28,7 +28,18 @@ _SUSPECTS = 8
 def checked(
     path: Path, runtimes: Sequence[str], reference: Reference, rewrite: Rewrite | None = None
 ) -> dict[str, Agreement]:
-    """Holds a written file to its model. What is wrong in a runtime is worked around where it can be, else removed.
+    """As `held`, of a file that was just written: what is wrong and cannot be worked around is removed."""
+    try:
+        return held(path, runtimes, reference, rewrite)
+    except (ExportError, FileError) as error:  # a FileError: just written, and the runtime refuses it
+        _remove(path)
+        raise ExportError(str(error)) from error
+
+
+def held(
+    path: Path, runtimes: Sequence[str], reference: Reference, rewrite: Rewrite | None = None
+) -> dict[str, Agreement]:
+    """Holds a file to its model. What is wrong in a runtime is worked around where it can be, else said.
 
     Where an operator of an int8 file is computed wrong in integers, the file is written again with that operator in
     float between the same roundings, so that it still computes what the simulation does.
@@ -39,21 +50,17 @@ def checked(
     Returns:
         runtime -> how far the file is from the model there, and which operators were left in float because of it.
     Raises:
-        ExportError: when it is wrong, with the figures and the first operator that differs, or does not open; the file
-            is gone then.
+        ExportError: when it is wrong, with the figures and the first operator that differs.
+        FileError: when it does not open.
     """
-    try:
-        agreements, wrong = _compared(path, runtimes, reference)
-        if wrong is not None and rewrite is not None:
-            agreements, wrong = _worked_around(path, agreements, wrong, reference, rewrite)
-        if wrong is not None:
-            try:
-                check(agreements[wrong], f"{path} in {wrong}")
-            except ExportError as error:
-                raise ExportError(f"{error}{_where(agreements[wrong], reference, path, wrong)}") from None
-    except (ExportError, FileError) as error:  # a FileError: just written, and the runtime refuses it
-        _remove(path)
-        raise ExportError(str(error)) from error
+    agreements, wrong = _compared(path, runtimes, reference)
+    if wrong is not None and rewrite is not None:
+        agreements, wrong = _worked_around(path, agreements, wrong, reference, rewrite)
+    if wrong is not None:
+        try:
+            check(agreements[wrong], f"{path} in {wrong}")
+        except ExportError as error:
+            raise ExportError(f"{error}{_where(agreements[wrong], reference, path, wrong)}") from None
     return agreements
 
 
