@@ -86,6 +86,31 @@ def test_an_operator_left_in_float_is_found(tmp_path: Path) -> None:
     assert ["Hardswish" in reason for reason in plan["float"].values()] == [True]
 
 
+class Hard(nn.Module):
+    """Hard activations in each form, with global pools behind them, which are told by the shapes before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+        self.swish, self.sigmoid = nn.Hardswish(inplace=True), nn.Hardsigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.swish(self.first(x))
+        gate = nn.functional.hardsigmoid(self.second(x.mean((2, 3), keepdim=True)), inplace=True)
+        gate = gate * self.sigmoid(nn.functional.hardswish(nn.functional.adaptive_avg_pool2d(x, 1)))
+        return nn.functional.hardswish(x * gate, inplace=True).mean((2, 3))
+
+
+def test_hard_activations_are_operators_of_onnx(tmp_path: Path) -> None:
+    model = lively(Hard())
+    path = export_onnx(model, X, tmp_path / "model.onnx")
+    counts = Counter(node.op_type for node in onnx.load(path).graph.node)
+    expected = {"Conv": 2, "HardSwish": 3, "HardSigmoid": 2, "GlobalAveragePool": 2, "Mul": 2}
+    assert {name: count for name, count in counts.items() if name not in ("Reshape", "Flatten", "Squeeze")} == expected
+    with torch.no_grad():
+        np.testing.assert_allclose(in_onnxruntime(path, X[:5]), model(X[:5]).numpy(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("make", [Residual, Mobile])
 def test_float_file_and_dynamic_batch(make: type[nn.Module], tmp_path: Path) -> None:
     model = lively(make())

@@ -15,7 +15,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +165,20 @@ def drop_repeated_clips(graph: fx.GraphModule) -> None:
 
 
 def to_onnx_operators(graph: fx.GraphModule) -> None:
-    """Puts what becomes ONNX's own operators in place of our bricks and of global pools; only for the exporter."""
+    """Puts what becomes ONNX's own operators in place of our bricks, of global pools and of hard activations, which
+    torch would trace through their parts, a sixth of a second for each; only for the exporter."""
     for node in list(graph.graph.nodes):
+        made: Any = _hard_activation(graph, node)
+        arguments = node.args[:1]
         if is_global_pool(graph, node):
-            with graph.graph.inserting_after(node):
-                new = graph.graph.call_function(_global_average_pool, (node.args[0], len(node.meta["shape"])))
-            node.replace_all_uses_with(new)
-            graph.graph.erase_node(node)
+            made, arguments = _global_average_pool, (node.args[0], len(node.meta["shape"]))
+        if made is None:
+            continue
+        with graph.graph.inserting_after(node):
+            new = graph.graph.call_function(made, arguments)
+        new.meta = dict(node.meta)  # what comes behind is told by the shapes in front of it
+        node.replace_all_uses_with(new)
+        graph.graph.erase_node(node)
     replace_resizes(graph)
     signed = signed_quantizers(graph)
     for name, module in list(graph.named_modules()):
@@ -197,6 +204,29 @@ def _repeats(graph: fx.GraphModule, node: fx.Node) -> bool:
     low, high = (quantizer.low - zero_point) * scale, (quantizer.high - zero_point) * scale
     # Half a step beyond the bound still rounds to it.
     return bounds[0] <= low + scale / 2 and high - scale / 2 <= bounds[1] and low >= bounds[0] - 1e-6 * scale
+
+
+def _hard_activation(graph: fx.GraphModule, node: fx.Node) -> Callable[[Tensor], Tensor] | None:
+    """What writes a hard swish or sigmoid, in place or not (nobody reads what was written into); None for others."""
+    if node.op == "call_module":
+        layer = graph.get_submodule(str(node.target))
+        return _HARD_LAYERS.get(type(layer))
+    return _HARD_OPERATORS.get(node.target) if node.op == "call_function" else None
+
+
+def _hard_swish(x: Tensor) -> Tensor:
+    return torch.onnx.ops.symbolic("HardSwish", (x,), dtype=x.dtype, shape=x.shape)
+
+
+def _hard_sigmoid(x: Tensor) -> Tensor:
+    return torch.onnx.ops.symbolic("HardSigmoid", (x,), {"alpha": 1 / 6, "beta": 0.5}, dtype=x.dtype, shape=x.shape)
+
+
+_HARD_LAYERS: dict[type, Callable[[Tensor], Tensor]] = {nn.Hardswish: _hard_swish, nn.Hardsigmoid: _hard_sigmoid}
+_HARD_OPERATORS: dict[Any, Callable[[Tensor], Tensor]] = {
+    torch.ops.aten.hardswish.default: _hard_swish, torch.ops.aten.hardswish_.default: _hard_swish,
+    torch.ops.aten.hardsigmoid.default: _hard_sigmoid, torch.ops.aten.hardsigmoid_.default: _hard_sigmoid,
+}  # fmt: skip
 
 
 def _global_average_pool(x: Tensor, dims: int) -> Tensor:
