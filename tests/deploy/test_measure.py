@@ -66,6 +66,15 @@ def test_contenders_take_turns_with_calls_after_discarded_ones():
     assert {key: len(values) for key, values in found.turns.items()} == {(name, "lab"): 21 for name in names}
 
 
+def test_a_rough_one_may_have_fewer_turns_than_intervals_need():
+    lab = Lab()
+    found = lab.measure(lab.contender("a", 1.0), turns=3, rough=True)
+    assert {key: len(values) for key, values in found.turns.items()} == {("a", "lab"): 3}
+    for turns, rough, least in ((3, False, 20), (0, True, 1)):
+        with pytest.raises(SettingsError, match=f"turns must be at least {least}"):
+            lab.measure(lab.contender("a", 1.0), turns=turns, rough=rough)
+
+
 def test_the_order_follows_the_seed():
     def order(seed):
         lab = Lab()

@@ -72,6 +72,7 @@ def measure(
     cold: bool = False,
     budget_s: float | None = None,
     progress: bool = False,
+    rough: bool = False,
     clock: Clock = time.perf_counter_ns,
 ) -> Measurement:
     """Times the contenders in turns, in one process.
@@ -80,7 +81,7 @@ def measure(
     set, and the garbage collector is off; all three are put back afterwards, also after an interrupt.
 
     Args:
-        turns: at least 20, for the intervals rest on them.
+        turns: at least 20, for the intervals rest on them; fewer where it is `rough`.
         calls: timed calls per turn. A call of more than 5 ms gets fewer, down to 5.
         discard: calls before them that are not counted, fewer in proportion.
         batch: what N of the inputs is; kept beside the figures.
@@ -89,12 +90,13 @@ def measure(
         cold: single calls alternate, with nothing discarded, so that each finds the caches as the others left them.
         budget_s: aim at this many seconds in all by fewer calls per turn; never fewer than 20 turns of 5 calls.
         progress: a bar on standard error.
+        rough: only medians will be read, so that any number of turns does.
         clock: nanoseconds; another one is for tests.
     Raises:
-        SettingsError: on fewer than 20 turns or 5 calls, no contenders, two of one name and runtime, or an input of
-            another batch.
+        SettingsError: on fewer than 20 turns (of a rough one, 1) or 5 calls, no contenders, two of one name and
+            runtime, or an input of another batch.
     """
-    check_schedule(turns, calls, discard, threads)
+    check_schedule(turns, calls, discard, threads, least_turns=1 if rough else LEAST_TURNS)
     _check(contenders, batch)
     by_key = {contender.key: contender for contender in contenders}
     samples: dict[Key, list[float]] = {key: [] for key in by_key}

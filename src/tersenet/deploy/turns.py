@@ -21,11 +21,11 @@ Key = tuple[str, str]
 Turn = Callable[[Key, int, int], None]
 
 
-def check_schedule(turns: int, calls: int, discard: int, threads: int) -> None:
+def check_schedule(turns: int, calls: int, discard: int, threads: int, least_turns: int = LEAST_TURNS) -> None:
     """Raises SettingsError on fewer turns or calls than the intervals can rest on."""
-    if turns < LEAST_TURNS or calls < LEAST_CALLS or discard < 0 or threads < 1:
+    if turns < least_turns or calls < LEAST_CALLS or discard < 0 or threads < 1:
         raise SettingsError(
-            f"turns must be at least {LEAST_TURNS}, calls {LEAST_CALLS}, discard 0 and threads 1, "
+            f"turns must be at least {least_turns}, calls {LEAST_CALLS}, discard 0 and threads 1, "
             f"got {turns}, {calls}, {discard} and {threads}"
         )
 

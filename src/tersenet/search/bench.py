@@ -19,11 +19,12 @@ from torch import nn
 
 from tersenet.deploy.apart import Entry, measure_apart
 from tersenet.deploy.machine import machine
-from tersenet.deploy.measure import LEAST_TURNS, Contender, measure
+from tersenet.deploy.measure import Contender, measure
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.quiet import quiet_native
 from tersenet.deploy.runner import as_array
 from tersenet.deploy.runtimes import RUNTIMES, open_file
+from tersenet.deploy.timings import Measurement
 from tersenet.deploy.variants import Variants
 from tersenet.errors import SettingsError
 from tersenet.progress import progressing
@@ -34,10 +35,13 @@ from tersenet.task import Task, batch_input
 
 # Files that take turns at once, the unchanged network among them; more would push each other out of the caches.
 _GROUP = 10
-_CALLS, _DISCARD = 30, 6
+# Only medians are read, so fewer turns do than intervals need.
+_TURNS, _CALLS, _DISCARD = 12, 30, 6
 # Of one file in one turn, less where so many files are timed that they would take longer than this in all; slow
 # networks get 5 calls all the same.
-_TURN_S, _ALL_S = 0.0125, 20.0
+_TURN_S, _ALL_S = 0.0125, 12.0
+# Of the files whose times shares are taken of, each in a process of its own.
+_CALLS_APART, _DISCARD_APART = 20, 4
 
 
 def device_of(runtime: str, threads: int, batch: int) -> dict[str, Any]:
@@ -179,7 +183,7 @@ class Bench:
             keep: is given all that is known after each group, in the order of the candidates.
         """
         found: list[tuple[float, float]] = []
-        turn = min(_TURN_S, _ALL_S / (LEAST_TURNS * max(1, len(candidates))))
+        turn = min(_TURN_S, _ALL_S / (_TURNS * max(1, len(candidates))))
         with progressing(said, len(candidates), self.progress) as advance, collected_once():
             for start in range(0, len(candidates), _GROUP):
                 group = candidates[start : start + _GROUP]
@@ -200,7 +204,7 @@ class Bench:
         """Milliseconds of the unchanged network and of the float file, as files that ship are measured: what a share of
         the float file's time is, hangs on them."""
         entries = [Entry("base", self.base_path, self.runtime, self.x), self._float]
-        result = measure_apart(entries, batch=self.batch, threads=self.threads, energy=False)
+        result = self._apart(entries)
         return result.latency("base")["median"], result.latency("float")["median"]
 
     def share_of_float(self, picks: Picks) -> float:
@@ -208,21 +212,25 @@ class Bench:
         path = self.folder / "answer.onnx"
         path.write_bytes(self.file(picks))
         entries = [Entry("answer", path, self.runtime, self.x), self._float]
-        result = measure_apart(entries, batch=self.batch, threads=self.threads, energy=False)
-        return result.ratio("answer", "float").ratio
+        return self._apart(entries).ratio("answer", "float").ratio
 
     @property
     def _float(self) -> Entry:
         return Entry("float", self.float_path, self.runtime, self.float_x)
 
-    def _measure(self, paths: dict[str, Path], turn: float) -> Any:
+    def _apart(self, entries: Sequence[Entry]) -> Measurement:
+        return measure_apart(
+            entries, batch=self.batch, threads=self.threads, calls=_CALLS_APART, discard=_DISCARD_APART, energy=False
+        )
+
+    def _measure(self, paths: dict[str, Path], turn: float) -> Measurement:
         contenders = [
             Contender(name, open_file(path, self.runtime, self.threads), self.x) for name, path in paths.items()
         ]
-        budget = LEAST_TURNS * len(contenders) * turn
         return measure(
-            contenders, batch=self.batch, threads=self.threads, calls=_CALLS, discard=_DISCARD, budget_s=budget
-        )
+            contenders, batch=self.batch, threads=self.threads, turns=_TURNS, calls=_CALLS, discard=_DISCARD,
+            budget_s=_TURNS * len(contenders) * turn, rough=True,
+        )  # fmt: skip
 
     def weight(self, picks: Picks, kind: str) -> float:
         """Bytes, multiply-adds or bytes of memory of a candidate's file, read off the file; of settings that files do
