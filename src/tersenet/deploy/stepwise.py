@@ -30,7 +30,7 @@ from tersenet.graph.points import signed_quantizers
 
 # Beyond half a step: float32 sums of a few thousand products are off by less than a thousandth of a step.
 SLACK = 0.05
-# Integers of one quantizer are compared up to this many, spread evenly; some outputs of a file are large.
+_PIECE = 2**17  # numbers
 _OUTPUT_FACTOR, _FLOOR = 16.0, 1e-5
 
 
@@ -137,6 +137,14 @@ class _Seen:
     count: int = 0
     off: int = 0
 
+    def add(self, distance: Tensor) -> None:
+        """Counts some integers in; of how far they are from what was rounded, in steps, NaN where that is NaN."""
+        off = distance.abs_().nan_to_num_(0.0)
+        most = float(off.max()) - 0.5
+        self.beyond = max(self.beyond, most)
+        self.count += off.numel()
+        self.off += int((off > 0.5 + SLACK).sum()) if most > SLACK else 0
+
     @property
     def share(self) -> float:
         return self.off / max(1, self.count)
@@ -163,19 +171,24 @@ class _Forced(Perturbed):
     def quantize(self, path: str, quantizer: Quantizer, x: Tensor) -> Tensor:
         if self.name not in self.names:
             return quantizer(x)
-        q = torch.from_numpy(np.ascontiguousarray(next(self.given))).double()
-        zero, scale = int(quantizer.zero_point), quantizer.scale.abs().double()
-        if path in self.signed and quantizer.bits == 8 and zero == 128:
-            q = q + 128  # written as int8 around 0
+        given = torch.from_numpy(np.ascontiguousarray(next(self.given)))
+        zero, scale = int(quantizer.zero_point), float(quantizer.scale.abs())
+        moved = path in self.signed and quantizer.bits == 8 and zero == 128  # written as int8 around 0
         seen = self.seen.setdefault(self.name, _Seen())
-        if q.shape != x.shape:
-            if q.numel() != x.numel():
-                seen.beyond, seen.count, seen.off = float("inf"), seen.count + x.numel(), seen.off + x.numel()
-                return quantizer(x)
-            q = q.reshape(x.shape)
-        value = (x.double() / scale + zero).clamp(quantizer.low, quantizer.high)
-        beyond = torch.where(value.isnan(), 0.0, (value - q).abs() - 0.5)
-        seen.beyond = max(seen.beyond, float(beyond.max()) if beyond.numel() else 0.0)
-        seen.count += beyond.numel()
-        seen.off += int((beyond > SLACK).sum())
-        return ((q - zero) * scale).to(x.dtype)
+        if given.numel() != x.numel():
+            seen.beyond, seen.count, seen.off = float("inf"), seen.count + x.numel(), seen.off + x.numel()
+            return quantizer(x)
+        made = torch.empty(x.shape, dtype=torch.float32)
+        for value, q, into in _pieces(x, given, made):
+            into.copy_(q).add_(128 if moved else 0)
+            if not self.rounding:  # the other run is for its outputs
+                seen.add((value / scale).add_(zero).clamp_(quantizer.low, quantizer.high).sub_(into))
+            into.sub_(zero).mul_(scale)
+        return made.to(x.dtype)
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors of one size flat, in pieces that stay in the processor's cache."""
+    flat = [each.reshape(-1) for each in tensors]
+    for start in range(0, len(flat[0]), _PIECE):
+        yield tuple(each[start : start + _PIECE] for each in flat)
