@@ -93,9 +93,9 @@ class Perturbed(fx.Interpreter):
         made = torch.empty_like(given)
         for start in range(0, len(given), _PIECE):
             piece, into = given[start : start + _PIECE], made[start : start + _PIECE]
-            torch.abs(piece, out=into)
             at = int(torch.randint(_PIECE, (), generator=self.generator))
-            into.mul_(share).add_(more).mul_(self.drawn[at : at + len(piece)]).add_(piece)
+            size = torch.abs(piece, out=into).mul_(share).add_(more) if share else into.fill_(more)  # of infinity too
+            size.mul_(self.drawn[at : at + len(piece)]).add_(piece)
         return made.view(value.shape)
 
 

@@ -36,14 +36,24 @@ class _LearnedStep(torch.autograd.Function):
         x, scale, y = ctx.saved_tensors
         low, high, factor = ctx.grid
         through = _inside(grads[0], x, scale, low, high)
-        # The slope times s is y outside of the grid and y - x inside.
-        pull = (grads[0] * y).addcmul_(through, x, value=-1)
-        # Summed in float64, because terms nearly cancel; per sample first, where conversion would cost more than that.
-        if scale.dim() == 0:
-            total = (pull.sum(dim=tuple(range(1, pull.dim()))) if pull.dim() > 1 else pull).sum(dtype=torch.float64)
-        else:
-            total = pull.double().sum_to_size(scale.shape)
+        total = _pull(grads[0], through, x if x.is_cpu else _without_infinity(x), y, scale)
+        if x.is_cpu and not bool(total.isfinite().all()):  # a padding with infinity is outside, but 0 times it is NaN
+            total = _pull(grads[0], through, _without_infinity(x), y, scale)
         return through, (total / scale * factor).to(scale.dtype), None, None, None, None
+
+
+def _pull(gradient: Tensor, through: Tensor, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of the scale times the scale, in float64: the slope times s is y outside of the grid and y - x
+    inside."""
+    pull = (gradient * y).addcmul_(through, x, value=-1)
+    # Summed in float64, because terms nearly cancel; per sample first, where conversion would cost more than that.
+    if scale.dim() == 0:
+        return (pull.sum(dim=tuple(range(1, pull.dim()))) if pull.dim() > 1 else pull).sum(dtype=torch.float64)
+    return pull.double().sum_to_size(scale.shape)
+
+
+def _without_infinity(x: Tensor) -> Tensor:
+    return x.nan_to_num(math.nan, 0, 0)
 
 
 def _inside(gradient: Tensor, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:

@@ -15,6 +15,7 @@ from tersenet.bricks.quantized import BIAS_STEPS, UNSET, QuantizedLayer
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.graph.points import signed_quantizers
 from tersenet.numerics.ranges import Histogram, affine, centred, divergence_range, mse_range, percentile_range
+from tersenet.quantize.cancelled import without_rounding_errors
 from tersenet.quantize.observe import Extremes, observe
 from tersenet.task import Task
 
@@ -55,6 +56,7 @@ def calibrate(model: nn.Module, task: Task, ranges: str, percentile: float, samp
             else:
                 found[path] = (mse_range if ranges == "mse" else divergence_range)(histogram, bits)
     assert isinstance(model, fx.GraphModule)
+    found = without_rounding_errors(model, found)
     signed = signed_quantizers(model)
     for path, quantizer in quantizers.items():
         scale, zero_point = affine(*found[path], quantizer.bits)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.errors import ModelError
 from tersenet.task import Task, inputs_of, to_device
+
+_PADS = {torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default}
 
 
 class Extremes:
@@ -50,9 +54,10 @@ def observe(
         DataError: on data of another shape, type or range than the model's inputs.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    padded = _padded_with_infinity(model)
     try:
         for path, quantizer in quantizers.items():
-            quantizer.observer = observers[path]
+            quantizer.observer = partial(_of_finite, observers[path]) if path in padded else observers[path]
         with evaluating(model), torch.inference_mode():
             for number, batch in enumerate(task.calibration(samples)):
                 task.check_inputs(inputs_of(batch), number)
@@ -60,3 +65,26 @@ def observe(
     finally:
         for quantizer in quantizers.values():
             quantizer.observer = None
+
+
+def _of_finite(observer: Callable[[Tensor], None], x: Tensor) -> None:
+    observer(x[x.isfinite()][None])
+
+
+def _padded_with_infinity(model: nn.Module) -> set[str]:
+    """Paths of the quantizers behind a padding with infinity, as a maximum has it that may not see its edge. On a grid
+    it becomes the lowest value, which no maximum takes either."""
+    if not isinstance(model, fx.GraphModule):
+        return set()
+    return {
+        str(node.target)
+        for node in model.graph.nodes
+        if node.op == "call_module"
+        and isinstance(model.get_submodule(str(node.target)), Quantizer)
+        and any(isinstance(value, float) and math.isinf(value) for value in _padding(node.args[0]))
+    }
+
+
+def _padding(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of a padding; () of other nodes."""
+    return (*node.args[1:], *node.kwargs.values()) if node.target in _PADS else ()
