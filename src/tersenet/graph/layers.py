@@ -7,6 +7,7 @@ parameters become the layer that they are; what lies between stays aten operator
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -142,9 +143,12 @@ class Folder:
             # The batch size may be read outside of the layer; it is the input's own, so it is no second input.
             feeds = {feed for feed in feeds if feed.target is not aten.sym_size.int}
             outputs = [node for node in members if any(user not in inside for user in node.users)]
+            layer = self.modules[path]
             alone = len(feeds) == 1 and len(outputs) == 1 and outputs[0] is members[-1]
             if alone and self.seen.plain(path, key):
-                found.append((path, members, feeds.pop()))
+                numbers = next(itertools.chain(layer.parameters(), layer.buffers()), None) is not None
+                # Under one name, so that a layer with numbers that several modules hold is seen to be one.
+                found.append((self.seen.first[path] if numbers else path, members, feeds.pop()))
         return found
 
     def _outputs(self, node: fx.Node) -> list[Any]:
