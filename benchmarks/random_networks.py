@@ -195,6 +195,12 @@ def summary(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def as_text(rows: dict[str, Any]) -> str:
+    """The log, a network a line."""
+    lines = ",\n".join(f"{json.dumps(seed)}: {json.dumps(row)}" for seed, row in rows.items())
+    return f'{{"machine": {json.dumps(machine())},\n"rows": {{\n{lines}\n}}}}\n'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=0)
@@ -216,7 +222,7 @@ def main() -> None:
         if done % 10 == 0 or done == len(wanted):
             arguments.out.parent.mkdir(exist_ok=True)
             rows = dict(sorted(rows.items(), key=lambda item: int(item[0])))
-            arguments.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=0) + "\n")
+            arguments.out.write_text(as_text(rows))
     print(summary(rows))
 
 
