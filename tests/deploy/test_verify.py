@@ -2,18 +2,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from tersenet.bricks.settle import settle
 from tersenet.deploy.folded import with_half_weights
+from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.reference import Reference
 from tersenet.deploy.runtimes import Runner, open_file, open_module
-from tersenet.deploy.stepwise import Steps
+from tersenet.deploy.stepwise import SLACK, Steps, stepwise
 from tersenet.deploy.verify import Agreement, check, compare, score_file, verify
 from tersenet.errors import DataError, ExportError
+from tersenet.quantize.quantize import Quantize
 from tersenet.task import Task, score_model
 
 
@@ -118,3 +122,28 @@ def test_a_variant_of_the_model_is_allowed_and_no_more(tiny_model):
     wrong = with_half_weights(tiny_model, example)
     next(iter(wrong.parameters())).data.mul_(1.1)
     assert not compare(open_module(wrong), after).agrees
+
+
+class Enlarging(nn.Module):
+    """Operators between two roundings that enlarge what float32 arithmetic in another order differs by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = nn.functional.layer_norm(self.first(x), (14,))
+        return self.second(torch.sin(1000 * normed)).mean((2, 3))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_integers_may_be_off_by_what_float_operators_before_them_enlarge(runtime: str, tmp_path: Path) -> None:
+    x = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    task = Task(example=x[:2], calibrate=[x], quiet=True)
+    simulated = settle(Quantize(samples=16).run(Enlarging().eval(), task)[0])
+    path = export_onnx(simulated, x[:2], tmp_path / "q.onnx")
+    steps = stepwise(path, runtime, Reference(simulated, x[:2], [x]))
+    assert steps is not None
+    assert steps.beyond > SLACK  # more than a convolution of integers is ever off by
+    assert steps.node == ""

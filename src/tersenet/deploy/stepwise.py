@@ -11,7 +11,7 @@ is compared at its outputs as well (`verify.compare`).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from tersenet.graph.points import signed_quantizers
 
 # Beyond half a step: float32 sums of a few thousand products are off by less than a thousandth of a step.
 SLACK = 0.05
+# Where float operators between two quantizers enlarge that: never as much as an integer that is off by one shows.
+_MOST_SLACK = 0.4
 _PIECE = 2**17  # numbers
 _OUTPUT_FACTOR, _FLOOR = 16.0, 1e-5
 
@@ -90,10 +92,29 @@ def stepwise(path: Path, runtime: str, reference: Reference) -> Steps | None:
             allowed = _OUTPUT_FACTOR * difference(plain, noisy).max(initial=0.0) + _FLOOR * finite
             missed.append(bool(error.max(initial=0.0) > allowed))
     beyond = max((each.beyond for each in forced.seen.values()), default=0.0)
+    integers = [values[outputs:] for values in found]
     for node in nodes:  # in the order of the forward
-        if (seen := forced.seen[node.name]).beyond > SLACK:
+        if (seen := forced.seen[node.name]).beyond > SLACK and seen.beyond > _slack(reference, node, names, integers):
             return Steps(beyond, seen.share, node.name, len(nodes))
     return Steps(beyond, 0.0, "output" if any(missed) else "", len(nodes))
+
+
+def _slack(reference: Reference, quantizer: fx.Node, names: set[str], integers: Sequence[tuple[Array, ...]]) -> float:
+    """How far beyond half a step a right integer may be at a quantizer, in steps: what float32 noise since the integers
+    before does there, as at the outputs. A chain of float operators, such as an attention, may enlarge it."""
+    graph, source = reference.graph, quantizer.args[0]
+    assert isinstance(source, fx.Node)
+    most = 0.0
+    for batch, values in zip(reference.batches, integers, strict=True):
+        kept = []
+        for rounding in (0.0, ROUNDING):
+            forced = _Forced(graph, names, rounding, [source.name])
+            forced.give(values)
+            run(forced, batch)
+            kept.append(forced.kept[source.name].numpy())
+        most = max(most, float(difference(*kept).max(initial=0.0)))
+    step = float(graph.get_submodule(str(quantizer.target)).scale.abs())  # type: ignore[operator]
+    return min(_MOST_SLACK, _OUTPUT_FACTOR * most / step)
 
 
 def _integers(graph: Any) -> Iterator[str]:
@@ -153,8 +174,10 @@ class _Seen:
 class _Forced(Perturbed):
     """Computes every quantizer from the integers of a file, and keeps how far they are from its own values."""
 
-    def __init__(self, graph: fx.GraphModule, names: set[str], rounding: float = 0.0) -> None:
-        super().__init__(graph, 0, rounding)
+    def __init__(
+        self, graph: fx.GraphModule, names: set[str], rounding: float = 0.0, keep: Collection[str] = ()
+    ) -> None:
+        super().__init__(graph, 0, rounding, keep=keep)
         self.names = names
         self.signed = signed_quantizers(graph)
         self.seen: dict[str, _Seen] = {}
