@@ -21,7 +21,7 @@ CHECKED = "tersenet.checked"
 Rewrite = Callable[[Sequence[str]], object]
 # Operators of an int8 file that are left in float one after another; what is wrong at more places is wrong as a whole.
 _ROUNDS = 4
-# Convolutions that are tried in float one by one, where it is not known what is wrong; each is one more file.
+# Convolutions that are tried in float, all at once and then fewer, where it is not known what is wrong.
 _SUSPECTS = 8
 
 
@@ -55,7 +55,7 @@ def held(
     """
     agreements, wrong = _compared(path, runtimes, reference)
     if wrong is not None and rewrite is not None:
-        agreements, wrong = _worked_around(path, agreements, wrong, reference, rewrite)
+        agreements, wrong = _worked_around(path, runtimes, agreements[wrong], wrong, reference, rewrite)
     if wrong is not None:
         try:
             check(agreements[wrong], f"{path} in {wrong}")
@@ -71,30 +71,51 @@ def _open_apart(path: Path, runtime: str) -> None:
 
 
 def _worked_around(
-    path: Path, agreements: Mapping[str, Agreement], wrong: str, reference: Reference, rewrite: Rewrite
+    path: Path, runtimes: Sequence[str], missed: Agreement, wrong: str, reference: Reference, rewrite: Rewrite
 ) -> tuple[dict[str, Agreement], str | None]:
-    """As `_compared`, of the file as it was written last, with more and more operators in float."""
-    runtimes, found = list(agreements), dict(agreements)
+    """As `_compared`, of the file as it was written last, with more and more operators in float.
+
+    Args:
+        missed: how far the file is from the model in `wrong`.
+    """
     floats: list[str] = []
     blamed: set[str] = set()
-    now = wrong
+    found = {wrong: missed}
+
+    def again(more: Sequence[str]) -> tuple[dict[str, Agreement], str | None]:
+        """The runtime in which it was wrong comes first: the others are asked when it is right there."""
+        rewrite(more)
+        first_asked = sorted(runtimes, key=lambda runtime: runtime != wrong)
+        agreements, then = _compared(path, first_asked, reference)
+        return {runtime: agreements[runtime] for runtime in runtimes if runtime in agreements}, then
+
     for _ in range(_ROUNDS):
-        culprits = _culprits(found[now], reference)
+        culprits = _culprits(found[wrong], reference)
         if not culprits or set(culprits) <= set(floats):
             break
         floats += culprits
-        blamed.add(now)
-        rewrite(floats)
-        found, then = _compared(path, runtimes, reference)
+        blamed.add(wrong)
+        found, then = again(floats)
         if then is None:
             return _named(found, floats, blamed, reference.graph), None
-        now = then
-    for suspect in _suspects(reference.graph) if now == "openvino" else []:
-        rewrite([*floats, suspect])
-        tried, then = _compared(path, runtimes, reference)
-        if then is None:
-            return _named(tried, [*floats, suspect], {*blamed, now}, reference.graph), None
-    return found, now
+        wrong = then
+    suspects = _suspects(reference.graph) if wrong == "openvino" else []
+    if suspects and again([*floats, *suspects])[1] is None:
+        fewest = _narrowed(suspects, lambda some: again([*floats, *some])[1] is None)
+        tried, then = again([*floats, *fewest])
+        if then is not None:  # it takes several
+            fewest = suspects
+            tried, then = again([*floats, *fewest])
+        return _named(tried, [*floats, *fewest], {*blamed, wrong}, reference.graph), then
+    return found, wrong
+
+
+def _narrowed(suspects: list[str], is_right: Callable[[list[str]], bool]) -> list[str]:
+    """The one of them that suffices, where one does, found by halves."""
+    while len(suspects) > 1:
+        half = suspects[: len(suspects) // 2]
+        suspects = half if is_right(half) else suspects[len(half) :]
+    return suspects
 
 
 def _named(
@@ -108,11 +129,16 @@ def _named(
 
 
 def _compared(path: Path, runtimes: Sequence[str], reference: Reference) -> tuple[dict[str, Agreement], str | None]:
-    """(runtime -> how far the file is from the model there, the first in which it is wrong)."""
+    """(runtime -> how far the file is from the model there, the first in which it is wrong, after which no other is
+    asked)."""
     if "openvino" in runtimes and reference.rounds:
         _open_apart(path, "openvino")
-    agreements = {runtime: compare_file(path, runtime, reference) for runtime in runtimes}
-    return agreements, next((runtime for runtime, each in agreements.items() if not each.agrees), None)
+    agreements: dict[str, Agreement] = {}
+    for runtime in runtimes:
+        agreements[runtime] = compare_file(path, runtime, reference)
+        if not agreements[runtime].agrees:
+            return agreements, runtime
+    return agreements, None
 
 
 def _suspects(graph: fx.GraphModule) -> list[str]:
