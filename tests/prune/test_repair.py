@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.bricks.mask import masked_layers, stored_weight
+from tersenet.findings import collecting
 from tersenet.models.cifar_resnet import CifarResNet
+from tersenet.prune import repair as repairing
 from tersenet.prune.prune_channels import PruneChannels
 from tersenet.prune.prune_weights import PruneWeights
 from tersenet.prune.repair import refit, repair
@@ -180,3 +182,29 @@ def test_a_depthwise_layer_behind_a_cut_is_refitted_to_the_channels_that_are_lef
     repaired, _ = PruneChannels(sparsity=0.3).run(copy.deepcopy(model), task)
     assert repaired[2][0].weight.shape == bare[2][0].weight.shape == (11 * times, 1, 3, 3)
     assert error(repaired, model) < 0.8 * error(bare, model)
+
+
+@pytest.mark.parametrize("factor", [1e6, float("nan")])
+def test_a_repair_that_blows_up_is_undone_and_said(
+    factor: float, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    task = Task(example=images[:2], calibrate=[images], quiet=True)
+    step = PruneChannels(sparsity=0.5)
+    cut, _ = PruneChannels(sparsity=0.5, refit=False).run(copy.deepcopy(model), task)
+    real = repairing.refit
+
+    def blowing(module: nn.Module, *args: object) -> None:
+        real(module, *args)
+        module.weight.mul_(factor)
+
+    monkeypatch.setattr(repairing, "refit", blowing)
+    with collecting() as found:
+        repaired, _ = step.run(copy.deepcopy(model), task)
+    assert found == [repairing.UNDONE]
+    state = cut.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in repaired.state_dict().items())
+    monkeypatch.setattr(repairing, "refit", real)
+    with collecting() as found:
+        step.run(copy.deepcopy(model), task)
+    assert found == []

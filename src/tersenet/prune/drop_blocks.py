@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tersenet.bricks.evaluating import evaluating
 from tersenet.errors import SettingsError
+from tersenet.findings import tell
 from tersenet.graph.blocks import Blocks, drop, paths_within
 from tersenet.graph.calls import is_leaf
 from tersenet.graph.surgery import Cut
@@ -30,7 +31,7 @@ from tersenet.numerics.divergence import divergence
 from tersenet.numerics.samples import Inputs, side_by_side
 from tersenet.progress import progressing
 from tersenet.prune.known import known_blocks
-from tersenet.prune.repair import repair
+from tersenet.prune.repair import UNDONE, repair
 from tersenet.step import Plan, Step, replace
 from tersenet.task import Task, to_device
 
@@ -145,7 +146,8 @@ class DropBlocks(Step):
             kept = {behind: {"in": []}}  # nothing of it was cut, but from there on inputs are others
         images = task.inputs_like(model, 512)
         if task.original is not None and _same_numbers(model, task.original):
-            repair(model, images, task.original, {})
+            if not repair(model, images, task.original, {}):
+                tell([UNDONE], task.quiet)
         else:
             repair(model, images, None, kept)
 

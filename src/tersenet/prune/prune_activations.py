@@ -22,13 +22,14 @@ from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.threshold import Threshold
 from tersenet.errors import ModelError, SettingsError
+from tersenet.findings import tell
 from tersenet.graph.trace import said_input, trace, trace_with
 from tersenet.left_alone import LEFT_OUT, LeftAlone, another_kind, by_layer
 from tersenet.numerics.divergence import divergence
 from tersenet.numerics.magnitudes import Magnitudes, equal_marginals
 from tersenet.numerics.samples import in_parts
 from tersenet.prune.activation_sites import PLACES, READERS, activation_sites, insert_thresholds, thresholds_at
-from tersenet.prune.repair import repair
+from tersenet.prune.repair import UNDONE, repair
 from tersenet.step import Plan, Step
 from tersenet.task import Task, to_device
 
@@ -271,7 +272,8 @@ def _repair(graph: fx.GraphModule, bricks: Mapping[str, Any], task: Task) -> Non
     before = copy.deepcopy(graph)
     for path in bricks:
         before.get_submodule(path).threshold.zero_()  # type: ignore[operator]
-    repair(graph, task.inputs_like(graph, _REPAIRED_ON), before, {})
+    if not repair(graph, task.inputs_like(graph, _REPAIRED_ON), before, {}):
+        tell([UNDONE], task.quiet)
 
 
 def _between_steps(brick: Any, quantizer: nn.Module) -> None:

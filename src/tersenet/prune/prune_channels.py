@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from tersenet.errors import SettingsError
+from tersenet.findings import tell
 from tersenet.graph.costs import totals
 from tersenet.graph.coupling import Bundle, Coupling
 from tersenet.graph.recut import recut
@@ -46,7 +47,7 @@ from tersenet.prune.choose import scope_of
 from tersenet.prune.edited import cut_of, plan_of, removed_by
 from tersenet.prune.known import known_coupling
 from tersenet.prune.reconstruction import folded
-from tersenet.prune.repair import repair
+from tersenet.prune.repair import UNDONE, repair
 from tersenet.prune.sensitivity import compared, divergences
 from tersenet.prune.standing import RESIDUAL, standing
 from tersenet.prune.subject import Subject
@@ -336,7 +337,8 @@ class PruneChannels(Step):
         if kept == {}:
             return
         images = task.inputs_like(model, _CALIBRATION)
-        repair(model, images, None if kept is None else task.original, kept or {})
+        if not repair(model, images, None if kept is None else task.original, kept or {}):
+            tell([UNDONE], task.quiet)
 
     def _kept(self, model: nn.Module, original: nn.Module, task: Task) -> dict[str, dict[str, list[int]]] | None:
         """The cut that made this model from the original; None when it was not made so. Planning again finds it."""

@@ -33,10 +33,20 @@ aten = torch.ops.aten
 _ADDITIONS = (operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor)
 
 
+# Said where `repair` changed nothing in the end.
+UNDONE = (
+    "the repair took the outputs further away than the cut did, as in a network whose norms do not fit what they read; "
+    "it was undone, so train afterwards"
+)
+# A repair that leaves an error so many times that of the cut, and of giving nothing but zeros, has blown up; looked at
+# on so many inputs.
+_BLOWN_UP, _LOOKED_AT = 10.0, 8
+
+
 def repair(
     model: nn.Module, images: Inputs, before: nn.Module | None, kept: Cut, sequential: bool = True, ridge: float = 1e-3
-) -> None:
-    """Changes weights, biases and norms of a cut model, in place.
+) -> bool:
+    """Changes weights, biases and norms of a cut model, in place; where its outputs blow up, all is put back.
 
     Args:
         images: (N, ...), or a tuple of all inputs; as many of them are used as fit in memory.
@@ -44,6 +54,8 @@ def repair(
         kept: the cut. Blocks that were dropped need not be in it.
         sequential: also refit layers that lost no inputs but read what changed, where there are four rows per unknown.
         ridge: of the least squares; more stays closer to the weights that are there.
+    Returns:
+        Whether the model was changed: False where it was put back.
     """
     graph = trace(model, first(images, 2))
     images = first(images, rows.fitting(graph))
@@ -55,7 +67,31 @@ def repair(
             jobs = {} if before is None else _jobs(graph, before, images, kept, sequential)
             poorer = {path for path in kept if "in" in kept[path]}
             dropped = before is not None and _layers(before) != _layers(model)
-            _Pass(graph, jobs, poorer, ridge, dropped or not poorer).run(*images)
+            state = {name: value.clone() for name, value in model.state_dict().items()}
+            few = first(images, _LOOKED_AT)
+            cut = None if before is None else _outputs_of(model, few)
+            try:
+                _Pass(graph, jobs, poorer, ridge, dropped or not poorer).run(*images)
+                blown = before is not None and cut is not None and _blew_up(_outputs_of(before, few), cut, model, few)
+            except torch.linalg.LinAlgError:  # of values that are not finite any more
+                blown = True
+            if blown:
+                model.load_state_dict(state)
+                return False
+    return True
+
+
+def _outputs_of(model: nn.Module, inputs: Inputs) -> Tensor:
+    """All outputs that are floats, flat."""
+    found = torch.utils._pytree.tree_leaves(model(*inputs) if isinstance(inputs, tuple) else model(inputs))
+    return torch.cat([x.flatten() for x in found if isinstance(x, Tensor) and x.is_floating_point()])
+
+
+def _blew_up(wanted: Tensor, cut: Tensor, model: nn.Module, inputs: Inputs) -> bool:
+    """Whether the outputs of the repaired model are far worse than those of the cut one, or no numbers."""
+    error = (_outputs_of(model, inputs) - wanted).square().mean()
+    least = torch.maximum((cut - wanted).square().mean(), wanted.square().mean())
+    return not bool(error <= _BLOWN_UP * least) and bool(least.isfinite())
 
 
 def _layers(model: nn.Module) -> set[str]:
