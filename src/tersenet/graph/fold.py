@@ -22,6 +22,7 @@ from tersenet.bricks.mask import at_most_masked, only_masked, stored_weight
 from tersenet.graph.capture import Example
 from tersenet.graph.outside_reads import TENSORS, by_path, keep_reads, outside_reads
 from tersenet.graph.trace import trace
+from tersenet.graph.undone_views import SHAPED_LIKE, drop_undone_views, is_view
 
 
 def foldable(graph: fx.GraphModule) -> list[tuple[str, str]]:
@@ -30,7 +31,7 @@ def foldable(graph: fx.GraphModule) -> list[tuple[str, str]]:
     The norm must be the only user of the layer, both must be called once, and the norm must keep running statistics.
     A layer with a mask keeps it; one with another parametrization is left alone: settle it first.
     """
-    return [(str(node.all_input_nodes[0].target), str(node.target)) for node, why in _norms(graph) if why is None]
+    return [(str(_layer_before(node).target), str(node.target)) for node, why in _norms(graph) if why is None]
 
 
 def why_not_foldable(graph: fx.GraphModule) -> dict[str, str]:
@@ -68,17 +69,27 @@ def _norms(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, str | None]]:
             yield node, _why_not(graph, node, calls)
 
 
+def _layer_before(norm: fx.Node) -> fx.Node:
+    """What a norm reads; where that is a linear layer's output with the leading dimensions made one, the layer."""
+    before = norm.args[0]
+    assert isinstance(before, fx.Node)
+    source = before.args[0] if is_view(before) and len(before.users) == 1 else None
+    if isinstance(source, fx.Node) and len(before.meta["shape"]) == 2 and source.meta.get("shape"):
+        return source if source.meta["shape"][-1] == before.meta["shape"][-1] else before
+    return before
+
+
 def _why_not(graph: fx.GraphModule, node: fx.Node, calls: Mapping[Any, int]) -> str | None:
     norm: Any = graph.get_submodule(str(node.target))
-    before = node.args[0] if node.args else None
-    if not isinstance(before, fx.Node) or before.op != "call_module":
+    before = _layer_before(node)
+    if before.op != "call_module":
         return "have no layer right before them"
     layer: Any = graph.get_submodule(str(before.target))
     if not isinstance(layer, _ConvNd | nn.Linear):
         return f"stand behind {type(layer).__name__}, which is no convolution or linear layer"
     if calls[node.target] != 1 or calls[before.target] != 1:
         return "are called more than once, or their layer is"
-    if len(before.users) != 1:
+    if sum(user.target not in SHAPED_LIKE or user.args[0] is before for user in before.users) != 1:
         return "stand behind a layer whose output is used elsewhere, too"
     if norm.running_mean is None:
         return "keep no running statistics"
@@ -86,7 +97,7 @@ def _why_not(graph: fx.GraphModule, node: fx.Node, calls: Mapping[Any, int]) -> 
         return "stand behind a quantized layer"
     if not at_most_masked(layer) or parametrize.is_parametrized(norm):
         return "have a parametrization, or their layer has; settle it first"
-    if isinstance(layer, nn.Linear) and len(before.meta["shape"]) != 2:
+    if isinstance(layer, nn.Linear) and len(node.args[0].meta["shape"]) != 2:  # type: ignore[union-attr]
         return "stand behind a linear layer over more than one dimension"
     return None
 
@@ -142,7 +153,8 @@ def _beside(factor: Tensor, layer: Any) -> Tensor:
 
 
 def fold_all(graph: fx.GraphModule) -> list[str]:
-    """Folds every batch norm that can be, and takes them out of the graph. Returns the paths of the norms."""
+    """Folds every batch norm that can be, and takes them out of the graph, with views around them that undo each other.
+    Returns the paths of the norms."""
     pairs = foldable(graph)
     if pairs:
         keep_reads(graph)
@@ -155,5 +167,5 @@ def fold_all(graph: fx.GraphModule) -> list[str]:
             graph.graph.erase_node(node)
     if norms:
         graph.delete_all_unused_submodules()
-        graph.recompile()
+    drop_undone_views(graph)
     return sorted(norms)
