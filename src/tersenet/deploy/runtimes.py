@@ -275,4 +275,6 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # OpenVINO says first where in its own code it stood.
+    lines = [line for line in lines if not line.startswith("Exception from ")] or lines
     return lines[0].rstrip(".")[:300] if lines else type(error).__name__
