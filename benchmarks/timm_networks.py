@@ -127,12 +127,14 @@ def _int8(name: str) -> dict[str, Any]:
         run, model, _, x = _compressed(name, recipe, Path(folder))
         simulated = settle(run.model)
         reference, before = _outputs(simulated, x), _outputs(model, x)
-        expected = {"onnxruntime": reference, "openvino": _outputs(as_openvino_adds(simulated, x[:2]), x)}
+        # OpenVINO lets some convolutions take over the addition behind them, and others not: a file is one or the other.
+        merged = _outputs(as_openvino_adds(simulated, x[:2]), x)
+        expected = {"onnxruntime": [reference], "openvino": [reference, merged]}
         changed = max(_rms(reference, before), 1e-6 * float(np.abs(before).max()))
         noise = 1e-6 * torch.randn(x.shape, generator=torch.Generator().manual_seed(8))
         own = _rms(_outputs(simulated, x + noise), reference) / changed
         files = {run_in.__name__[1:]: run_in(Path(folder) / "model.onnx", x) for run_in in (_onnxruntime, _openvino)}
-        shares = {where: _rms(file, expected[where]) / changed for where, file in files.items()}
+        shares = {where: min(_rms(file, one) for one in expected[where]) / changed for where, file in files.items()}
         further = {f"{where} to the original": _rms(file, before) / changed for where, file in files.items()}
         made = _held(shares, max(INT8_SHARE, OWN_FACTOR * own), "of what quantization changes", {})
         made["differs"] |= _held(further, FURTHER, "of what quantization changes", {})["differs"]
