@@ -127,7 +127,7 @@ def _int8(name: str) -> dict[str, Any]:
         run, model, _, x = _compressed(name, recipe, Path(folder))
         simulated = settle(run.model)
         reference, before = _outputs(simulated, x), _outputs(model, x)
-        # OpenVINO lets some convolutions take over the addition behind them, and others not: a file is one or the other.
+        # OpenVINO lets convolutions take over the addition behind them, or not: a file is one or the other.
         merged = _outputs(as_openvino_adds(simulated, x[:2]), x)
         expected = {"onnxruntime": [reference], "openvino": [reference, merged]}
         changed = max(_rms(reference, before), 1e-6 * float(np.abs(before).max()))
