@@ -50,6 +50,24 @@ def test_pools_resizes_and_pads_are_right_in_float(tmp_path):
     assert all(each.max_abs_error < 1e-4 for each in agreements.values())
 
 
+def test_attention_of_other_than_four_dimensions_is_right(tmp_path):
+    def attention(x: Tensor, **more) -> Tensor:
+        return F.scaled_dot_product_attention(x, x.flip(-2), 2 * x, **more)
+
+    allowed = torch.ones(11, 11, dtype=torch.bool).triu(-3)
+    model = Every(
+        lambda x: attention(x[:, 0]),  # one head
+        lambda x: attention(x[:, 0], is_causal=True, scale=0.7),
+        lambda x: attention(x[:, 0], attn_mask=allowed),
+        lambda x: attention(x[:, 0], attn_mask=torch.linspace(-1, 1, 121).view(11, 11)),
+        lambda x: attention(x.unflatten(1, (2, 2))),  # windows
+        attention,
+    )
+    path = export_onnx(model, X[:2], tmp_path / "model.onnx")
+    agreements = checked(path, RUNTIMES, Reference(model, X[:2], [X]))
+    assert all(each.max_abs_error < 1e-5 for each in agreements.values())
+
+
 class Pooled(nn.Module):
     def __init__(self, pool: nn.Module) -> None:
         super().__init__()

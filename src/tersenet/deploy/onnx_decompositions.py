@@ -5,6 +5,7 @@ Found by exporting each operator with each of its settings and comparing (`terse
 - Resize with antialiasing takes another scale than the one given, and OpenVINO does not know it.
 - OpenVINO refuses the circular mode of Pad.
 - With `ceil_mode`, PyTorch leaves out a last window that would begin in the padding; ONNX counts it.
+- The exporter refuses attention of other than four dimensions, such as that of one head or of windows.
 - ONNX Runtime's integer AveragePool divides a window that reaches over the edge by the whole kernel.
 Each becomes what its definition says: zeros around, a plain pool and a factor per window; slices; a product with the
 matrix of a resize, which is linear along each axis. All of it is exact up to the order of a sum.
@@ -193,7 +194,25 @@ def _padded_around(x: Tensor, pad: Sequence[int], mode: str = "constant", value:
     return x
 
 
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
+    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    """Of other than (N, heads, tokens, features), for which the exporter has an operator."""
+    if query.dim() == 4 or enable_gqa or dropout:
+        return NotImplemented
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = torch.where(mask, scores, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    return torch.softmax(scores, -1) @ value
+
+
 _TABLE: dict[Any, Callable[..., Any]] = {
+    aten.scaled_dot_product_attention.default: _attention,
     aten.avg_pool1d.default: _average(1, F.avg_pool1d),
     aten.avg_pool2d.default: _average(2, F.avg_pool2d),
     aten.avg_pool3d.default: _average(3, F.avg_pool3d),
