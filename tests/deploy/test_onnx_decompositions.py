@@ -65,7 +65,7 @@ def test_attention_of_other_than_four_dimensions_is_right(tmp_path):
     )
     path = export_onnx(model, X[:2], tmp_path / "model.onnx")
     agreements = checked(path, RUNTIMES, Reference(model, X[:2], [X]))
-    assert all(each.max_abs_error < 1e-5 for each in agreements.values())
+    assert all(each.max_abs_error < 1e-4 for each in agreements.values())
 
 
 class Pooled(nn.Module):
