@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,27 @@ def test_attention_of_other_than_four_dimensions_is_right(tmp_path):
     path = export_onnx(model, X[:2], tmp_path / "model.onnx")
     agreements = checked(path, RUNTIMES, Reference(model, X[:2], [X]))
     assert all(each.max_abs_error < 1e-4 for each in agreements.values())
+
+
+def test_heads_are_put_together_behind_an_attention_with_a_mask(tmp_path):
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.qkv, self.bias, self.out = nn.Linear(8, 24), nn.Parameter(torch.randn(2, 11, 11)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            query, key, value = self.qkv(x).reshape(len(x), 11, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            x = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias[None])
+            return self.out(x.transpose(1, 2).reshape(len(query), 11, 8))
+
+    x = torch.randn(12, 11, 8, generator=torch.Generator().manual_seed(0))
+    model = Attention().eval()
+    path = export_onnx(model, x[:2], tmp_path / "model.onnx")
+    agreements = checked(path, RUNTIMES, Reference(model, x[:2], [x]))
+    assert all(each.max_abs_error < 1e-5 for each in agreements.values())
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert "Identity" not in kinds
 
 
 class Pooled(nn.Module):

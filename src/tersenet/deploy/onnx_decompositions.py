@@ -36,11 +36,26 @@ def decompose(program: ExportedProgram, rounds: bool) -> ExportedProgram:
         rounds: whether activations are rounded, so that runtimes look for operators to run in integers.
     """
     table = {**_TABLE, **(_FOR_INT8 if rounds else {})}
-    if not any(node.target in table for node in program.graph.nodes):
-        return program
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about its own parts
-        return program.run_decompositions(table)
+    if any(node.target in table for node in program.graph.nodes):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about its own parts
+            program = program.run_decompositions(table)
+    _in_one_order(program.graph)
+    return program
+
+
+def _in_one_order(graph: fx.Graph) -> None:
+    """The exporter lays the result of an attention otherwise in memory than the operator does, so that a view of it
+    behind a transposition fails: it is copied, which no file shows, and views become reshapes."""
+    attentions = [node for node in graph.nodes if node.target is aten.scaled_dot_product_attention.default]
+    for node in attentions:
+        with graph.inserting_after(node):
+            copied = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+        copied.meta["val"] = node.meta["val"].contiguous()
+        node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
+    for node in graph.nodes if attentions else ():
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
 
 
 def replace_resizes(graph: fx.GraphModule) -> None:
