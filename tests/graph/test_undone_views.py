@@ -75,6 +75,17 @@ def test_views_that_give_another_shape_stay() -> None:
     torch.testing.assert_close(graph(X), Reshaped()(X))
 
 
+def test_a_shape_that_only_the_example_has_in_common_is_another() -> None:
+    class Turned(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(0, 1).view(2, -1, 6)
+
+    x = torch.randn(6, 2, 6)
+    graph = trace(Turned(), x[:2])  # (2, 2, 6), as it comes out
+    fold_all(graph)
+    torch.testing.assert_close(graph(x), Turned()(x))
+
+
 @pytest.mark.parametrize("folded", [False, True])
 def test_it_is_right_in_int8(folded: bool, tmp_path: Path) -> None:
     model: nn.Module = Tokens().eval()

@@ -208,3 +208,20 @@ def test_a_repair_that_blows_up_is_undone_and_said(
     with collecting() as found:
         step.run(copy.deepcopy(model), task)
     assert found == []
+
+
+def test_outputs_without_floats_are_repaired(model: nn.Module) -> None:
+    class Chosen(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).argmax(1)
+
+    chosen = Chosen(model).eval()
+    changed, plan = PruneChannels(sparsity=0.5).run(
+        copy.deepcopy(chosen), Task(example=IMAGES[:2], calibrate=[IMAGES[:64]], quiet=True)
+    )
+    assert plan["kept"]
+    assert changed(OTHERS).shape == (256,)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.errors import ModelError
 from tersenet.numerics.straight_through import lsq
+from tersenet.quantize.observe import _without
 from tersenet.quantize.quantize import Quantize
 from tersenet.task import Task
 
@@ -52,6 +53,12 @@ def test_a_padding_with_infinity_does_not_count(ranges: str) -> None:
         error = (quantized(X) - model(X)).abs().max()
         assert error < 0.05 * model(X).abs().max()
         assert torch.isfinite(quantized(X)).all()
+
+
+def test_only_what_was_padded_is_passed_over() -> None:
+    seen: list[Tensor] = []
+    _without(-torch.inf, seen.append, torch.tensor([1.0, -torch.inf, torch.inf, torch.nan]))
+    torch.testing.assert_close(seen[0], torch.tensor([1.0, 0.0, torch.inf, torch.nan]), equal_nan=True)
 
 
 def test_infinity_that_is_computed_is_refused() -> None:

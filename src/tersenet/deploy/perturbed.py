@@ -22,7 +22,7 @@ aten = torch.ops.aten
 # Of each value and the root mean square of its tensor: what a sum of a few hundred products in float32 differs by when
 # its order does.
 ROUNDING = 2.0**-21
-_PIECE = 2**17  # numbers
+PIECE = 2**17  # numbers that stay in a processor's cache
 # Results that are whole by definition; noise on them would be cut off by an index or a conversion that follows.
 _WHOLE = {
     each
@@ -50,7 +50,7 @@ class Perturbed(fx.Interpreter):
         super().__init__(graph)
         self.rounding, self.steps = rounding, steps
         self.generator = torch.Generator().manual_seed(seed)
-        self.drawn = torch.empty(2 * _PIECE).uniform_(-1, 1, generator=self.generator)
+        self.drawn = torch.empty(2 * PIECE).uniform_(-1, 1, generator=self.generator)
         self.keep, self.kept = frozenset(keep), dict[str, Tensor]()
 
     def run_node(self, n: fx.Node) -> Any:
@@ -91,9 +91,9 @@ class Perturbed(fx.Interpreter):
         """
         given = value.reshape(-1)
         made = torch.empty_like(given)
-        for start in range(0, len(given), _PIECE):
-            piece, into = given[start : start + _PIECE], made[start : start + _PIECE]
-            at = int(torch.randint(_PIECE, (), generator=self.generator))
+        for start in range(0, len(given), PIECE):
+            piece, into = given[start : start + PIECE], made[start : start + PIECE]
+            at = int(torch.randint(PIECE, (), generator=self.generator))
             size = torch.abs(piece, out=into).mul_(share).add_(more) if share else into.fill_(more)  # of infinity too
             size.mul_(self.drawn[at : at + len(piece)]).add_(piece)
         return made.view(value.shape)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from tersenet.bricks.quantizer import Quantizer
-from tersenet.deploy.perturbed import ROUNDING, Perturbed
+from tersenet.deploy.perturbed import PIECE, ROUNDING, Perturbed
 from tersenet.deploy.reference import Reference, difference, run
 from tersenet.deploy.runner import Array
 from tersenet.deploy.runtimes import open_file
@@ -32,7 +32,6 @@ from tersenet.graph.points import signed_quantizers
 SLACK = 0.05
 # Where float operators between two quantizers enlarge that: never as much as an integer that is off by one shows.
 _MOST_SLACK = 0.4
-_PIECE = 2**17  # numbers
 _OUTPUT_FACTOR, _FLOOR = 16.0, 1e-5
 
 
@@ -213,5 +212,5 @@ class _Forced(Perturbed):
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors of one size flat, in pieces that stay in the processor's cache."""
     flat = [each.reshape(-1) for each in tensors]
-    for start in range(0, len(flat[0]), _PIECE):
-        yield tuple(each[start : start + _PIECE] for each in flat)
+    for start in range(0, len(flat[0]), PIECE):
+        yield tuple(each[start : start + PIECE] for each in flat)

@@ -92,7 +92,9 @@ def _noise_like(x: Tensor) -> Tensor:
 def _outputs_of(model: nn.Module, inputs: Inputs) -> Tensor:
     """All outputs that are floats, flat."""
     found = torch.utils._pytree.tree_leaves(model(*inputs) if isinstance(inputs, tuple) else model(inputs))
-    return torch.cat([x.flatten() for x in found if isinstance(x, Tensor) and x.is_floating_point()])
+    return torch.cat(
+        [torch.zeros(0), *(x.float().cpu().flatten() for x in found if isinstance(x, Tensor) and x.is_floating_point())]
+    )
 
 
 def _blew_up(wanted: Tensor, cut: Tensor, model: nn.Module, inputs: Inputs) -> bool:

@@ -57,7 +57,8 @@ def observe(
     padded = _padded_with_infinity(model)
     try:
         for path, quantizer in quantizers.items():
-            quantizer.observer = partial(_of_finite, observers[path]) if path in padded else observers[path]
+            own = observers[path]
+            quantizer.observer = partial(_without, padded[path], own) if path in padded else own
         with evaluating(model), torch.inference_mode():
             for number, batch in enumerate(task.calibration(samples)):
                 task.check_inputs(inputs_of(batch), number)
@@ -67,21 +68,22 @@ def observe(
             quantizer.observer = None
 
 
-def _of_finite(observer: Callable[[Tensor], None], x: Tensor) -> None:
-    observer(x[x.isfinite()][None])
+def _without(padding: float, observer: Callable[[Tensor], None], x: Tensor) -> None:
+    """What is padded counts as 0, which every range holds; NaN and the other infinity are seen."""
+    observer(x.where(x != padding, 0.0))
 
 
-def _padded_with_infinity(model: nn.Module) -> set[str]:
-    """Paths of the quantizers behind a padding with infinity, as a maximum has it that may not see its edge. On a grid
-    it becomes the lowest value, which no maximum takes either."""
+def _padded_with_infinity(model: nn.Module) -> dict[str, float]:
+    """Path of each quantizer behind a padding with infinity, as a maximum has it that may not see its edge -> what is
+    padded. On a grid it becomes the lowest value, which no maximum takes either."""
     if not isinstance(model, fx.GraphModule):
-        return set()
+        return {}
     return {
-        str(node.target)
+        str(node.target): value
         for node in model.graph.nodes
-        if node.op == "call_module"
-        and isinstance(model.get_submodule(str(node.target)), Quantizer)
-        and any(isinstance(value, float) and math.isinf(value) for value in _padding(node.args[0]))
+        if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), Quantizer)
+        for value in _padding(node.args[0])
+        if isinstance(value, float) and math.isinf(value)
     }
 
 
