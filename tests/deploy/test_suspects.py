@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from tersenet.deploy import checked
 from tersenet.deploy.checked import _narrowed
+from tersenet.errors import ExportError, FileError
 
 
 @pytest.mark.parametrize("guilty", "abcdefgh")
@@ -17,3 +22,21 @@ def test_the_one_that_suffices_is_found_in_three_files(guilty: str) -> None:
 
     assert _narrowed(list("abcdefgh"), is_right) == [guilty]
     assert len(asked) == 3
+
+
+def test_a_workaround_that_does_not_open_hides_no_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The sentence is about what is wrong with the file, and not about what was tried against it."""
+    findings: Any = {"openvino": "far off"}
+
+    def refuses(*_: Any) -> Any:
+        raise FileError("openvino cannot open it")
+
+    def says(finding: Any, what: str) -> None:
+        raise ExportError(f"{what} is {finding}")
+
+    monkeypatch.setattr(checked, "_compared", lambda *_: (findings, "openvino"))
+    monkeypatch.setattr(checked, "_worked_around", refuses)
+    monkeypatch.setattr(checked, "check", says)
+    monkeypatch.setattr(checked, "_where", lambda *_: "")
+    with pytest.raises(ExportError, match="in openvino is far off"):
+        checked.held(tmp_path / "model.onnx", ["openvino"], None, rewrite=lambda _: None)  # type: ignore[arg-type]

@@ -16,6 +16,8 @@ from tersenet.bricks.quantizer import Quantizer
 from tersenet.bricks.shortcut import PadShortcut
 from tersenet.errors import DataError, InputWarning, ModelError, NoEffect, SettingsError
 from tersenet.quantize.quantize import Quantize
+from tersenet.quantize.quantize_aware import QuantizeAware
+from tersenet.step import Step
 from tersenet.task import Task
 
 
@@ -321,13 +323,15 @@ def test_an_activation_module_that_is_called_again_has_a_grid_for_each_call() ->
     assert max(scales) > 20 * min(scales), scales
 
 
-def test_a_layer_that_reads_constants_stays_in_float() -> None:
-    """Relative positions that a layer projects, as in ConViT: no activation is rounded in front of it."""
+@pytest.mark.parametrize("step", [Quantize(), QuantizeAware()], ids=["quantize", "quantize_aware"])
+def test_layers_that_read_constants_stay_in_float(step: Step) -> None:
+    """Relative positions that layers project, one after another: no activation is rounded in front of them."""
 
     class Positions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.project, self.head = nn.Linear(6, 8), nn.Linear(3, 8), nn.Linear(8, 4)
+            self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 4)
+            self.project = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 8))
             self.register_buffer("places", torch.randn(1, 5, 3))
 
         def forward(self, x: Tensor) -> Tensor:
@@ -335,7 +339,10 @@ def test_a_layer_that_reads_constants_stays_in_float() -> None:
 
     torch.manual_seed(0)
     model, x = Positions().eval(), torch.randn(8, 5, 6)
-    quantized, plan = Quantize().run(copy.deepcopy(model), Task(example=x[:2], calibrate=[x], quiet=True))
-    assert plan["float"]["project"] == "reads constants, which are not rounded"
+    quantized, plan = step.run(copy.deepcopy(model), Task(example=x[:2], calibrate=[x], quiet=True))
+    assert {path for path, why in plan["float"].items() if why.startswith("reads constants")} == {
+        "project.0",
+        "project.3",
+    }
     assert set(plan["layers"]) == {"stem", "head"}
     torch.testing.assert_close(quantized(x), model(x), atol=0.05, rtol=0)

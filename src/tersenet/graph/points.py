@@ -237,11 +237,19 @@ def constants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in nodes:
         floats = [source for source in node.all_input_nodes if isinstance(source.meta.get("dtype"), torch.dtype)]
-        fixed = node.op == "call_function" and bool(floats) and all(source in found for source in floats)
+        computed = node.op == "call_function" or (node.op == "call_module" and not _is_quantizer(node))
+        fixed = computed and bool(floats) and all(source in found for source in floats)
         made = isinstance(node.target, torch._ops.OpOverload) and not floats and "dtype" in node.meta  # such as arange
         if node.op == "get_attr" or fixed or made:
             found.add(node)
     return found
+
+
+def layers_on_constants(graph: fx.GraphModule, layers: Collection[str], points: Points) -> set[str]:
+    """Paths of those layers that read no activation, such as the layers of an MLP of relative positions."""
+    rounded = {name for group in points.groups.values() for name in group}
+    calls = [node for node in graph.graph.nodes if node.op == "call_module" and node.target in layers]
+    return {str(node.target) for node in calls if node.args[0].name not in rounded}
 
 
 def clip_bounds(graph: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
@@ -312,6 +320,11 @@ def is_global_pool(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.target is not aten.mean.dim or not isinstance(node.args[1], list | tuple):
         return False
     return sorted(int(dim) % 4 for dim in node.args[1]) == [2, 3]  # type: ignore[arg-type]
+
+
+def _is_quantizer(node: fx.Node) -> bool:
+    owner = node.graph.owning_module
+    return owner is not None and isinstance(owner.get_submodule(str(node.target)), Quantizer)
 
 
 def _starts_at_zero(bounds: tuple[float, float] | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from tersenet.bricks.shortcut import PadShortcut
 from tersenet.errors import SettingsError
 from tersenet.graph.fold import fold_all
 from tersenet.graph.outside_reads import keep_reads
-from tersenet.graph.points import Points, activation_points, insert_after
+from tersenet.graph.points import activation_points, insert_after, layers_on_constants
 from tersenet.graph.trace import said_input, trace, trace_with
 from tersenet.graph.twins import merge_twins
 from tersenet.quantize.equalise import find_pairs, unclip
@@ -61,9 +60,11 @@ def plan_activations(model: nn.Module, example: Tensor, step: Quantize) -> Plan:
         clips = [name for pair in pairs if {pair.first, pair.second} <= set(layers) for name in pair.clips]
         unclip(graph, clips)
     points = activation_points(graph, layers, copies=shortcuts)
-    if fixed := _on_constants(graph, layers, points):
+    if fixed := layers_on_constants(graph, layers, points):
         layers = {path: scheme for path, scheme in layers.items() if path not in fixed}
         floats.update(dict.fromkeys(fixed, "reads constants, which are not rounded"))
+        if not set(layers) - set(shortcuts):
+            return {}
         points = activation_points(graph, layers, copies=shortcuts)
     floats.update(
         {
@@ -141,13 +142,6 @@ def _prepare(graph: fx.GraphModule, shortcuts: dict[str, list[int]]) -> None:
     merge_twins(graph)
     for path, arguments in shortcuts.items():
         graph.add_submodule(path, identity_convolution(*arguments))
-
-
-def _on_constants(graph: fx.GraphModule, layers: Collection[str], points: Points) -> set[str]:
-    """Layers that read no activation, such as one of relative positions."""
-    rounded = {name for group in points.groups.values() for name in group}
-    calls = [node for node in graph.graph.nodes if node.op == "call_module" and node.target in layers]
-    return {str(node.target) for node in calls if node.args[0].name not in rounded}
 
 
 def _why_float(path: str, module: Any, step: Step) -> str | None:

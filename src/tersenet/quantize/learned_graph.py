@@ -25,7 +25,7 @@ from tersenet.bricks.shortcut import PadShortcut
 from tersenet.errors import SettingsError
 from tersenet.graph.fold import fold_all, foldable
 from tersenet.graph.outside_reads import keep_reads
-from tersenet.graph.points import activation_points, insert_after
+from tersenet.graph.points import activation_points, insert_after, layers_on_constants
 from tersenet.graph.trace import Example, said_input, trace, trace_with
 from tersenet.quantize.quantize_aware import METHODS, QuantizeAware, few_bit_twin
 from tersenet.step import Plan
@@ -62,6 +62,12 @@ def plan_graph(model: nn.Module, example: Example, step: QuantizeAware) -> Plan:
     if not layers:
         return {}
     points = activation_points(graph, {*layers, *shortcuts}, copies=shortcuts)
+    if fixed := layers_on_constants(graph, layers, points):
+        layers = {path: scheme for path, scheme in layers.items() if path not in fixed}
+        floats.update(dict.fromkeys(fixed, "reads constants, which are not rounded"))
+        if not layers:
+            return {}
+        points = activation_points(graph, {*layers, *shortcuts}, copies=shortcuts)
     for name, kind in points.floats.items():
         floats.setdefault(name, f"{kind} has no int8 operator in every runtime")
     grids, inputs = _grids(graph, points.groups, layers)
