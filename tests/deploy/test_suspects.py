@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from tersenet.bricks.quantized import Int8Conv2d
 from tersenet.deploy import checked
 from tersenet.deploy.checked import _narrowed
 from tersenet.errors import ExportError, FileError
+from tersenet.graph.trace import trace
 
 
 @pytest.mark.parametrize("guilty", "abcdefgh")
@@ -40,3 +44,21 @@ def test_a_workaround_that_does_not_open_hides_no_finding(monkeypatch: pytest.Mo
     monkeypatch.setattr(checked, "_where", lambda *_: "")
     with pytest.raises(ExportError, match="in openvino is far off"):
         checked.held(tmp_path / "model.onnx", ["openvino"], None, rewrite=lambda _: None)  # type: ignore[arg-type]
+
+
+def test_layers_of_the_shapes_that_were_wrong_twice_are_left_in_float_together() -> None:
+    """One after another there would be as many files as there are blocks."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (Int8Conv2d(4, 4, 3, padding=1, groups=2) for _ in range(3))
+            self.other, self.wide = Int8Conv2d(4, 4, 1), Int8Conv2d(4, 4, 3, padding=1, groups=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.wide(self.other(self.c(self.b(self.a(x)))).repeat(1, 1, 2, 2))
+
+    graph = trace(Net().eval(), torch.randn(2, 4, 8, 8))
+    assert checked._alike(graph, ["a"], []) == ["a"]
+    assert checked._alike(graph, ["other"], ["a"]) == ["other"]
+    assert checked._alike(graph, ["b"], ["a"]) == ["b", "c"], "and not the one of larger images"

@@ -96,7 +96,7 @@ def _worked_around(
         culprits = _culprits(found[wrong], reference)
         if not culprits or set(culprits) <= set(floats):
             break
-        floats += culprits
+        floats += _alike(reference.graph, culprits, floats)
         blamed.add(wrong)
         found, then = again(floats)
         if then is None:
@@ -111,6 +111,23 @@ def _worked_around(
             tried, then = again([*floats, *fewest])
         return _named(tried, [*floats, *fewest], {*blamed, wrong}, reference.graph), then
     return found, wrong
+
+
+def _alike(graph: fx.GraphModule, culprits: Sequence[str], before: Sequence[str]) -> list[str]:
+    """The culprits, and where one has the shapes of a layer that was wrong before it, all layers of these shapes: then
+    it is the runtime's kernel for them that is wrong."""
+    nodes = {node.name: node for node in graph.graph.nodes}
+    again = {_shapes(graph, nodes[name]) for name in culprits} & {_shapes(graph, nodes[name]) for name in before}
+    more = [name for name, node in nodes.items() if _shapes(graph, node) in again - {None}]
+    return list(dict.fromkeys([*culprits, *(name for name in more if name not in before)]))
+
+
+def _shapes(graph: fx.GraphModule, node: fx.Node) -> str | None:
+    """What a runtime chooses a kernel of an int8 layer by; None of anything else."""
+    layer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if not isinstance(layer, Int8Layer):
+        return None
+    return f"{layer} {node.meta.get('shape')}"
 
 
 def _narrowed(suspects: list[str], is_right: Callable[[list[str]], bool]) -> list[str]:
