@@ -37,7 +37,7 @@ from masked_twin import Zeroed, difference, half, leaves
 from torch import Tensor, fx, nn
 
 from tersenet.deploy.machine import machine
-from tersenet.graph import trace as capture
+from tersenet.graph import capture
 from tersenet.graph.coupling import Coupling, coupling
 from tersenet.graph.recut import recut
 from tersenet.graph.surgery import axes
@@ -131,7 +131,7 @@ def one(name: str) -> dict[str, Any]:
     """What happens to one network; "error" says what stopped it."""
     model, example = build(name)
     spent: list[float] = []
-    own = capture.export
+    own = capture._attempt
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         started = time.process_time()
@@ -139,7 +139,7 @@ def one(name: str) -> dict[str, Any]:
         spent.append(time.process_time() - started)
         return program
 
-    capture.export = timed
+    capture._attempt = timed  # type: ignore[assignment]
     row: dict[str, Any] = {"input": list(example.shape[1:]), "parameters": count(model)}
     started = time.process_time()
     known = coupling(model, example)
