@@ -65,6 +65,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 # These import anything, and nothing imports them but each other (and `tersenet` itself, by name).
 TOP = {
+    "inputs_said",
+    "preparations",
     "recipe",
     "run",
     "job",

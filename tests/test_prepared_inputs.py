@@ -17,7 +17,8 @@ from tersenet.errors import DataError, InputWarning, ModelError, SettingsError
 from tersenet.files import measure_files
 from tersenet.job import _near_chance
 from tersenet.models.sources import open_model
-from tersenet.sources import example_of, open_task, prepared
+from tersenet.preparations import Preparing
+from tersenet.sources import example_of, open_task
 from tersenet.task import Preparation, Task
 
 GREY = Preparation((8, 8), (0.3,), (0.4,))
@@ -49,7 +50,7 @@ def classifier(outputs: int, channels: int = 3) -> nn.Sequential:
 )
 def test_means_and_deviations_that_cannot_be_meant(mean, std, words: str) -> None:
     with pytest.raises(SettingsError, match=words):
-        prepared(GREY, mean, std)
+        Preparing(mean, std).applied(GREY)
 
 
 def test_labels_without_an_output_are_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tersenet.bricks.opened import copied, need_float32, unwrapped
 from tersenet.errors import DataError, RecipeError
 from tersenet.findings import collecting
 from tersenet.graph.taken_apart import opened
+from tersenet.inputs_said import say_inputs
 from tersenet.left_alone import lines, listening
 from tersenet.named import foresee_names, remembering
 from tersenet.prove import prove, say_not_written
@@ -97,6 +98,7 @@ def compress(
 
 
 def _say_foreseen(original: nn.Module, task: Task, say: Callable[..., None]) -> None:
+    say_inputs(task)
     for sentence in (*foresee_files(original, task), *filter(None, [what_is_scored(original, task)])):
         say(sentence, markup=False)
 
