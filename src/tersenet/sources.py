@@ -180,8 +180,8 @@ def open_task(
 
     def reopen(other: Preparation) -> Task:
         return open_task(
-            model, dataclasses.replace(other, assumed=()), data, validate=validate, batch_size=batch_size, seed=seed, columns=columns,
-            on_bad_image=on_bad_image, quiet=quiet,
+            model, dataclasses.replace(other, assumed=()), data, validate=validate, batch_size=batch_size, seed=seed,
+            columns=columns, on_bad_image=on_bad_image, quiet=quiet,
         )  # fmt: skip
 
     first = found.calibrate if found.calibrate is not None else found.train
