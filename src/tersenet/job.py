@@ -122,8 +122,8 @@ def _near_chance(score: Score | None, task: Task) -> str | None:
         return None
     return (
         f"WARNING: THE ORIGINAL SCORES NO BETTER THAN GUESSING: {100 * score.value:.1f} %, and guessing among "
-        f"{classes} classes scores {100 / classes:.1f} %; check its weights, how its inputs are prepared (--mean, --std, "
-        "--image-size) and the order of its classes before anything is made of these figures"
+        f"{classes} classes scores {100 / classes:.1f} %; check its weights, how its inputs are prepared (--mean, "
+        "--std, --image-size) and the order of its classes before anything is made of these figures"
     )
 
 
