@@ -47,8 +47,9 @@ class Train(Step):
         schedule: cosine to zero (arXiv:1608.03983, without restarts), or constant.
         warmup: the share of all batches over which the rate rises linearly, 0 to below 1.
         companions: extra losses and schedules; `with` in a recipe.
-        augment: how training images are changed: auto (as the data says: crop_flip, of one channel crop), none, crop or
-            crop_flip, with the pixels that images are moved by at most where wanted (crop:1).
+        augment: how training images are changed: auto (as the data says: crop_flip, of one channel crop; less where
+            that costs the original more than five points, invariances.py), none, crop or crop_flip, with the pixels
+            that images are moved by at most where wanted (crop:1).
         label_weight: share of the task's own loss; 0 = labels are not used, and batches need none.
         clip: largest L2 norm of the whole gradient; None = no limit.
         precision: 32-true, or mixed with bf16 or fp16; the weights stay as they are. auto takes bf16-mixed on a GPU
