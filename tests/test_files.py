@@ -20,6 +20,7 @@ from tersenet.errors import DataError, ExportError, FileError, InputWarning, Set
 from tersenet.gate import gate
 from tersenet.models.weights import load_weights
 from tersenet.predict import predict_images
+from tersenet.preparations import preparation_of
 from tersenet.sources import open_model
 
 pytestmark = pytest.mark.minutes
@@ -70,7 +71,7 @@ def test_export_writes_what_was_named_and_no_more(run: Path, tmp_path: Path) -> 
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == ["model.bin", "model.xml"]
     # What it says about its inputs survives, so that it can be scored by itself.
     (path,) = found
-    assert files.preparation_of(open_file(path)).labels == tuple("0123456789")
+    assert preparation_of(open_file(path)).labels == tuple("0123456789")
     with pytest.raises(SettingsError, match="--to is npu, tpu; allowed: onnx, openvino, tensorrt, torch, litert, "):
         files.export_to(run, ["tpu", "onnx", "npu"], tmp_path)
 
@@ -86,7 +87,7 @@ def test_an_int8_run_is_exported_with_a_fixed_batch_of_one(
     assert entry["left_in_float"] == []
     runner = open_file(path)
     assert runner.input_shape == (1, 1, 8, 8)
-    assert files.preparation_of(runner).labels == tuple("0123456789")
+    assert preparation_of(runner).labels == tuple("0123456789")
 
 
 def test_a_file_for_tensorrt_is_held_to_its_rules_and_its_own_simulation(run: Path, tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_pack_a_run_and_a_model(run: Path, digits_run: DigitsRun, tmp_path: Path
 
 def test_an_unpacked_program_says_how_its_inputs_are_prepared(run: Path, tmp_path: Path) -> None:
     unpack(run / "model.terse", tmp_path / "u.pt2")
-    assert files.preparation_of(open_file(tmp_path / "u.pt2")) == files.preparation_of(open_file(run / "model.onnx"))
+    assert preparation_of(open_file(tmp_path / "u.pt2")) == preparation_of(open_file(run / "model.onnx"))
 
 
 def test_scores_are_those_of_the_report(run: Path, digits_run: DigitsRun) -> None:

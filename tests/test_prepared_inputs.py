@@ -17,8 +17,9 @@ from tersenet.errors import DataError, InputWarning, ModelError, SettingsError
 from tersenet.files import measure_files
 from tersenet.job import _near_chance
 from tersenet.models.sources import open_model
-from tersenet.sources import example_of, open_task, prepared
-from tersenet.task import Preparation, Task
+from tersenet.preparations import Preparing
+from tersenet.sources import example_of, open_task
+from tersenet.task import Preparation, Score, Task
 
 GREY = Preparation((8, 8), (0.3,), (0.4,))
 RGB = Preparation((8, 8), (0.3,) * 3, (0.4,) * 3)
@@ -49,7 +50,7 @@ def classifier(outputs: int, channels: int = 3) -> nn.Sequential:
 )
 def test_means_and_deviations_that_cannot_be_meant(mean, std, words: str) -> None:
     with pytest.raises(SettingsError, match=words):
-        prepared(GREY, mean, std)
+        Preparing(mean, std).applied(GREY)
 
 
 def test_labels_without_an_output_are_refused(tmp_path: Path) -> None:
@@ -120,9 +121,10 @@ def test_a_preparation_that_is_assumed_is_said(own: str) -> None:
     line = ("plan", f"{own}:grey", "--data", "digits", "--recipe", "fold.yaml", "-q", "--json")
     Path("fold.yaml").write_text("steps: [fold_batch_norm]")
     said = tersenet(*line).err
-    assert "does not say how its inputs are prepared: 1x32x32 with mean 0.5 and std 0.5 is assumed" in said
-    said = tersenet(*line, "--mean", "0.3", "--std", "0.4").err
-    assert "does not say" not in said
+    assert "nothing says how the model's inputs are prepared, and none of 12 common preparations does better" in said
+    assert "1x32x32 with mean 0.5 and std 0.5 is assumed; give --mean, --std and --image-size" in said
+    said = tersenet(*line, "--mean", "0.3", "--std", "0.4", "--image-size", "8").err
+    assert "nothing says" not in said
 
 
 def test_a_file_is_scored_by_the_names_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,11 +164,12 @@ def test_labels_of_a_reference_model_do_not_win(tmp_path: Path) -> None:
 def test_an_original_at_chance_level_is_said(low: float, classes: int, said: bool) -> None:
     labels = tuple(map(str, range(classes)))
     task = Task(example=torch.zeros(2, 1, 8, 8), preparation=Preparation((8, 8), (0.5,), (0.5,), labels))
-    sentence = _near_chance({"rows": [{"score": low + 0.02, "score_interval": [low, low + 0.05]}]}, task)
+    sentence = _near_chance(Score(low + 0.02, low, low + 0.05, 1000), task)
     assert (sentence is not None) == said
-    assert _near_chance({"rows": [{"score": None, "score_interval": None}]}, task) is None
+    assert _near_chance(None, task) is None
     if sentence is not None:
-        assert f"guessing among {classes} classes would score {100 / classes:.1f} %" in sentence
+        assert "THE ORIGINAL SCORES NO BETTER THAN GUESSING" in sentence
+        assert f"guessing among {classes} classes scores {100 / classes:.1f} %" in sentence
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

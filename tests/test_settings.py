@@ -177,6 +177,7 @@ ROWS: dict[str, dict[str, Row | tuple[Row, ...] | str]] = {
         "warmup": Row((0.5,)),
         "companions": "see their own rows",
         "augment": "changes images of our readers, see tests/train",
+        "keep": "what is kept where a training ended below its start, see tests/train/test_better.py",
         "label_weight": Row((0.5,)),
         "clip": Row((0.01,)),
         "precision": Row(("bf16-mixed",), {}, {"auto": "float32 where bf16 is no faster, as is said here"}),

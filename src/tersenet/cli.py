@@ -18,10 +18,12 @@ from tersenet.options import (
     Batch,
     Bytes,
     Columns,
+    Crop,
     Data,
     Device,
     Epochs,
     ImageSize,
+    Interpolation,
     Json,
     Latency,
     Macs,
@@ -44,15 +46,15 @@ from tersenet.options import (
     Validate,
     Weights,
     names_in,
-    numbers_in,
     pair_of,
-    size_of,
+    preparing_of,
 )
 from tersenet.outcome import WRONG_USE, failed, file_line, finish, say, show, wrong_use
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from tersenet.preparations import Preparing
     from tersenet.task import Task
 
 app = typer.Typer(
@@ -135,7 +137,11 @@ def profile(
     ] = None,
     threads: Threads = 1,
     batch: Batch = 1,
+    mean: Mean = None,
+    std: Std = None,
     image_size: ImageSize = None,
+    interpolation: Interpolation = None,
+    crop: Crop = None,
     columns: Columns = None,
     on_bad_image: OnBadImage = "stop",
     json_: Json = False,
@@ -149,14 +155,15 @@ def profile(
     from tersenet.sources import example_for
 
     runtimes = (None,) if runtime is None else names_in(runtime)
+    preparing = preparing_of(mean, std, image_size, interpolation, crop)
     if model.endswith(".onnx"):
         if weights is not None or data is not None:
             raise SettingsError(f"{model} holds its own weights and is timed on noise; leave --weights and --data out")
-        found = [profile_file(model, runtime=name, threads=threads, batch=batch) for name in runtimes]
+        found = [
+            profile_file(model, runtime=name, threads=threads, batch=batch, size=preparing.size) for name in runtimes
+        ]
     else:
-        network, task = _open(
-            model, weights, data, image_size=image_size, columns=columns, on_bad_image=on_bad_image, quiet=True
-        )
+        network, task = _open(model, weights, data, preparing, columns, on_bad_image, quiet=True)
         example = task.example if data else example_for(network, task.preparation)
         found = [profile_model(network, example, runtime=name, threads=threads, batch=batch) for name in runtimes]
     roof = roofline(threads, say=say)
@@ -193,6 +200,8 @@ def compress(
     mean: Mean = None,
     std: Std = None,
     image_size: ImageSize = None,
+    interpolation: Interpolation = None,
+    crop: Crop = None,
     columns: Columns = None,
     on_bad_image: OnBadImage = "stop",
     json_: Json = False,
@@ -213,7 +222,10 @@ def compress(
     )  # fmt: skip
     if resume and not (out / "run.json").exists():
         raise SettingsError(f"--resume found no run in {out}; leave it out to start one")
-    network, task = _open(model, weights, data, validate, seed, mean, std, image_size, columns, on_bad_image, quiet)
+    network, task = _open(
+        model, weights, data, preparing_of(mean, std, image_size, interpolation, crop), columns, on_bad_image,
+        validate, seed, quiet,
+    )  # fmt: skip
     if not quiet and sources.is_untrained(model, weights):
         print(f"warning: {model} starts from random numbers; --weights gives it trained ones", file=sys.stderr)
     run = job.compress(
@@ -249,6 +261,8 @@ def plan(
     mean: Mean = None,
     std: Std = None,
     image_size: ImageSize = None,
+    interpolation: Interpolation = None,
+    crop: Crop = None,
     columns: Columns = None,
     on_bad_image: OnBadImage = "stop",
     json_: Json = False,
@@ -267,7 +281,10 @@ def plan(
         recipe, target, epochs=epochs, data=data, runtime=runtimes[0], threads=threads, batch=batch, table=table,
         device=device, max_hours=max_hours, resolutions=names_in(resolutions or ""),
     )  # fmt: skip
-    network, task = _open(model, weights, data, validate, seed, mean, std, image_size, columns, on_bad_image, quiet)
+    network, task = _open(
+        model, weights, data, preparing_of(mean, std, image_size, interpolation, crop), columns, on_bad_image,
+        validate, seed, quiet,
+    )  # fmt: skip
     found = dry_run(network, task, steps, runtimes=runtimes, threads=threads, batch=batch, target=target)
     show(found, json_, lambda: dry_run_table(found))
     if not found["met"]:
@@ -295,6 +312,11 @@ def measure(
     openings: Annotated[
         int, typer.Option(min=1, help="share the turns out over so many openings of the files, in new processes")
     ] = 1,
+    mean: Mean = None,
+    std: Std = None,
+    image_size: ImageSize = None,
+    interpolation: Interpolation = None,
+    crop: Crop = None,
     columns: Columns = None,
     on_bad_image: OnBadImage = "stop",
     json_: Json = False,
@@ -306,7 +328,8 @@ def measure(
 
     found = measure_files(
         files, None if runtime is None else names_in(runtime), data, threads=threads, batch=batch, turns=turns,
-        cold=cold, openings=openings, columns=pair_of(columns), on_bad_image=on_bad_image, quiet=quiet,
+        cold=cold, openings=openings, columns=pair_of(columns), on_bad_image=on_bad_image,
+        preparing=preparing_of(mean, std, image_size, interpolation, crop), quiet=quiet,
     )  # fmt: skip
     show(found, json_, lambda: measure_table(found))
 
@@ -341,6 +364,8 @@ def pack(
     mean: Mean = None,
     std: Std = None,
     image_size: ImageSize = None,
+    interpolation: Interpolation = None,
+    crop: Crop = None,
     columns: Columns = None,
     on_bad_image: OnBadImage = "stop",
     json_: Json = False,
@@ -369,7 +394,10 @@ def pack(
         from tersenet.run import Run
 
         source = str(Run(source).file("model.terse"))
-    network, task = _open(source, weights, data, validate, seed, mean, std, image_size, columns, on_bad_image, quiet)
+    network, task = _open(
+        source, weights, data, preparing_of(mean, std, image_size, interpolation, crop), columns, on_bad_image,
+        validate, seed, quiet,
+    )  # fmt: skip
     found = pack_within(network, task, output, max_drop=max_drop, bytes=bytes_)
     show(found, json_, lambda: said(found))
     if not found["met"]:
@@ -395,12 +423,17 @@ def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", show_default=False)],
     runtime: Annotated[str | None, typer.Option(help="default: the one that the file is for")] = None,
     top: Annotated[int, typer.Option(min=1, help="how many labels to show")] = 3,
+    mean: Mean = None,
+    std: Std = None,
+    image_size: ImageSize = None,
+    interpolation: Interpolation = None,
+    crop: Crop = None,
     json_: Json = False,
 ) -> None:
     """Labels of images, from a file in its runtime."""
     from tersenet.predict import predict_images
 
-    found = predict_images(file, images, runtime, top)
+    found = predict_images(file, images, runtime, top, preparing_of(mean, std, image_size, interpolation, crop))
     show(
         found,
         json_,
@@ -457,6 +490,8 @@ def table(
     runtime: Annotated[str, typer.Option(help="onnxruntime or openvino")] = "onnxruntime",
     threads: Threads = 1,
     batch: Batch = 1,
+    mean: Mean = None,
+    std: Std = None,
     image_size: ImageSize = None,
     json_: Json = False,
     quiet: Quiet = False,
@@ -465,7 +500,7 @@ def table(
     machine aims at the latency of a small one."""
     from tersenet.tables import fill_table, table_lines
 
-    network, task = _open(model, weights, data, image_size=image_size, quiet=quiet)
+    network, task = _open(model, weights, data, preparing_of(mean, std, image_size), quiet=quiet)
     found = fill_table(network, task, out, runtime, threads, batch)
     show(found, json_, lambda: table_lines(found))
 
@@ -501,13 +536,11 @@ def _open(
     model: str,
     weights: Path | None,
     data: str | None,
-    validate: str | None = None,
-    seed: int = 0,
-    mean: str | None = None,
-    std: str | None = None,
-    image_size: str | None = None,
+    preparing: Preparing,
     columns: str | None = None,
     on_bad_image: str = "stop",
+    validate: str | None = None,
+    seed: int = 0,
     quiet: bool = False,
 ) -> tuple[nn.Module, Task]:
     """The model and its task, from what was typed."""
@@ -515,14 +548,7 @@ def _open(
     from tersenet.task import Task
 
     network, preparation = sources.open_model(model, weights, seed)
-    preparation = sources.prepared(
-        preparation, numbers_in("--mean", mean), numbers_in("--std", std), size_of(image_size)
-    )
-    assumed = (
-        sources.guessed(model, network, preparation) if data is not None and (mean is None or std is None) else None
-    )
-    if assumed is not None:
-        warnings.warn(assumed, InputWarning, stacklevel=2)
+    preparation = preparing.applied(preparation)
     if data is None:
         return network, Task(
             example=sources.example_of(preparation), original=network, preparation=preparation, quiet=quiet

@@ -19,6 +19,7 @@ from tersenet.deploy.timings import Measurement
 from tersenet.findings import collecting
 from tersenet.graph.costs import totals
 from tersenet.graph.taken_apart import opened
+from tersenet.inputs_said import say_inputs
 from tersenet.left_alone import listening
 from tersenet.named import foresee_names, remembering
 from tersenet.recipe import Recipe
@@ -68,6 +69,7 @@ def dry_run(
     foresee_names(recipe.steps, model)
     need_float32(unwrapped(model), task.example)
     model = opened(copied(unwrapped(model)).eval(), task.example)
+    say_inputs(task)
     foreseen = foresee_files(model, task)
     # Nothing here is to be scored, so the test set is not even there.
     task = dataclasses.replace(task, original=copy.deepcopy(model).eval(), test=None)

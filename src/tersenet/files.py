@@ -30,6 +30,7 @@ from tersenet.deploy.tensorrt import broken_rules, export_tensorrt, symmetric
 from tersenet.deploy.verify import score_file
 from tersenet.errors import InputWarning, SettingsError, require
 from tersenet.graph.costs import totals
+from tersenet.preparations import AS_SAID, Preparing, preparation_of
 from tersenet.report.words import (
     bytes_text,
     left_text,
@@ -58,14 +59,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def preparation_of(runner: Runner) -> Preparation:
-    """How a file's inputs are prepared, as the file itself says; raises SettingsError where it does not."""
-    found = Preparation.of_metadata(runner.metadata)
-    if found is None:
-        raise SettingsError(f"{runner.name} does not say how its inputs are prepared; it was not written by tersenet")
-    return found
-
-
 def measure_files(
     files: Sequence[Path],
     runtimes: Sequence[str] | None = None,
@@ -78,6 +71,7 @@ def measure_files(
     openings: int = 1,
     columns: tuple[str, str] | None = None,
     on_bad_image: str = "stop",
+    preparing: Preparing = AS_SAID,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Times files against each other, each in every named runtime that reads it; with data, scores them there too.
@@ -85,6 +79,7 @@ def measure_files(
     Args:
         files: named once each.
         runtimes: None takes for each file the first that reads it.
+        preparing: how images become inputs, in place of what the files say.
     Returns:
         {"machine", "files": {PATH: {"latency_ms": {runtime: ...}, "score", ...}}, "ratios": [...]}.
     Raises:
@@ -93,10 +88,13 @@ def measure_files(
     """
     _say_unchecked(files, runtimes)
     # Scores come first: data that does not fit a file is heard of before minutes of timing.
-    scored = [] if data is None else list(_scored(files, runtimes, data, threads, columns, on_bad_image, quiet))
+    scored = (
+        [] if data is None else list(_scored(files, runtimes, data, threads, columns, on_bad_image, preparing, quiet))
+    )
     found = measure_in_runtimes(
-        files, runtimes, batch=batch, threads=threads, turns=turns, cold=cold, openings=openings, progress=not quiet
-    ).to_json()
+        files, runtimes, size=preparing.size, batch=batch, threads=threads, turns=turns, cold=cold, openings=openings,
+        progress=not quiet,
+    ).to_json()  # fmt: skip
     for path, runtime, output, score in scored:
         entry = found["files"][path]
         if output is not None:
@@ -134,6 +132,7 @@ def _scored(
     threads: int,
     columns: tuple[str, str] | None,
     on_bad_image: str,
+    preparing: Preparing,
     quiet: bool,
 ) -> Iterator[tuple[str, str, str | None, Score]]:
     """(file, runtime, the output that is scored where there are several, score); all are checked before the first."""
@@ -141,7 +140,7 @@ def _scored(
     for path in files:
         for runtime in serving(path, runtimes):
             runner = open_file(path, runtime, threads)
-            preparation = preparation_of(runner)
+            preparation = preparation_of(runner, preparing, data, columns)
             sources = open_data(data, preparation, columns=columns, on_bad_image=on_bad_image, quiet=quiet)
             check_same_classes(sources, preparation.labels, str(path), data)
             if sources.test is None:

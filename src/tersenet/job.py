@@ -19,6 +19,7 @@ from tersenet.bricks.opened import copied, need_float32, unwrapped
 from tersenet.errors import DataError, RecipeError
 from tersenet.findings import collecting
 from tersenet.graph.taken_apart import opened
+from tersenet.inputs_said import say_inputs
 from tersenet.left_alone import lines, listening
 from tersenet.named import foresee_names, remembering
 from tersenet.prove import prove, say_not_written
@@ -28,7 +29,7 @@ from tersenet.scored_on import data_digest, scored_on
 from tersenet.ship import Shipped, check_runtimes, foresee_files, ship
 from tersenet.step import Chain, Step
 from tersenet.targets import NO_TARGET, Target, aim_of, keep_search, recipe_of, searched
-from tersenet.task import Task, inputs_of, score_model, what_is_scored
+from tersenet.task import Score, Task, inputs_of, score_model, what_is_scored
 
 
 def compress(
@@ -90,13 +91,16 @@ def compress(
         say(f"{out} is finished already")
         return Run(out)
     shipped = {"original": _shipped(original, task, journal.folder / "files", runtimes, say)}
+    if (near := _near_chance(next(iter(shipped["original"].scores.values()), None), task)) is not None:
+        say(near, markup=False)
     _run_steps(journal, original, task, say, settings["scored_on"])
     settings["seconds"] = round(time.monotonic() - started, 1)
-    prove(journal, original, task, settings, target, command, say, shipped)
-    return _finished(Path(out), task, say)
+    prove(journal, original, task, settings, target, command, say, shipped, [near] if near is not None else [])
+    return Run(Path(out))
 
 
 def _say_foreseen(original: nn.Module, task: Task, say: Callable[..., None]) -> None:
+    say_inputs(task)
     for sentence in (*foresee_files(original, task), *filter(None, [what_is_scored(original, task)])):
         say(sentence, markup=False)
 
@@ -111,24 +115,15 @@ def _shipped(
     return found
 
 
-def _finished(folder: Path, task: Task, say: Callable[..., None]) -> Run:
-    """The run, and what is to be said of its figures."""
-    run = Run(folder)
-    if (near := _near_chance(run.report, task)) is not None:
-        say(f"warning: {near}")
-    return run
-
-
-def _near_chance(report: dict[str, Any], task: Task) -> str | None:
+def _near_chance(score: Score | None, task: Task) -> str | None:
     """That the original does not tell the classes apart, where its interval holds what guessing would score."""
-    first, classes = report["rows"][0], len(task.preparation.labels)
-    interval = first.get("score_interval")
-    if task.metric is not None or classes < 2 or interval is None or interval[0] > 1 / classes:
+    classes = len(task.preparation.labels)
+    if task.metric is not None or classes < 2 or score is None or score.low > 1 / classes:
         return None
     return (
-        f"the original scores {100 * first['score']:.1f} %, and guessing among {classes} classes would score "
-        f"{100 / classes:.1f} %; check its weights, how its inputs are prepared (--mean, --std, --image-size) and the "
-        "order of its classes before anything is made of these figures"
+        f"WARNING: THE ORIGINAL SCORES NO BETTER THAN GUESSING: {100 * score.value:.1f} %, and guessing among "
+        f"{classes} classes scores {100 / classes:.1f} %; check its weights, how its inputs are prepared (--mean, "
+        "--std, --image-size) and the order of its classes before anything is made of these figures"
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tersenet.errors import SettingsError
+
+if TYPE_CHECKING:
+    from tersenet.preparations import Preparing
 
 Model = Annotated[
     str,
@@ -60,6 +63,14 @@ Std = Annotated[str | None, typer.Option(help="per channel (default: the model's
 Resolutions = Annotated[
     str | None, typer.Option(help="sizes of inputs that a target may take instead of the model's, such as 192,160")
 ]
+Interpolation = Annotated[
+    str | None,
+    typer.Option(help="how images are resized: nearest, bilinear, bicubic or lanczos (default: the model's)"),
+]
+Crop = Annotated[
+    float | None,
+    typer.Option(help="share of the resized image that is cut out as the input, such as 0.875 (default: the model's)"),
+]
 ImageSize = Annotated[str | None, typer.Option(help="such as 224 or 180x240 (default: the model's)")]
 Columns = Annotated[str | None, typer.Option(help="image and label column, such as img,label (default: found)")]
 OnBadImage = Annotated[str, typer.Option(help="skip or stop at an image that cannot be read")]
@@ -85,6 +96,19 @@ def numbers_in(option: str, text: str | None) -> tuple[float, ...] | None:
         return None if text is None else tuple(float(part) for part in text.split(","))
     except ValueError:
         raise SettingsError(f"{option} is {text!r}; give numbers with commas, one per channel") from None
+
+
+def preparing_of(
+    mean: str | None = None,
+    std: str | None = None,
+    size: str | None = None,
+    interpolation: str | None = None,
+    crop: float | None = None,
+) -> Preparing:
+    """What was typed about how images become inputs."""
+    from tersenet.preparations import Preparing
+
+    return Preparing(numbers_in("--mean", mean), numbers_in("--std", std), size_of(size), interpolation, crop)
 
 
 def size_of(text: str | None) -> tuple[int, int] | None:

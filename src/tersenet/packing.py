@@ -21,6 +21,7 @@ from tersenet.deploy.reference import Reference
 from tersenet.errors import DataError, NoEffect, SettingsError
 from tersenet.graph.costs import totals
 from tersenet.graph.taken_apart import opened
+from tersenet.inputs_said import say_inputs
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.ship import inputs
 from tersenet.size.judge import Judge
@@ -60,6 +61,8 @@ def pack_within(
     check_budget(output, given, max_drop, bytes)
     started = time.monotonic()
     original = opened(copied(unwrapped(model)).eval(), task.example)
+    if given:
+        say_inputs(task)
     folded = _folded(original, task)
     whole = 4 * totals(original, task.example).params
     if bytes is None:

@@ -14,23 +14,26 @@ from tersenet.data.pixels import frames_of, pixels
 from tersenet.deploy.runtimes import open_file
 from tersenet.deploy.stand_in import StandIn
 from tersenet.errors import DataError, InputWarning, ModelError, require
-from tersenet.files import preparation_of
+from tersenet.preparations import AS_SAID, Preparing, preparation_of
 from tersenet.task import scored_output
 
 
 def predict_images(
-    file: Path, images: Sequence[Path], runtime: str | None = None, top: int = 3
+    file: Path, images: Sequence[Path], runtime: str | None = None, top: int = 3, preparing: Preparing = AS_SAID
 ) -> dict[str, list[dict[str, Any]]]:
     """The most likely labels per image: {image: [{"label", "index", "probability"}, ...]}.
 
     The file says how its inputs are prepared, and carries its labels; without labels the index is given.
+
+    Args:
+        preparing: how images become inputs, in place of what the file says; files of other makers say nothing.
 
     Raises:
         DataError: when an image is missing or cannot be read.
         ModelError: when the file has several outputs and none is clearly that of class scores, or gives NaN.
     """
     runner = open_file(file, runtime)
-    preparation = preparation_of(runner)
+    preparation = preparation_of(runner, preparing)
     mean = np.asarray(preparation.mean, dtype=np.float32)[:, None, None]
     std = np.asarray(preparation.std, dtype=np.float32)[:, None, None]
     model, found = StandIn(runner), {}

@@ -51,6 +51,7 @@ def prove(
     command: str | None,
     say: Callable[..., None],
     shipped: dict[str, Shipped],
+    warnings: Sequence[str] = (),
 ) -> None:
     """Exports every row's model, scores and times the files in one run, and writes the report last.
 
@@ -61,6 +62,7 @@ def prove(
         command: what was typed, for the report.
         say: prints progress.
         shipped: rows whose files are there already, by their names.
+        warnings: what was said already and belongs into the report.
     """
     folder, runtimes = journal.folder, settings["runtimes"]
     names = ["original", *(f"{entry.index}. {entry.name}" for entry in journal.entries)]
@@ -93,7 +95,8 @@ def prove(
         commands=[command] if command else [],
         targets=[*judged(wanted, rows, runtimes[0]), *_drop(rows, settings)],
         preparation=preparation_dict(task),
-        warnings=[f"{entry.name}: {said}" for entry in journal.entries for said in entry.row.get("findings", [])]
+        warnings=[*warnings]
+        + [f"{entry.name}: {said}" for entry in journal.entries for said in entry.row.get("findings", [])]
         + list(dict.fromkeys(note for name in names for note in shipped[name].notes))
         + [note for before, name in pairwise(names) for note in _slower(shipped, latencies, name, before)],
     )

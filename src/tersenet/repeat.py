@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,10 +24,8 @@ from tersenet.graph.taken_apart import opened
 from tersenet.left_alone import LeftAlone, listening, tell
 from tersenet.named import remembering
 from tersenet.step import Chain, Plan, Step
-from tersenet.task import Task, batches_at, samples_in, score_model
-
-# An epoch that no training reaches, so that its augmentation is new to the model.
-_UNSEEN_EPOCH = 1_000_003
+from tersenet.task import Task, score_model
+from tersenet.unseen import unseen_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +155,7 @@ def _judge(model: nn.Module, task: Task, images: int) -> tuple[str, Callable[[nn
     compared = dataclasses.replace(task, metric=agrees)
 
     def lost(found: nn.Module) -> float:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(task.seed)  # the same images again, from a loader that shuffles
-            return 100 * (1 - score_model(found, compared, _Few(data, images)).value)
+        return 100 * (1 - score_model(found, compared, unseen_batches(data, images, task.seed)).value)
 
     return "agreement on training images", lost
 
@@ -175,22 +171,6 @@ def _same_shapes_and_masks(before: nn.Module, after: nn.Module) -> bool:
         and shapes[0] == shapes[1]
         and all(torch.equal(was[key], value) for key, value in now.items() if value.dtype == torch.bool)
     )
-
-
-@dataclass(frozen=True)
-class _Few:
-    """The first batches of an epoch that no training reads, about `images` samples in all."""
-
-    data: Iterable[Any]
-    images: int
-
-    def __iter__(self) -> Iterator[Any]:
-        seen = 0
-        for batch in batches_at(self.data, _UNSEEN_EPOCH):
-            yield batch
-            seen += samples_in(batch)
-            if seen >= self.images:
-                return
 
 
 def _sayer(quiet: bool) -> Callable[[str], None]:

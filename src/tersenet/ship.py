@@ -6,7 +6,7 @@ import copy
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +271,7 @@ def preparation_dict(task: Task) -> dict[str, Any]:
     given = inputs_of((task.example, None))
     shapes = [[*x.shape[1:]] for x in given]
     if shapes == [[task.preparation.channels, *task.preparation.size]] and given[0].is_floating_point():
-        return {key: list(value) for key, value in asdict(task.preparation).items()}
+        return task.preparation.to_json()
     dtypes = [str(x.dtype).removeprefix("torch.") for x in given]
     listed = [{"shape": shape, "dtype": dtype} for shape, dtype in zip(shapes, dtypes, strict=True)]
     return {"labels": list(task.preparation.labels), "inputs": listed}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ import torch
 from torch import nn
 
 from tersenet import models
+from tersenet.bricks.evaluating import evaluating
 from tersenet.data import open_data
 from tersenet.data.checks import check_calibration, check_classes, outputs_of
 from tersenet.data.classes import is_counted, listed
-from tersenet.errors import ModelError, SettingsError
+from tersenet.errors import ModelError
 from tersenet.graph.trace import trace
 from tersenet.models.sources import open_model as open_other
 from tersenet.models.weights import load_weights
+from tersenet.preparations import chosen_preparation
 from tersenet.task import Preparation, Task
 
 
@@ -69,8 +71,8 @@ def _open_program(path: Path, weights: str | Path | None) -> tuple[nn.Module, Pr
             f"{path} takes inputs of shape {shape}; models of images (N, C, H, W) of one size are supported"
         )
     channels, height, width = (int(size) for size in shape[1:] if size is not None)
-    preparation = Preparation.of_metadata(metadata) or Preparation(
-        (height, width), (0.5,) * channels, (0.5,) * channels
+    preparation = Preparation.of_metadata(metadata) or dataclasses.replace(
+        Preparation.unknown((height, width), channels), assumed=("mean", "std")
     )
     if weights is not None:
         load_weights(program, weights)
@@ -142,71 +144,6 @@ def _check_takes_images(model: nn.Module, data: str) -> None:
     )
 
 
-def prepared(
-    preparation: Preparation,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    size: Sequence[int] | None = None,
-) -> Preparation:
-    """A preparation with some of its parts named by the user.
-
-    Raises:
-        SettingsError: when mean and std are not one per channel of the model, or cannot be meant for values in [0, 1].
-    """
-    for name, values in (("mean", mean), ("std", std)):
-        _check_scale(name, values, preparation.channels)
-    preparation = Preparation(
-        (size[0], size[1]) if size is not None else preparation.size,
-        tuple(mean) if mean is not None else preparation.mean,
-        tuple(std) if std is not None else preparation.std,
-        preparation.labels,
-    )
-    if len(preparation.mean) != len(preparation.std):
-        raise SettingsError(
-            f"mean has {len(preparation.mean)} values and std has {len(preparation.std)}; give one per channel"
-        )
-    return preparation
-
-
-def _check_scale(name: str, values: Sequence[float] | None, channels: int) -> None:
-    """Refuses a mean or std that cannot be of values in [0, 1], or is not one per channel."""
-    if values is None:
-        return
-    shown = ",".join(f"{value:g}" for value in values)
-    if name == "std" and not all(value > 0 for value in values):
-        raise SettingsError(f"std must be positive, got {shown}")
-    top = max(values)
-    if not all(0 <= value <= 1 for value in values):
-        hint = "give it as a share of white"
-        if 1 < top <= 255:
-            hint = f"divide it by 255: --{name} {','.join(f'{value / 255:.4g}' for value in values)}"
-        raise SettingsError(f"{name} is {shown}, but pixels are scaled to [0, 1] before it is used; {hint}")
-    if len(values) != channels:
-        raise SettingsError(
-            f"{name} has {len(values)} value{'s' * (len(values) != 1)} ({shown}) and the model takes {channels} "
-            f"channel{'s' * (channels != 1)}; give one per channel"
-        )
-
-
-def guessed(spec: str, model: nn.Module, preparation: Preparation) -> str | None:
-    """What is assumed about a model's inputs, in one sentence, where nothing says it; None where something does."""
-    if spec.endswith(".pt2"):
-        from tersenet.deploy.pt2 import read_pt2
-
-        known = Preparation.of_metadata(read_pt2(Path(spec))[2]) is not None
-    else:
-        named = spec in models.REFERENCES or spec.startswith(("timm:", "torchvision:")) or spec.endswith(".terse")
-        known = named or isinstance(getattr(model, "preparation", None), Preparation)
-    if known:
-        return None
-    height, width = preparation.size
-    return (
-        f"{spec} does not say how its inputs are prepared: {preparation.channels}x{height}x{width} with mean "
-        f"{preparation.mean[0]:g} and std {preparation.std[0]:g} is assumed; give --mean, --std and --image-size as in "
-        "its training"
-    )
-
-
 def open_task(
     model: nn.Module,
     preparation: Preparation,
@@ -222,6 +159,7 @@ def open_task(
     """The task of a model on named data.
 
     Args:
+        preparation: how its images become inputs; what is only assumed is chosen by trial (assumed.py), and warned of.
         data: "digits", "parquet:DIR", "folder:DIR", "hf:NAME" or "random:3x224x224".
         validate: a held-out set in the same form, for choosing; its test part is used, else all of it.
     Raises:
@@ -229,6 +167,8 @@ def open_task(
         ModelError: when the model takes something else than one input, images.
     """
     _check_takes_images(model, data)
+    if preparation.assumed:
+        preparation = chosen_preparation(_answers(model), preparation, data, columns)
     found = open_data(
         data, preparation, batch_size=batch_size, seed=seed, columns=columns, on_bad_image=on_bad_image,
         validate=validate, quiet=quiet,
@@ -240,8 +180,8 @@ def open_task(
 
     def reopen(other: Preparation) -> Task:
         return open_task(
-            model, other, data, validate=validate, batch_size=batch_size, seed=seed, columns=columns,
-            on_bad_image=on_bad_image, quiet=quiet,
+            model, dataclasses.replace(other, assumed=()), data, validate=validate, batch_size=batch_size, seed=seed,
+            columns=columns, on_bad_image=on_bad_image, quiet=quiet,
         )  # fmt: skip
 
     first = found.calibrate if found.calibrate is not None else found.train
@@ -263,6 +203,17 @@ def open_task(
         reopen=reopen,
         open_model=open_named,
     )
+
+
+def _answers(model: nn.Module) -> Callable[[torch.Tensor], Any]:
+    """The model in evaluation mode, as a function of images."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+    def answers(x: torch.Tensor) -> Any:
+        with evaluating(model), torch.inference_mode():
+            return model(x.to(device))
+
+    return answers
 
 
 def _of_same_inputs(spec: str, preparation: Preparation) -> nn.Module:

@@ -302,6 +302,9 @@ class Chain(Step):
 class Companion(Part):
     """Shapes a training run: an extra loss, a schedule. Given to Train or to any step that trains."""
 
+    trades: ClassVar[bool] = False
+    """Whether it gives up accuracy on purpose, such as for zeros; then the end of a training may be below its start."""
+
     def opened(self, task: Task) -> Companion:
         """The companion with what it names opened, such as the files of teachers, so that a training is known by these
         and not by their names. Raises FileError and others when something cannot be had."""

@@ -12,7 +12,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,34 +25,70 @@ from tersenet.numerics.intervals import wilson
 from tersenet.numerics.outputs import without_value
 from tersenet.numerics.samples import first, together
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+_LISTS = ("size", "mean", "std", "labels")
+_USUAL: dict[str, Any] = {"interpolation": "bilinear", "crop": 1.0}
+
 
 @dataclass(frozen=True)
 class Preparation:
     """How an image becomes an input: shipped in the report, in ONNX metadata and in .terse files.
 
     Inputs are (N, C, H, W) floats: pixels scaled to [0, 1], then (x - mean) / std per channel.
+
+    Args:
+        size: (height, width) of an input.
+        mean, std: per channel, of pixels in [0, 1].
+        labels: names of the classes, in the order of the outputs.
+        interpolation: how an image is resized: nearest, bilinear, bicubic or lanczos.
+        crop: the share of the resized image that becomes the input, 0 to 1: the shorter side is resized to
+            size / crop, and the middle is cut out (crop_pct in timm; 224 / 256 in torchvision).
+        source: where this is known from, in words, such as "timm's configuration".
+        assumed: of "size", "mean" and "std", what nothing says.
     """
 
     size: tuple[int, int] = (32, 32)
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     labels: tuple[str, ...] = ()
+    interpolation: str = "bilinear"
+    crop: float = 1.0
+    source: str = field(default="", compare=False, repr=False)
+    assumed: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in INTERPOLATIONS:
+            raise DataError(f"interpolation is {self.interpolation!r}; allowed: {', '.join(INTERPOLATIONS)}")
+        if not 0 < self.crop <= 1:
+            raise DataError(f"crop is {self.crop}; give the share of the resized image to keep, above 0 and up to 1")
+
+    @classmethod
+    def unknown(cls, size: tuple[int, int] = (32, 32), channels: int = 3) -> Preparation:
+        """What is assumed where nothing says how inputs are prepared: pixels from -1 to 1."""
+        return cls(size, (0.5,) * channels, (0.5,) * channels, assumed=("size", "mean", "std"))
 
     @property
     def channels(self) -> int:
         return len(self.mean)
 
+    def to_json(self) -> dict[str, Any]:
+        """What files and reports keep of it: all but where it is known from, and what is as it is by default."""
+        changed = {key: getattr(self, key) for key, usual in _USUAL.items() if getattr(self, key) != usual}
+        return {key: list(getattr(self, key)) for key in _LISTS} | changed
+
     def metadata(self) -> dict[str, str]:
-        """What a file says about its inputs: tersenet.size, .mean, .std and .labels, each as JSON."""
-        return {f"tersenet.{key}": json.dumps(list(value)) for key, value in asdict(self).items()}
+        """What a file says about its inputs: tersenet.size, .mean, .std and .labels, each as JSON, and where they are
+        not the usual ones .interpolation and .crop."""
+        return {f"tersenet.{key}": json.dumps(value) for key, value in self.to_json().items()}
 
     @classmethod
     def of_metadata(cls, metadata: Mapping[str, str]) -> Preparation | None:
         """The inverse of `metadata`; None where a file does not say it (whole and sound)."""
         try:
-            found = {key: tuple(json.loads(metadata[f"tersenet.{key}"])) for key in ("size", "mean", "std", "labels")}
-            return cls(**found)
-        except (KeyError, TypeError, ValueError):
+            lists: dict[str, Any] = {key: tuple(json.loads(metadata[f"tersenet.{key}"])) for key in _LISTS}
+            kept = {key: json.loads(metadata[f"tersenet.{key}"]) for key in _USUAL if f"tersenet.{key}" in metadata}
+            return cls(**lists, **kept, source="the file")
+        except (DataError, KeyError, TypeError, ValueError):
             return None
 
 

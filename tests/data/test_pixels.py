@@ -228,3 +228,19 @@ def test_labels_that_are_no_classes_are_refused_by_their_row(tmp_path: Path, lab
     write_table(tmp_path / "train.parquet", {"image": [bytes_of(30), bytes_of(60)], "label": labels})
     with pytest.raises(DataError, match=words):
         open_data(f"parquet:{tmp_path}", GREY, quiet=True)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_a_share_of_the_resized_image_is_cut_out(interpolation: str) -> None:
+    """The shorter side becomes size / crop, and the middle is the input, as in timm and torchvision."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    found = pixels(image, Preparation((28, 28), (0.5,) * 3, (0.5,) * 3, (), interpolation, 0.875))
+    resized = image.resize((48, 32), getattr(Image.Resampling, interpolation.upper()))
+    assert np.array_equal(found, np.asarray(resized.crop((10, 2, 38, 30))).transpose(2, 0, 1))
+
+
+def test_small_images_are_enlarged_to_be_cut() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 20, 3), dtype=np.uint8))
+    found = pixels(image, Preparation((28, 28), (0.5,) * 3, (0.5,) * 3, crop=0.875))
+    resized = image.resize((64, 32), Image.Resampling.BILINEAR)
+    assert np.array_equal(found, np.asarray(resized.crop((18, 2, 46, 30))).transpose(2, 0, 1))

@@ -69,7 +69,7 @@ def decode(
         raise SettingsError(f"on_bad_image must be 'stop' or 'skip', got {on_bad_image!r}")
     if preparation.channels not in MODES:
         raise DataError(f"images are read with 1 or 3 channels, but the preparation has {preparation.channels}")
-    place = None if encoded.key is None else image_cache.place_of(encoded.key(), preparation.size, preparation.channels)
+    place = None if encoded.key is None else image_cache.place_of(encoded.key(), preparation)
     found = None if place is None else image_cache.load(place, len(encoded.names))
     if found is None:
         found = _decode(encoded, preparation, what, on_bad_image, quiet)

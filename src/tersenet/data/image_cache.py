@@ -21,9 +21,10 @@ import numpy as np
 
 from tersenet.cache import cache_folder
 from tersenet.errors import require
+from tersenet.task import Preparation
 
 # Changes whenever `decode` makes other pixels of the same bytes, or says something else of them.
-DECODER = "decoded 4: turned by EXIF, bilinear, covering, middle cut out"
+DECODER = "decoded 5: turned by EXIF, covering, middle cut out"
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,13 @@ def digest_of_files(paths: Iterable[Path]) -> str:
     return digest(contents())
 
 
-def place_of(key: str, size: tuple[int, int], channels: int) -> Path:
-    """The folder for images of these bytes in this size and number of channels."""
+def place_of(key: str, preparation: Preparation) -> Path:
+    """The folder for images of these bytes in this size, number of channels, interpolation and crop."""
     pillow = require("PIL", "data", "decode images")
     features = require("PIL.features", "data", "decode images")
     decoder = [DECODER, pillow.__version__, features.version("jpg"), features.version("webp")]
-    text = json.dumps([key, list(size), channels, decoder])
+    resizing = [preparation.interpolation, preparation.crop]
+    text = json.dumps([key, list(preparation.size), preparation.channels, resizing, decoder])
     return cache_folder() / "images" / hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -7,6 +7,7 @@ one dark image must not become bright. What fits no convention is refused, and n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,9 +70,9 @@ def span_of(values: np.ndarray) -> Span:
 def pixels(image: Any, preparation: Preparation, span: Span | None = None) -> np.ndarray:
     """(C, H, W) uint8 of a PIL image, or of an array, in the size and channels of `preparation`.
 
-    An image that is at least as large both ways is scaled until it just covers the size, and its middle is cut out;
-    any other is stretched to the size. Both are bilinear. The turn that a camera wrote down (EXIF) is made. Hidden
-    colors of transparent pixels are kept, as torchvision does.
+    An image is resized until its shorter side is size / crop, and its middle is cut out. Where crop is 1 and an image
+    is smaller than the size one way, it is stretched to the size instead. The turn that a camera wrote down (EXIF) is
+    made. Hidden colors of transparent pixels are kept, as torchvision does.
 
     Args:
         span: the values of its set, for images of more than 8 bits; the image's own where it stands alone.
@@ -89,20 +90,25 @@ def pixels(image: Any, preparation: Preparation, span: Span | None = None) -> np
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")
     image = image.convert(MODES[preparation.channels])
-    height, width = preparation.size
-    if image.size != (width, height):
-        if image.width >= width and image.height >= height:
-            scale = max(width / image.width, height / image.height)
-            image = image.resize(
-                (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
-                pillow.Resampling.BILINEAR,
-            )
-            left, top = (image.width - width) // 2, (image.height - height) // 2
-            image = image.crop((left, top, left + width, top + height))
-        else:
-            image = image.resize((width, height), pillow.Resampling.BILINEAR)
-    array = np.asarray(image, dtype=np.uint8)
+    array = np.asarray(_sized(image, preparation), dtype=np.uint8)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _sized(image: Any, preparation: Preparation) -> Any:
+    """A PIL image of the preparation's size."""
+    height, width = preparation.size
+    if image.size == (width, height) and preparation.crop == 1:
+        return image
+    how = getattr(require("PIL.Image", "data", "resize images").Resampling, preparation.interpolation.upper())
+    if preparation.crop == 1 and (image.width < width or image.height < height):
+        return image.resize((width, height), how)
+    # As timm and torchvision do, down to the rounding.
+    least = math.floor(width / preparation.crop), math.floor(height / preparation.crop)
+    scale = max(least[0] / image.width, least[1] / image.height)
+    sides = (max(side, int(own * scale)) for side, own in zip(least, image.size, strict=True))
+    image = image.resize(tuple(sides), how)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 def is_grey(image: Any) -> bool:

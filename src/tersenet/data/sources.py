@@ -6,12 +6,14 @@ user names one, and only data that comes without a test set (digits, a folder of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ import torch
 from tersenet.data import readers, tables
 from tersenet.data.batches import TensorBatches
 from tersenet.data.classes import Labels, in_model_order, is_counted, listed, translated
-from tersenet.data.decode import Decoded, decode
+from tersenet.data.decode import Decoded, decode, opened
 from tersenet.data.pixels import pixels
 from tersenet.data.readers import Found
 from tersenet.errors import DataError, InputWarning, SettingsError, require
@@ -98,6 +100,29 @@ def open_data(
         held = _held_out(validate, columns, found.labels)
         decoded["validate"] = _decoded(validate, held, preparation, on_bad_image, limit, quiet)["test"]
     return _sources(decoded, found.labels, preparation, batch_size, seed)
+
+
+def training_sample(
+    spec: str, preparation: Preparation, columns: Sequence[str] | None, count: int
+) -> tuple[list[Any], torch.Tensor, tuple[str, ...]]:
+    """Some training images as they are stored, always the same ones, their labels (N,), and the classes' names.
+
+    Nothing where there is no training set, or it has no labels. Images that cannot be read are left out.
+    """
+    if spec.startswith("random:"):
+        return [], torch.empty(0, dtype=torch.int64), ()
+    found = _found(spec, columns)
+    own = in_model_order(found.labels, preparation.labels, spec) if found.labels else ()
+    found = _in_one_list(found, spec, own, preparation.labels)
+    images, numbers = [], []
+    if "train" in found.splits:
+        encoded = found.splits["train"]
+        order = np.random.default_rng(readers.SPLIT_SEED).permutation(len(encoded.labels))[:count]
+        for index in map(int, order):
+            with contextlib.suppress(Exception):  # PIL's decoders raise many kinds on damaged files
+                images.append(opened(encoded.read(index)))
+                numbers.append(int(encoded.labels[index]))
+    return images, torch.tensor(numbers, dtype=torch.int64), found.labels
 
 
 def _sources(

@@ -39,12 +39,14 @@ from tersenet.numerics.intervals import bootstrap_median
 
 class Entry(NamedTuple):
     """A file that takes part: a name of its own, where it is, in which runtime, and on which inputs (N, ...), where
-    these are not those of all; of a file with several inputs a tuple."""
+    these are not those of all; of a file with several inputs a tuple. `size` is the (height, width) of images where the
+    file leaves them open."""
 
     name: str
     path: Path
     runtime: str
     x: np.ndarray | tuple[np.ndarray, ...] | None = None
+    size: tuple[int, int] | None = None
 
     @property
     def key(self) -> Key:
@@ -194,7 +196,7 @@ def _one_opening(
             worker = workers[entry.key] = stack.enter_context(Worker(entry, cores))
             opened = worker.ask("open", path=str(entry.path), runtime=entry.runtime, threads=threads)
             expected = [Input(own, tuple(shape), dtype) for own, shape, dtype in opened["inputs"]]
-            inputs = inputs_for(entry.name, expected, x if entry.x is None else entry.x, batch)
+            inputs = inputs_for(entry.name, expected, x if entry.x is None else entry.x, batch, entry.size)
             np.savez(scratch / "input.npz", *inputs)
             first = worker.ask("input", file=str(scratch / "input.npz"))
             footprints[entry.key] = Footprint(opened["load_ms"], first["first_ms"], first["peak_bytes"])
@@ -218,7 +220,11 @@ def _one_opening(
 
 
 def inputs_for(
-    name: str, expected: Sequence[Input], x: np.ndarray | tuple[np.ndarray, ...] | None, batch: int
+    name: str,
+    expected: Sequence[Input],
+    x: np.ndarray | tuple[np.ndarray, ...] | None,
+    batch: int,
+    size: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, ...]:
     """The inputs (batch, ...) that a file is measured with, by order, in the types that it takes.
 
@@ -226,12 +232,13 @@ def inputs_for(
         name: of the file, for what is said.
         expected: its inputs.
         x, batch: as in `measure_apart`.
+        size: (height, width) of images, where the file leaves them open.
     """
     for each in expected:
         if each.shape and each.shape[0] not in (None, batch):
             raise SettingsError(f"{name} has a fixed batch of {each.shape[0]}, so it cannot be measured with {batch}")
     if x is None:
-        return made_inputs(name, expected, batch)
+        return made_inputs(name, expected, batch, size=size)
     given = x if isinstance(x, tuple) else (x,)
     if (fewest := min(map(len, given))) < batch:
         raise SettingsError(f"a batch of {batch} needs as many inputs, got {fewest}")

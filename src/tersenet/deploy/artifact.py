@@ -28,7 +28,7 @@ from tersenet.errors import ExportError, FileError, SettingsError, TraceError
 from tersenet.graph.capture import Example
 from tersenet.graph.outputs import describe, output_of, return_flat, return_nested
 from tersenet.graph.trace import fixed_batch, trace
-from tersenet.task import Preparation
+from tersenet.task import INTERPOLATIONS, Preparation
 
 _KIND = "model"
 _MAX_RANK = 16
@@ -75,7 +75,7 @@ def save_terse(
         **({"inputs": signature} if len(signature) > 1 else {}),
         "outputs": shapes,
         **({} if structure == 0 else {"structure": structure}),
-        "preparation": None if preparation is None else dataclasses.asdict(preparation),
+        "preparation": None if preparation is None else preparation.to_json(),
         "plan": plan if plan is not None else {},
         "provenance": {"tersenet": metadata.version("tersenet"), "torch": torch.__version__, **(provenance or {})},
     }
@@ -129,7 +129,8 @@ def terse_preparation(path: str | Path) -> Preparation:
             if len(shape) != 4:
                 raise ValueError("it does not say how its input is prepared, and its input is no image")
             _, channels, height, width = shape
-            return Preparation((height, width), (0.5,) * channels, (0.5,) * channels)  # type: ignore[arg-type, operator]
+            unknown = Preparation.unknown((height, width), channels)  # type: ignore[arg-type]
+            return dataclasses.replace(unknown, assumed=("mean", "std"))
         return _preparation(found)
     except ValueError as error:
         raise _bad(path, str(error)) from error
@@ -257,7 +258,7 @@ def _inputs(manifest: dict[str, Any]) -> tuple[Input, ...]:
 
 
 def _preparation(found: Any) -> Preparation:
-    if not isinstance(found, dict) or set(found) != {"size", "mean", "std", "labels"}:
+    if not isinstance(found, dict) or set(found) - {"interpolation", "crop"} != {"size", "mean", "std", "labels"}:
         raise ValueError("its preparation is malformed")
     size, mean, std, labels = (found[name] for name in ("size", "mean", "std", "labels"))
     if not all(isinstance(part, list) for part in (size, mean, std, labels)):
@@ -268,7 +269,13 @@ def _preparation(found: Any) -> Preparation:
         raise ValueError("its preparation is malformed")
     if not all(isinstance(label, str) for label in labels):
         raise ValueError("its labels are malformed")
-    return Preparation((size[0], size[1]), tuple(map(float, mean)), tuple(map(float, std)), tuple(labels))
+    interpolation, crop = found.get("interpolation", "bilinear"), found.get("crop", 1.0)
+    if interpolation not in INTERPOLATIONS or not isinstance(crop, int | float) or not 0 < crop <= 1:
+        raise ValueError("its preparation is malformed")
+    return Preparation(
+        (size[0], size[1]), tuple(map(float, mean)), tuple(map(float, std)), tuple(labels), interpolation, float(crop),
+        source="the file",
+    )  # fmt: skip
 
 
 def _bad(path: str | Path, what: str) -> FileError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def made_inputs(
-    name: str, expected: Sequence[Input], batch: int, limits: Mapping[str, int] | None = None
+    name: str,
+    expected: Sequence[Input],
+    batch: int,
+    limits: Mapping[str, int] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> tuple[Array, ...]:
     """Normal noise for floats, either value for booleans; the same at each call.
 
@@ -26,21 +31,30 @@ def made_inputs(
         batch: N of each.
         limits: input -> integers are drawn below this. Integers are mostly places in a table whose size no signature
             tells, so they are not guessed.
+        size: (height, width) of images (N, C, H, W) whose size is open.
     Returns:
         arrays (N, ...) of the inputs' own types.
     Raises:
         SettingsError: on an input of open sizes, or of integers without a limit.
     """
     generator = np.random.default_rng(0)
-    return tuple(_made(name, each, batch, generator, (limits or {}).get(each.name)) for each in expected)
+    return tuple(_made(name, of_size(each, size), batch, generator, (limits or {}).get(each.name)) for each in expected)
+
+
+def of_size(each: Input, size: tuple[int, int] | None) -> Input:
+    """An input with its open height and width closed; any other, and one of another fixed size, as it is."""
+    if size is None or len(each.shape) != 4:
+        return each
+    sides = tuple(own if own is not None else side for own, side in zip(each.shape[2:], size, strict=True))
+    return replace(each, shape=(*each.shape[:2], *sides))
 
 
 def _made(name: str, each: Input, batch: int, generator: np.random.Generator, limit: int | None) -> Array:
     sizes = [size for size in each.shape[1:] if size is not None]
     if len(sizes) < len(each.shape[1:]):
         raise SettingsError(
-            f"{name} takes inputs of any size ({each.name} is {each.said}); fix the size in the file, or measure it in "
-            "Python with inputs of yours, measure_files(..., x=)"
+            f"{name} takes inputs of any size ({each.name} is {each.said}); give the size of images with --image-size, "
+            "or measure it in Python with inputs of yours, measure_files(..., x=)"
         )
     dtype = np.dtype(np.float32 if each.dtype is None else each.dtype)
     if dtype.kind in "iu" and limit is None:

@@ -117,6 +117,7 @@ def measure_files(
     runtimes: Sequence[str] | None = None,
     *,
     x: np.ndarray | tuple[np.ndarray, ...] | None = None,
+    size: tuple[int, int] | None = None,
     batch: int = 1,
     threads: int = 1,
     **settings: Any,
@@ -128,6 +129,7 @@ def measure_files(
         runtimes: names of `RUNTIMES`; None takes each file's own.
         x: real inputs, of which the first `batch` are used, of several inputs a tuple; None draws normal noise of the
             files' own shapes.
+        size: (height, width) of noise for files that take images of any size.
         settings: as in `tersenet.deploy.apart.measure_apart`.
     Raises:
         SettingsError: when a file can be read by none of the runtimes, or has open sizes or takes integers and no `x`
@@ -135,7 +137,7 @@ def measure_files(
         DataError, FileError, MissingExtra: as `open_file` and `Runner.run`; FileError also when a process dies.
     """
     entries = [
-        Entry(path, Path(path), runtime)
+        Entry(path, Path(path), runtime, size=size)
         for path in dict.fromkeys(map(str, paths))
         for runtime in serving(path, runtimes)
     ]

@@ -102,12 +102,20 @@ def profile_model(
         return _found(works, runner, _profiler(source, runtime, folder, threads), arrays, runtime, threads)
 
 
-def profile_file(path: str | Path, *, runtime: str | None = None, threads: int = 1, batch: int = 1) -> dict[str, Any]:
+def profile_file(
+    path: str | Path,
+    *,
+    runtime: str | None = None,
+    threads: int = 1,
+    batch: int = 1,
+    size: tuple[int, int] | None = None,
+) -> dict[str, Any]:
     """The same of an ONNX file as it is, float or quantized; its operators are the rows. The inputs are noise.
 
     Args:
         path: .onnx
         runtime: "onnxruntime" (None) or "openvino".
+        size: (height, width) of the noise, where the file takes images of any size.
     Raises:
         SettingsError: as `profile_model`; when the file takes inputs of any size, or integers.
         FileError: when the file is missing or damaged.
@@ -116,7 +124,7 @@ def profile_file(path: str | Path, *, runtime: str | None = None, threads: int =
     _check(runtime, threads, batch, PROFILED[:2])
     runner = open_file(path, runtime, threads)
     _check_batch(runner, batch)
-    x = made_inputs(str(path), runner.expected, batch)
+    x = made_inputs(str(path), runner.expected, batch, size=size)
     works, rows = works_of_file(require("onnx", "onnx", "read ONNX files").load(path))
     with tempfile.TemporaryDirectory() as folder:
         source = numbered(Path(path), Path(folder), lambda _: rows)

@@ -228,9 +228,7 @@ def _terse_metadata(path: Path) -> dict[str, str]:
         preparation = terse_preparation(path)
     except FileError:
         return {}
-    return {
-        f"tersenet.{name}": json.dumps(list(getattr(preparation, name))) for name in ("mean", "std", "size", "labels")
-    }
+    return preparation.metadata()
 
 
 class Runtime(NamedTuple):

@@ -23,7 +23,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # The published weights of the CIFAR ResNets were trained with ImageNet's normalisation, so it is theirs too.
 CIFAR10 = Preparation((32, 32), IMAGENET_MEAN, IMAGENET_STD, _CIFAR10_LABELS)
-IMAGENET = Preparation((224, 224), IMAGENET_MEAN, IMAGENET_STD)
+IMAGENET = Preparation((224, 224), IMAGENET_MEAN, IMAGENET_STD, crop=224 / 256)
 # Mean and deviation of all training pixels.
 MNIST = Preparation((28, 28), (0.1307,), (0.3081,), tuple("0123456789"))
 # Mean and deviation of all pixels of scikit-learn's digits, divided by their largest value, 16.

@@ -23,6 +23,7 @@ from torch import nn
 
 from tersenet import models
 from tersenet.errors import InputWarning, MissingExtra, ModelError
+from tersenet.models import published
 from tersenet.models.weights import OtherClasses, load_weights
 from tersenet.task import Preparation
 
@@ -55,7 +56,7 @@ def open_model(spec: str, weights: str | os.PathLike[str] | None = None) -> tupl
         try:
             model, preparation = _built(spec, False)
             load_weights(model, weights)
-            return model, preparation
+            return model, published.beside(Path(weights)) or preparation
         except OtherClasses as error:
             if not _is_named(spec):
                 raise
@@ -68,6 +69,7 @@ def open_model(spec: str, weights: str | os.PathLike[str] | None = None) -> tupl
     model, preparation = _built(spec, weights is None, classes)
     if weights is not None:
         load_weights(model, weights)
+        preparation = published.beside(Path(weights)) or preparation
     if classes is not None and len(preparation.labels) != classes:
         preparation = dataclasses.replace(preparation, labels=())
     return model, preparation
@@ -83,7 +85,8 @@ def _built(spec: str, may_download: bool, classes: int | None = None) -> tuple[n
     family, colon, name = spec.partition(":")
     other: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     if spec in models.REFERENCES:
-        return models.build(spec, **other), models.reference(spec).preparation
+        own = models.reference(spec).preparation
+        return models.build(spec, **other), dataclasses.replace(own, source=f"the reference of {spec}")
     if family == "timm" and colon:
         return _from_timm(name, "." in name and may_download, other)
     if family == "torchvision" and colon:
@@ -108,9 +111,7 @@ def _from_timm(name: str, pretrained: bool, other: dict[str, Any]) -> tuple[nn.M
     if not timm.is_model(architecture):
         raise ModelError(f"timm has no model {architecture!r}{_near(architecture, timm.list_models())}")
     model = _attempt(lambda: timm.create_model(name, pretrained=pretrained, **other), f"timm:{name}", _NETWORK)
-    config = timm.data.resolve_model_data_config(model)
-    size: Any = tuple(config["input_size"][1:])
-    return model, Preparation(size, tuple(config["mean"]), tuple(config["std"]))
+    return model, published.of_timm(timm.data.resolve_model_data_config(model))
 
 
 def _from_torchvision(name: str, pretrained: bool, other: dict[str, Any]) -> tuple[nn.Module, Preparation]:
@@ -119,25 +120,23 @@ def _from_torchvision(name: str, pretrained: bool, other: dict[str, Any]) -> tup
     known = torchvision.models.list_models()
     if architecture not in known:
         raise ModelError(f"torchvision has no model {architecture!r}{_near(architecture, known)}")
-    published = torchvision.models.get_model_weights(architecture)
-    tags = ["DEFAULT", *(member.name for member in published)]
+    sets = torchvision.models.get_model_weights(architecture)
+    tags = ["DEFAULT", *(member.name for member in sets)]
     if tag and tag not in tags:
         raise ModelError(f"torchvision's {architecture} has no weights {tag!r}; its tags are {', '.join(tags)}")
-    chosen = published[tag] if pretrained else None
+    chosen = sets[tag] if pretrained else None
     model = _attempt(
         lambda: torchvision.models.get_model(architecture, weights=chosen, **other), f"torchvision:{name}", _NETWORK
     )
-    preset = published.DEFAULT.transforms() if chosen is None else chosen.transforms()
-    crop = getattr(preset, "crop_size", None) or models.IMAGENET.size
+    preset = sets.DEFAULT.transforms() if chosen is None else chosen.transforms()
+    crop = getattr(preset, "crop_size", None)
     fixed = getattr(model, "image_size", None)  # a vision transformer takes no other, whatever its best weights took
     if isinstance(fixed, int):
         crop = (fixed,)
-    return model, Preparation(
-        (crop[0], crop[-1]),  # one number means a square
-        tuple(getattr(preset, "mean", models.IMAGENET.mean)),
-        tuple(getattr(preset, "std", models.IMAGENET.std)),
-        tuple(chosen.meta.get("categories", ())) if chosen is not None else (),
-    )
+    if crop is None or not hasattr(preset, "mean"):  # of detection and segmentation
+        return model, models.IMAGENET
+    labels = chosen.meta.get("categories", ()) if chosen is not None else ()
+    return model, published.of_torchvision(preset, (crop[0], crop[-1]), labels)  # one number means a square
 
 
 def _from_user(module: str, factory: str) -> tuple[nn.Module, Preparation]:
@@ -176,13 +175,18 @@ def _from_user(module: str, factory: str) -> tuple[nn.Module, Preparation]:
             stacklevel=5,
         )
     own = getattr(made, "preparation", None)
-    return made, own if isinstance(own, Preparation) else _assumed(made)
+    if isinstance(own, Preparation):
+        return made, dataclasses.replace(own, source="the model's own preparation")
+    timms = getattr(made, "pretrained_cfg", None)
+    if isinstance(timms, dict) and {"input_size", "mean", "std"} <= timms.keys():
+        return made, published.of_timm(timms)
+    return made, _assumed(made)
 
 
 def _assumed(model: nn.Module) -> Preparation:
     """Preparation's default, with the channels that the first convolution takes, where the model runs with them."""
     first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
-    default = Preparation()
+    default = Preparation.unknown()
     if first is None or first.in_channels == default.channels:
         return default
     channels = first.in_channels
@@ -191,7 +195,7 @@ def _assumed(model: nn.Module) -> Preparation:
         with torch.inference_mode():
             model.eval()(torch.zeros(2, default.channels, *default.size))
     except Exception:  # noqa: BLE001 - the user's code raises what it likes on inputs that it does not take
-        return Preparation(default.size, (0.5,) * channels, (0.5,) * channels)
+        return Preparation.unknown(channels=channels)
     finally:
         model.train(was_training)
     return default

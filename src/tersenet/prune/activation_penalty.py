@@ -40,6 +40,7 @@ class ActivationPenalty(Companion):
         skip: the layers whose inputs do not.
     """
 
+    trades: ClassVar[bool] = True
     summary: ClassVar[str] = "makes activations sparse (Kurtz et al., 2020; Georgiadis, 2018)"
 
     kind: str = "hoyer"

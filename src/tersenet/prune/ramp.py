@@ -46,6 +46,7 @@ class Ramp(Companion):
             what is gone comes back when it scores this much more; 0 <= margin < 1.
     """
 
+    trades: ClassVar[bool] = True
     summary: ClassVar[str] = "tightens masks during the training, with or without growing back (Zhu and Gupta, 2017)"
 
     sparsity: float

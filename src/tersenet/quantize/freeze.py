@@ -31,6 +31,7 @@ class Freeze(Companion):
         order: "front" freezes from the model's input on, "back" from its output on.
     """
 
+    trades: ClassVar[bool] = True
     summary: ClassVar[str] = "freezes layers of few values one after another (after FreezeOut and INQ, 2017)"
 
     begin: float = 0.5

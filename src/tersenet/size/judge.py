@@ -10,9 +10,7 @@ ResNet-56 by far more than ResNet-20.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +19,9 @@ from tersenet.bricks.evaluating import evaluating
 from tersenet.errors import DataError, SettingsError
 from tersenet.numerics.divergence import divergence
 from tersenet.numerics.samples import as_batch, first, in_parts, together
-from tersenet.task import Task, batches_at, inputs_of, samples_in, score_model, to_device
+from tersenet.task import Task, inputs_of, score_model
+from tersenet.unseen import unseen_batches
 
-# An epoch that no training reaches, so that its augmentation is new to the model.
-_UNSEEN_EPOCH = 1_000_003
 POINTS = 3.0
 
 
@@ -52,7 +49,8 @@ class Judge:
         if data is None:
             raise DataError("nothing to judge a drop by; give a held-out set (--validate DATA) or training images")
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        found = tuple(each.to(device) for each in first(together(_few(data, images, task.seed)), images))
+        batches = map(inputs_of, unseen_batches(data, images, task.seed))
+        found = tuple(each.to(device) for each in first(together(batches), images))
         outputs = _outputs(model, task, found)
         if task.metric is not None or outputs.ndim != 2:
             raise SettingsError(
@@ -74,15 +72,3 @@ class Judge:
 def _outputs(model: nn.Module, task: Task, images: tuple[Tensor, ...]) -> Tensor:
     with evaluating(model), torch.inference_mode():
         return torch.cat([task.forward(model, as_batch(part)) for part in in_parts(images, 256)]).clone()
-
-
-def _few(data: Iterable[Any], count: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
-    """Inputs of the first batches of an epoch that no training reads."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the same images again, from a loader that shuffles
-        seen = 0
-        for batch in batches_at(data, _UNSEEN_EPOCH):
-            yield inputs_of(to_device(batch, torch.device("cpu")))
-            seen += samples_in(batch)
-            if seen >= count:
-                return

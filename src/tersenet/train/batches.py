@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tersenet.errors import DataError
 from tersenet.task import INPUT_KEYS, Task, batch_target
+from tersenet.train.invariances import suited
 
 if TYPE_CHECKING:
     from tersenet.train.train import Train
@@ -20,7 +21,7 @@ def training_data(settings: Train, task: Task) -> Iterable[Any]:
     unlabelled = task.calibrate if settings.label_weight == 0 else None
     data = task.train if task.train is not None else unlabelled
     if data is not None:
-        return data if settings.augment == "auto" else _augmented(data, settings.augment)
+        return suited(data, task) if settings.augment == "auto" else _augmented(data, settings.augment)
     raise DataError(
         "there is no training data (task.train is None); without labels, distillation still works (train with "
         "label_weight: 0 and soft_targets, on unlabelled calibrate data), and so do the steps that do not train"

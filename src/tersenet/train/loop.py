@@ -18,8 +18,10 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from tersenet.errors import DataError, ModelError, SettingsError, TersenetError
+from tersenet.findings import tell
 from tersenet.task import Task, batch_target, default_loss, to_device
 from tersenet.train.batches import channels_last, check_labels, count_batches, samples_of, split, training_data
+from tersenet.train.better import Standing, is_worse, said, standing
 from tersenet.train.chance import chance_kept, reseed, seeded_batches
 from tersenet.train.checkpoint import Checkpoint, fingerprint, numbers_of, put_numbers
 from tersenet.train.compiled import while_compiled
@@ -57,6 +59,9 @@ def train(settings: Train, model: nn.Module, task: Task) -> None:
             loggers=make_loggers(settings.logger, folder),
         )
     fabric.launch()
+    judged = settings.keep == "better" and not any(companion.trades for companion in settings.companions)
+    before = standing(model, task) if judged and (state is None or "position" in state) else None
+    started_with = None if before is None else copy.deepcopy(numbers_of(model))
     if state is not None:
         put_numbers(model, state)
         if "position" not in state:
@@ -77,9 +82,23 @@ def train(settings: Train, model: nn.Module, task: Task) -> None:
         finally:
             for logger in fabric.loggers:
                 logger.finalize(status)
+        if before is not None and started_with is not None:
+            _keep_better(model, task, before, started_with, fabric.is_global_zero)
         if checkpoint is not None and fabric.is_global_zero:
             checkpoint.write(numbers_of(model), finished=True)
         fabric.barrier()
+
+
+def _keep_better(
+    model: nn.Module, task: Task, before: Standing, started_with: dict[str, Any], is_first_process: bool
+) -> None:
+    """Puts the numbers before the training back where it ended below its start."""
+    after = standing(model, task)
+    if after is None or not is_worse(after, before):
+        return
+    put_numbers(model, started_with)
+    if is_first_process:
+        tell([said(after, before)], task.quiet)
 
 
 def _precision(

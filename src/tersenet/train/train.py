@@ -25,6 +25,7 @@ Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
 # Types of the weights stay as they are: a step that trains must not change them, so no "bf16-true".
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "auto"]
 Logger = Literal["csv", "tensorboard", "mlflow", "wandb", "none"]
+Keep = Literal["better", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,9 @@ class Train(Step):
         schedule: cosine to zero (arXiv:1608.03983, without restarts), or constant.
         warmup: the share of all batches over which the rate rises linearly, 0 to below 1.
         companions: extra losses and schedules; `with` in a recipe.
-        augment: how training images are changed: auto (as the data says: crop_flip, of one channel crop), none, crop or
-            crop_flip, with the pixels that images are moved by at most where wanted (crop:1).
+        augment: how training images are changed: auto (as the data says: crop_flip, of one channel crop; less where
+            that costs the original more than five points, invariances.py), none, crop or crop_flip, with the pixels
+            that images are moved by at most where wanted (crop:1).
         label_weight: share of the task's own loss; 0 = labels are not used, and batches need none.
         clip: largest L2 norm of the whole gradient; None = no limit.
         precision: 32-true, or mixed with bf16 or fp16; the weights stay as they are. auto takes bf16-mixed on a GPU
@@ -64,6 +66,8 @@ class Train(Step):
         save_every_s: seconds between two saves in the middle of an epoch; each epoch ends with one.
         max_hours: stop with an error, after some batches, when the training would take longer; None allows all.
         logger: csv (files in the task's folder), tensorboard, mlflow, wandb or none.
+        keep: better puts the numbers before the training back where it ended below its start, and says so (better.py);
+            last keeps what the training ended with.
         only, skip: train only the layers that match; the others stand still, their norm statistics too.
     """
 
@@ -94,6 +98,7 @@ class Train(Step):
     compile: bool = False
     save_every_s: float = 60.0
     logger: Logger = "csv"
+    keep: Keep = "better"
     max_hours: float | None = None
 
     def __post_init__(self) -> None:
@@ -204,6 +209,7 @@ _CHOICES = {
     "accelerator": Accelerator,
     "strategy": Strategy,
     "logger": Logger,
+    "keep": Keep,
 }
 
 

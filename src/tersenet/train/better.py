@@ -1,0 +1,101 @@
+"""Whether a training ended below its start: then the numbers that it began with are the better ones, and are kept.
+
+With a held-out set the score on that decides. Else labelled training images do, augmented as no training has seen them,
+where they tell start and end apart; where they do not, the end is worse when it is further from the original's outputs
+(numerics/divergence.py), for a network knows the images that it was trained on by heart, and its labels say little
+then. An original that does not tell the classes apart is no measure, so a training from random numbers is not judged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersenet.bricks.evaluating import evaluating
+from tersenet.numerics.divergence import divergence
+from tersenet.numerics.intervals import wilson
+from tersenet.task import Task, batch_target, default_loss, score_model, to_device
+from tersenet.unseen import unseen_batches
+
+_IMAGES = 1024
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How good a model is.
+
+    Attributes:
+        score: on the held-out set; None without one.
+        right, images: labelled training images that it names rightly, of how many; 0 of 0 without labels.
+        distance: divergence from the original's outputs, nats per sample.
+    """
+
+    score: float | None = None
+    right: int = 0
+    images: int = 0
+    distance: float = 0.0
+
+
+def standing(model: nn.Module, task: Task) -> Standing | None:
+    """Where a model stands before or after a training; None where nothing can judge it."""
+    if task.validate is not None:
+        return Standing(score=score_model(model, task, task.validate).value)
+    data = task.train if task.train is not None else task.calibrate
+    if data is None or task.original is None or task.metric is not None:
+        return None
+    labelled = task.train is not None and task.loss is default_loss
+    right, images, known, distances = 0, 0, 0, []
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    original = task.original.to(device)
+    with evaluating(model), evaluating(original), torch.inference_mode():
+        for batch in unseen_batches(data, _IMAGES, task.seed):
+            batch = to_device(batch, device)
+            outputs, reference = task.forward(model, batch), task.forward(original, batch)
+            if not _are_logits(outputs):
+                return None
+            distances.append((len(outputs), divergence(reference, outputs)))
+            if labelled:
+                target = batch_target(batch)
+                images += len(target)
+                right += int((outputs.argmax(1) == target).sum())
+                known += int((reference.argmax(1) == target).sum())
+    if not distances or (labelled and wilson(known, images)[0] <= 1.5 / outputs.shape[1]):
+        return None
+    total = sum(count for count, _ in distances)
+    return Standing(None, right, images, sum(count * each for count, each in distances) / total)
+
+
+def is_worse(after: Standing, before: Standing) -> bool:
+    """Whether the end of a training is below its start."""
+    if after.score is not None and before.score is not None:
+        return after.score < before.score
+    if after.images:
+        low, high = wilson(after.right, after.images)
+        start_low, start_high = wilson(before.right, before.images)
+        if low > start_high or high < start_low:
+            return high < start_low
+    return after.distance > before.distance
+
+
+def said(after: Standing, before: Standing) -> str:
+    """The sentence on a training that ended below its start."""
+    if after.score is not None and before.score is not None:
+        what = f"{100 * after.score:.2f} % on the held-out set, {100 * before.score:.2f} % before"
+    elif after.images and after.right < before.right:
+        what = (
+            f"{100 * after.right / after.images:.1f} % of {after.images} augmented training images right, "
+            f"{100 * before.right / before.images:.1f} % before"
+        )
+    else:
+        what = f"{after.distance:.3g} nats from the original's outputs, {before.distance:.3g} before"
+    return (
+        f"this training ended below its start ({what}), so the numbers before it are kept; train longer, with a lower "
+        "learning_rate or other augmentation, or set keep: last"
+    )
+
+
+def _are_logits(outputs: Any) -> bool:
+    return isinstance(outputs, Tensor) and outputs.dim() == 2 and outputs.shape[1] > 1
