@@ -54,7 +54,7 @@ def compress(
         out: the run folder.
         runtimes: of "onnxruntime", "openvino", "pytorch"; the first one's score and latency count.
         threads, batch: for latency.
-        max_drop: target, points of score lost at most.
+        max_drop: target, points of score lost at most; of a metric that is no share, in its own unit.
         target: what the shipped files are held against in the report.
         recover: your own training loop, in place of the recipe's `train` steps.
         command: what was typed, for the report.
@@ -217,5 +217,5 @@ def _run_steps(journal: Journal, original: nn.Module, task: Task, say: Callable[
             say("\n".join(f"    {text}" for text in (inner + lines(left)[0], *lines(left)[1:])), markup=False)
         if task.test is not None:
             found |= {"score": score_model(model, task, task.test).value, "scored_on": basis}
-            say(f"    score in PyTorch {100 * found['score']:.2f} %")
+            say(f"    {task.scale.name} in PyTorch {task.scale.text(found['score'])}", markup=False)
         journal.record(index, step, plan, found, model)

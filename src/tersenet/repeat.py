@@ -24,6 +24,7 @@ from tersenet.graph.taken_apart import opened
 from tersenet.left_alone import LeftAlone, listening, tell
 from tersenet.named import remembering
 from tersenet.step import Chain, Plan, Step
+from tersenet.numerics.scale import ACCURACY
 from tersenet.task import Task, batches_at, samples_in, score_model
 
 # An epoch that no training reaches, so that its augmentation is new to the model.
@@ -120,9 +121,10 @@ class Repeat(Step):
                 break
             drop = None if lost is None else round(lost(candidate), 6)  # 100 * (1 - 0.97) is above 3
             if drop is not None:
-                say(f"round {number}: {drop:.2f} of {self.until_drop} points lost, judged by {judged_by}")
+                text = (ACCURACY if task.validate is None else task.scale).loss_text(drop)
+                say(f"round {number}: {text} lost of {self.until_drop}, judged by {judged_by}")
                 if drop > self.until_drop:  # type: ignore[operator]
-                    ended_by = f"round {number} lost {drop:.2f} points"
+                    ended_by = f"round {number} lost {text}"
                     break
             model, left = candidate, heard
             rounds.append({"plan": plan, "drop": drop})
@@ -135,11 +137,12 @@ class Repeat(Step):
 
 
 def _judge(model: nn.Module, task: Task, images: int) -> tuple[str, Callable[[nn.Module], float]]:
-    """(what it is judged by, model -> points lost against `model` as it is now)."""
+    """(what it is judged by, model -> points (or units of the metric) lost against `model` as it is now)."""
     if task.validate is not None:
         held_out = task.validate
         before = score_model(model, task, held_out).value
-        return "score on the held-out set", lambda found: 100 * (before - score_model(found, task, held_out).value)
+        lost = task.scale.lost
+        return "score on the held-out set", lambda found: lost(before, score_model(found, task, held_out).value)
     data = task.train if task.train is not None else task.calibrate
     if data is None:
         raise DataError("repeat has nothing to judge by; give a held-out set (--validate DATA) or training data")
@@ -156,12 +159,12 @@ def _judge(model: nn.Module, task: Task, images: int) -> tuple[str, Callable[[nn
 
     compared = dataclasses.replace(task, metric=agrees)
 
-    def lost(found: nn.Module) -> float:
+    def disagrees(found: nn.Module) -> float:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(task.seed)  # the same images again, from a loader that shuffles
             return 100 * (1 - score_model(found, compared, _Few(data, images)).value)
 
-    return "agreement on training images", lost
+    return "agreement on training images", disagrees
 
 
 def _same_shapes_and_masks(before: nn.Module, after: nn.Module) -> bool:
