@@ -163,7 +163,9 @@ def test_a_drop_is_what_became_worse() -> None:
 def test_a_run_says_name_unit_and_direction_everywhere(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     model, task = regression()
-    run = compress(model, task, Recipe((PruneChannels(sparsity=0.5, refit=False),)), out=tmp_path / "run", max_drop=0.001)
+    run = compress(
+        model, task, Recipe((PruneChannels(sparsity=0.5, refit=False),)), out=tmp_path / "run", max_drop=0.001
+    )
     assert run.report["metric"] == {"name": "MAE", "unit": "px", "higher_is_better": False}
     (aim,) = run.report["targets"]
     assert (aim["wanted"], aim["met"]) == ("0.001 px", False)
@@ -177,7 +179,9 @@ def test_a_run_says_name_unit_and_direction_everywhere(tmp_path: Path) -> None:
     gated = gate(run.folder, max_drop=0.001)
     assert gated["targets"][0]["what"] == "px of MAE lost"
     assert gated["targets"][0]["got"] > 0.001
-    assert json.loads((run.folder / "report.json").read_text(encoding="utf-8"))["rows"][0]["score"] == pytest.approx(0.1)
+    assert json.loads((run.folder / "report.json").read_text(encoding="utf-8"))["rows"][0]["score"] == pytest.approx(
+        0.1
+    )
 
 
 def test_the_examples_of_the_scale() -> None:

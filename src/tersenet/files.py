@@ -30,12 +30,12 @@ from tersenet.deploy.tensorrt import broken_rules, export_tensorrt, symmetric
 from tersenet.deploy.verify import score_file
 from tersenet.errors import InputWarning, SettingsError, require
 from tersenet.graph.costs import totals
+from tersenet.numerics.scale import ACCURACY
 from tersenet.report.words import (
     bytes_text,
     left_text,
     milliseconds_span,
     milliseconds_text,
-    percent,
     runtime_name,
 )
 from tersenet.run import Run
@@ -196,7 +196,9 @@ def measure_table(found: dict[str, Any]) -> Table:
                 "against the first": cell("")
                 if ratio is None
                 else cell(_difference(ratio), f"{left_text(ratio['low'])}-{left_text(ratio['high'])}"),
-                "score": cell("") if score is None else cell(ACCURACY.text(score), ACCURACY.span(entry["score_interval"])),
+                "score": cell("")
+                if score is None
+                else cell(ACCURACY.text(score), ACCURACY.span(entry["score_interval"])),
                 "loading": cell(f"{foot['load_ms']:.0f} ms", bytes_text(foot["peak_bytes"])) if foot else cell(""),
             }
             table.add_row(

@@ -94,8 +94,8 @@ class Metric:
     def _check_share(self, low: float, high: float) -> None:
         if self.unit == "%" and not (low >= -_ROUNDING and high <= 1 + _ROUNDING) and not math.isnan(low + high):
             raise DataError(
-                f"the metric {self.name!r} gives values from {low:.4g} to {high:.4g}, and a share lies between 0 and 1; "
-                "say what it is counted in, such as Task(metric=tersenet.Metric(function, name='MAE', unit='px', "
+                f"the metric {self.name!r} gives values from {low:.4g} to {high:.4g}, and a share lies between 0 and "
+                "1; say what it is counted in, such as Task(metric=tersenet.Metric(function, name='MAE', unit='px', "
                 "higher_is_better=False)), or unit='' for none"
             )
 

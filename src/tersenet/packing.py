@@ -21,11 +21,11 @@ from tersenet.deploy.reference import Reference
 from tersenet.errors import DataError, NoEffect, SettingsError
 from tersenet.graph.costs import totals
 from tersenet.graph.taken_apart import opened
+from tersenet.numerics.scale import Scale
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.ship import inputs
 from tersenet.size.judge import Judge
 from tersenet.size.shrink_file import ShrinkFile, coded_bytes, wanted_bytes
-from tersenet.numerics.scale import Scale
 from tersenet.task import Task, score_model
 
 

@@ -17,9 +17,11 @@ from torch import nn
 from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.machine import machine
 from tersenet.deploy.timings import Measurement
+from tersenet.errors import RecipeError
 from tersenet.graph.costs import costs, totals
 from tersenet.numerics.scale import Scale
 from tersenet.prune.worth import table, worth
+from tersenet.recipe import Recipe
 from tersenet.report.card import write_card
 from tersenet.report.page import write_html
 from tersenet.report.report import new_report, row, target, write_json
@@ -91,6 +93,7 @@ def prove(
         files=files,
         not_written={f"model.{kind}": why for kind, why in shipped[names[-1]].not_written.items()},
         recipe=journal.identity["recipe"],
+        brief_recipe=_brief(journal.identity["recipe"]),
         commands=[command] if command else [],
         targets=[*judged(wanted, rows, runtimes[0]), *_drop(rows, settings, task.scale)],
         metric=task.scale,
@@ -103,6 +106,14 @@ def prove(
     write_card(report, folder / "README.md")
     write_html([report], folder / "report.html")
     write_json(report, folder / "report.json")
+
+
+def _brief(recipe: str) -> str | None:
+    """The recipe with nothing but what differs from the defaults; None of steps that were made in Python."""
+    try:
+        return Recipe.parse(recipe).brief()
+    except RecipeError:
+        return None
 
 
 def _timed(
@@ -248,4 +259,6 @@ def _drop(rows: list[dict[str, Any]], settings: dict[str, Any], scale: Scale) ->
         return []
     drop = round(scale.lost(rows[0]["score"], rows[-1]["score"]), 9)  # 100 * (0.9339 - 0.9289) is above 0.5
     shown = missed_digits(drop, limit, 2) if scale.is_share else f"{drop:.4g}"
-    return [target("drop", f"{limit:g} {scale.loss_unit}".rstrip(), f"{shown} {scale.loss_unit}".rstrip(), drop <= limit)]
+    return [
+        target("drop", f"{limit:g} {scale.loss_unit}".rstrip(), f"{shown} {scale.loss_unit}".rstrip(), drop <= limit)
+    ]

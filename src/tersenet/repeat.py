@@ -23,8 +23,8 @@ from tersenet.errors import DataError, NoEffect, SettingsError
 from tersenet.graph.taken_apart import opened
 from tersenet.left_alone import LeftAlone, listening, tell
 from tersenet.named import remembering
-from tersenet.step import Chain, Plan, Step
 from tersenet.numerics.scale import ACCURACY
+from tersenet.step import Chain, Plan, Step
 from tersenet.task import Task, batches_at, samples_in, score_model
 
 # An epoch that no training reaches, so that its augmentation is new to the model.

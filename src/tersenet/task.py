@@ -210,8 +210,8 @@ class Task:
         original: the model before any step; the default teacher.
         forward: (model, batch) -> outputs.
         loss: (outputs, batch) -> scalar.
-        metric: a `Metric`, or (outputs, batch) -> (N,) scores of the samples, shares from 0 to 1, higher is better; None
-            means top-1 accuracy.
+        metric: a `Metric`, or (outputs, batch) -> (N,) scores of the samples, shares from 0 to 1, higher is better;
+            None means top-1 accuracy.
         preparation: how an image becomes an input.
         seed: of everything that draws at random.
         folder: where a step that trains keeps its own state, so that it can go on after a cut; None means nowhere.

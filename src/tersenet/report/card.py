@@ -24,6 +24,7 @@ from tersenet.report.words import bytes_text, milliseconds_span, milliseconds_te
 # More labels than these would bury the rest of the card.
 SHOWN_LABELS = 40
 
+
 def write_card(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes the model card. Raises FileError when the report does not fit the schema."""
     validate(report)

@@ -112,7 +112,7 @@ def latency_change(report: dict[str, Any], row: dict[str, Any], runtime: str | N
 
 
 def drop(report: dict[str, Any], row: dict[str, Any]) -> float | None:
-    """Points of score lost against the original (of a metric that is no share, in its unit); negative when it gained."""
+    """Points of score lost against the original (or units of a metric that is no share); negative when it gained."""
     before, after = report["rows"][0].get("score"), row.get("score")
     return None if before is None or after is None else Scale.of(report).lost(before, after)
 
@@ -156,7 +156,7 @@ def facts(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
 
 
 def gains(report: dict[str, Any]) -> str:
-    """ "the .onnx file is 2.1x smaller (0.48 of the bytes) and 1.9x faster in ONNX Runtime (0.52 of the time) than ..." """
+    """ "the .onnx file is 2.1x smaller (0.48 of the bytes) and 1.9x faster in ONNX Runtime (0.52 of the time)" """
     last, runtime, kind = report["rows"][-1], first_runtime(report), deployed(report)
     size, time = size_change(report, last, kind), latency_change(report, last, runtime)
     phrases: list[tuple[bool, str]] = []
@@ -204,7 +204,9 @@ def score_clause(report: dict[str, Any]) -> str:
     else:
         clause = f", at {scale.loss_text(lost)} of {scale.name} lost"
         if last.get("score_interval"):
-            where = ("lies below" if scale.higher_is_better else "lies above") if surely_worse(report, last) else "holds"
+            where = (
+                ("lies below" if scale.higher_is_better else "lies above") if surely_worse(report, last) else "holds"
+            )
             inside = f", which {where} the original's {scale.text(first['score'])}"
     return f"{clause} ({score_text(report, last)}{inside})"
 

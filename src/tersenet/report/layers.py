@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from tersenet.report.words import bytes_text
+
 # More rows than these would make a page of megabytes that nobody reads to its end.
 SHOWN = 200
 _COUNTED = ("params", "macs", "bytes")
@@ -51,8 +53,8 @@ def layer_table(report: dict[str, Any]) -> LayerTable | None:
 
 
 def _is_empty(layer: dict[str, Any]) -> bool:
-    """Whether all that is counted of a layer is 0; where nothing is counted, that is not known."""
-    counted = [layer[key] for key in _COUNTED if key in layer]
+    """Whether a layer has neither parameters nor multiply-adds; where these are not counted, that is not known."""
+    counted = [layer[key] for key in ("params", "macs") if key in layer]
     return bool(counted) and not any(counted) and not layer.get("note")
 
 
@@ -63,8 +65,9 @@ def _empty(listed: list[dict[str, Any]]) -> str:
         return ""
     some = ", ".join(f"{kind} {number}" for kind, number in kinds.most_common(6))
     more = f", {len(kinds) - 6} more kinds" if len(kinds) > 6 else ""
-    one = count == 1
-    return f"Not listed: {count} layer{'' if one else 's'} without parameters and multiply-adds ({some}{more})."
+    held = sum(layer.get("bytes", 0) for layer in listed if _is_empty(layer))
+    steps = f", {bytes_text(held)} in all" if held else ""
+    return f"Not listed: {count} layer{'s' * (count > 1)} without parameters and multiply-adds ({some}{more}{steps})."
 
 
 def _smaller(known: list[dict[str, Any]], shown: list[dict[str, Any]]) -> str:

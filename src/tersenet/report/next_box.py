@@ -66,8 +66,8 @@ def deploy(report: dict[str, Any]) -> Deploy | None:
     name = f"model.{kind}" if better is None else _path(rows[index], index, kind)
     said = [_measured(report, rows[index], runtime, kind)]
     if better is not None:
-        ships = "what ships" if better else "everything that was made of it"
-        said.append(f"it is faster than {ships} and scores no less")
+        others = "the result" if better else "everything that was made of it"
+        said.append(f"it is faster than {others} and scores no less")
     elif runtime and runtime != first_runtime(report):
         said.append(f"{runtime_name(runtime)} is the faster of the runtimes that were measured")
     entry = report["files"].get(f"model.{kind}", {})
@@ -118,12 +118,12 @@ def _path(row: Row, index: int, kind: str) -> str:
 
 def _measured(report: dict[str, Any], row: Row, runtime: str | None, kind: str) -> str:
     """ "0.0315 ms (2.4x faster), 43.2 KiB (6.8x smaller), accuracy 98.89 %" """
-    said, scale = [], Scale.of(report)
+    said, scale, first = [], Scale.of(report), row is report["rows"][0]
     if latency := row.get("latency_ms", {}).get(runtime):
-        change = latency_change(report, row, runtime)
-        said.append(milliseconds_text(latency["median"]) + _gain(change if row is not report["rows"][0] else None, "faster"))
+        change = None if first else latency_change(report, row, runtime)
+        said.append(milliseconds_text(latency["median"]) + _gain(change, "faster"))
     if size := row.get("file_bytes", {}).get(kind):
-        change = size_change(report, row, kind) if row is not report["rows"][0] else None
+        change = None if first else size_change(report, row, kind)
         said.append(bytes_text(size) + _gain(change, "smaller"))
     score = (row.get("scores") or {}).get(runtime, row.get("score"))
     return ", ".join([*said, *([f"{scale.name} {scale.text(score)}"] if score is not None else [])])
@@ -139,8 +139,8 @@ def _gain(change: Change | None, word: str) -> str:
 
 
 def bought(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each step bought against the row before it: {"step", "bytes", "time", "score": (text, mood)}; mood is "good",
-    "bad" or "even"."""
+    """What each step bought against the row before it: {"step", "bytes", "time", "score"}, the last three each (text,
+    mood); mood is "good", "bad" or "even"."""
     kind, runtime, scale = deployed(report), first_runtime(report), Scale.of(report)
     found = []
     for before, after in itertools.pairwise(report["rows"]):
@@ -150,7 +150,7 @@ def bought(report: dict[str, Any]) -> list[dict[str, Any]]:
             {
                 "step": after["step"],
                 "bytes": _effect(size, "smaller", "larger", "same size"),
-                "time": _effect(between(before, after, runtime), "faster", "slower", "no faster for sure"),
+                "time": _effect(between(before, after, runtime), "faster", "slower", "no sure change"),
                 "score": _points(before, after, scale),
             }
         )
@@ -294,6 +294,6 @@ def stored(report: dict[str, Any]) -> str | None:
     if not names or not kind or kind == "terse" or not sizes.get("terse") or sizes["terse"] >= sizes.get(kind, 0):
         return None
     return (
-        f"To store or send it: {names[0]}, {bytes_text(sizes['terse'])}, the same model; tersenet unpack makes an .onnx "
-        "or .pt2 file of it where it arrives."
+        f"To store or send it: {names[0]}, {bytes_text(sizes['terse'])}, the same model; tersenet unpack makes an "
+        ".onnx or .pt2 file of it where it arrives."
     )

@@ -17,9 +17,9 @@ from tersenet.report.words import both_ways, bytes_text, count_text, factor_text
 
 COLORS = 6
 # Of a waterfall: the column of the names, a row's height, the room for figures beside the bars.
-_WIDTH, _NAMES, _ROW, _FIGURES = 400.0, 124.0, 24.0, 52.0
+_WIDTH, _NAMES, _ROW, _FIGURES = 370.0, 124.0, 24.0, 46.0
 # Of a scatter plot.
-_WIDE, _HIGH = 430.0, 290.0
+_WIDE, _HIGH = 400.0, 280.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Bar:
         start, end: where the bar begins and ends.
         said: the figure beside it.
         tip: what is shown when it is pointed at.
-        mood: "total", "good" or "bad".
+        mood: "total", "good", "bad" or "even".
     """
 
     name: str
@@ -64,7 +64,9 @@ def waterfall(bars: Sequence[Bar], title: str, label: str, band: Sequence[float]
     for index, bar in enumerate(bars):
         parts.append(_bar(bar, left, 6 + _ROW * index))
         if index + 1 < len(bars):
-            parts.append(svg.line(left(bar.end), 6 + _ROW * index + 18, left(bar.end), 6 + _ROW * (index + 1) + 4, "link"))
+            parts.append(
+                svg.line(left(bar.end), 6 + _ROW * index + 18, left(bar.end), 6 + _ROW * (index + 1) + 4, "link")
+            )
     return svg.drawing(_WIDTH, bottom + 2 * svg.FONT + 16, label, parts)
 
 
@@ -73,7 +75,7 @@ def _bar(bar: Bar, axis: svg.Axis, top: float) -> str:
     middle = top + 11 + svg.FONT / 3
     to_left = bar.end < 0 and bar.mood != "total"
     inside = [
-        svg.text(_NAMES - 8 if axis.start < _NAMES + 1 else _NAMES - 8, middle, svg.cut(bar.name, _NAMES - 10), "end", "name"),
+        svg.text(_NAMES - 8, middle, svg.cut(bar.name, _NAMES - 10), "end", "name"),
         svg.element("rect", x=x, y=top + 4, width=max(far - x, 1.5), height=14, rx=2, class_=bar.mood),
         svg.text(x - 5 if to_left else far + 5, middle, bar.said, "end" if to_left else "start", "figure"),
     ]
@@ -84,9 +86,9 @@ def _changes(names: Sequence[str], values: Sequence[float], said: Sequence[str],
     """The bars of a quantity of which less is better."""
     bars = [Bar(names[0], 0.0, values[0], said[0], f"{names[0]}: {tips[0]}", "total")]
     for index, (before, after) in enumerate(itertools.pairwise(values), start=1):
-        mood = "good" if after <= before else "bad"
+        mood = "good" if after < before else "bad" if after > before else "even"
         bars.append(Bar(names[index], before, after, said[index], f"{names[index]}: {tips[index]}", mood))
-    return [*bars, Bar("what ships", 0.0, values[-1], said[-1], f"what ships: {tips[-1]}", "total")]
+    return [*bars, Bar("result", 0.0, values[-1], said[-1], f"result: {tips[-1]}", "total")]
 
 
 def _known(rows: list[dict[str, Any]], values: Sequence[float | None]) -> tuple[list[dict[str, Any]], list[float]]:
@@ -117,9 +119,7 @@ def latency_waterfall(report: dict[str, Any]) -> str | None:
     return _filled(rows, values, 1.0, labels, f"one call in {runtime_name(runtime or '')}, ms")
 
 
-def _filled(
-    rows: list[dict[str, Any]], values: list[float], scale: float, labels: list[str], title: str
-) -> str | None:
+def _filled(rows: list[dict[str, Any]], values: list[float], scale: float, labels: list[str], title: str) -> str | None:
     """A waterfall of a quantity that is never negative; None where there is no step to compare."""
     if len(values) < 2 or max(values) <= 0:
         return None
@@ -140,14 +140,14 @@ def score_waterfall(report: dict[str, Any]) -> str | None:
     tips = [scale.text(row["score"]) + _interval(row, scale) for row in rows]
     bars = []
     for index, (before, after) in enumerate(itertools.pairwise(values), start=1):
-        name, mood = rows[index]["step"], "good" if after >= before else "bad"
+        name, mood = rows[index]["step"], "good" if after > before else "bad" if after < before else "even"
         bars.append(Bar(name, before, after, scale.loss_number(after), f"{name}: {tips[index]}", mood))
-    ships = Bar("what ships", 0.0, values[-1], bars[-1].said, f"what ships: {tips[-1]}", "total")
+    ships = Bar("result", 0.0, values[-1], bars[-1].said, f"result: {tips[-1]}", "total")
     interval, band = rows[0].get("score_interval"), None
     if interval:
         band = sorted(-scale.lost(rows[0]["score"], end) for end in interval)
     unit = f", {scale.loss_unit}" if scale.loss_unit else ""
-    title = f"{scale.name} against the original{unit} (less is worse)"
+    title = f"{scale.name} against the original{unit}" + ("" if scale.higher_is_better else ", left is worse")
     return waterfall([*bars, ships], title, f"{title}, by step", band)
 
 
@@ -239,7 +239,11 @@ def scatter(series: Sequence[Series], x_title: str, y_title: str, label: str) ->
     widest = max(len(said) for _, said in up.labelled(5))
     left = svg.FONT + 14 + svg.LETTER * widest
     along = svg.Axis(0.0, 1.06 * max(xs) or 1.0, left, _WIDE - 10)
-    parts = [*legend, *svg.upward(up, left, _WIDE - 10, y_title, svg.FONT, 5), *svg.across(along, top, bottom, x_title, 6)]
+    parts = [
+        *legend,
+        *svg.upward(up, left, _WIDE - 10, y_title, svg.FONT, 5),
+        *svg.across(along, top, bottom, x_title, 6),
+    ]
     for each in series:
         parts += _drawn(each, along, up)
     return svg.drawing(_WIDE, bottom + 2 * svg.FONT + 16, label, parts)
@@ -252,7 +256,10 @@ def _legend(series: Sequence[Series]) -> tuple[list[str], float]:
         said = svg.cut(each.name, _WIDE - 40)
         if x > 8 and x + 16 + svg.width_of(said) > _WIDE:
             x, y = 8.0, y + 17
-        parts += [svg.marker(x + 5, y, each.shape, f"var(--run-{each.color})"), svg.text(x + 15, y + 4, said, "start", "name")]
+        parts += [
+            svg.marker(x + 5, y, each.shape, f"var(--run-{each.color})"),
+            svg.text(x + 15, y + 4, said, "start", "name"),
+        ]
         x += 30 + svg.width_of(said)
     return parts, y + 16
 
@@ -271,7 +278,7 @@ def _drawn(series: Series, along: svg.Axis, up: svg.Axis) -> list[str]:
         inside.append(svg.marker(x, y, series.shape, color))
         parts.append(svg.element("g", "".join(inside), tip=point.tip))
     if series.ends:
-        for point, said in ((series.points[0], "original"), (series.points[-1], "what ships")):
+        for point, said in ((series.points[0], "original"), (series.points[-1], "result")):
             # A name turns towards the middle, so that the edge does not cut it off.
             to_left = along(point.x) > (along.start + along.end) / 2
             x = along(point.x) + (-9 if to_left else 9)
@@ -291,7 +298,9 @@ def _point(report: dict[str, Any], row: dict[str, Any], runtime: str | None, kin
     tip = f"{row['step']}\n{scale.text(score)}{_interval(row, scale)}\n"
     if runtime is None:
         size = row.get("file_bytes", {}).get(kind)
-        return Point(size / 1024, scale.number(score), f"{tip}{bytes_text(size)} as .{kind}", None, ends) if size else None
+        return (
+            Point(size / 1024, scale.number(score), f"{tip}{bytes_text(size)} as .{kind}", None, ends) if size else None
+        )
     latency = row.get("latency_ms", {}).get(runtime)
     if not latency:
         return None

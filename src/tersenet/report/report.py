@@ -94,6 +94,7 @@ def new_report(
     files: Mapping[str, Mapping[str, Any]] | None = None,
     not_written: Mapping[str, str] | None = None,
     recipe: str | None = None,
+    brief_recipe: str | None = None,
     commands: Sequence[str] = (),
     targets: Sequence[Mapping[str, Any]] = (),
     preparation: Mapping[str, Any] | None = None,
@@ -103,6 +104,7 @@ def new_report(
     """A whole report with its verdict, checked. The first row is the original, the last row is what ships.
 
     Args:
+        brief_recipe: the recipe without the settings that are at their defaults, for people.
         not_written: file -> why it could not be written, where others could.
         settings: as asked for; "model", "data" and "runtime" are read by page and card where they are there.
         metric: what scores are counted in.
@@ -119,6 +121,7 @@ def new_report(
         "not_written": dict(not_written) if not_written else None,
         "verdict": "-",
         "recipe": recipe,
+        "brief_recipe": brief_recipe,
         "commands": list(commands),
         "targets": [dict(entry) for entry in targets],
         "preparation": None if preparation is None else dict(preparation),

@@ -67,12 +67,9 @@ def snippet(
     name: str, runtime: str | None, preparation: Mapping[str, Any], file: Mapping[str, Any], scale: Scale
 ) -> str | None:
     """The lines for one runtime; None where the file was not checked there."""
-    wanted = runtime_name(runtime) if runtime else None
+    wanted = runtime_name(runtime) if runtime else ""
     listed = snippets(name, preparation, file, scale)
-    return next(
-        (code for head, code in listed if wanted is None or head == wanted or "PyTorch" in head and wanted == "PyTorch"),
-        None,
-    )
+    return next((code for head, code in listed if wanted in head), None)
 
 
 def shape_of(preparation: Mapping[str, Any]) -> list[int] | None:
@@ -85,7 +82,7 @@ def shape_of(preparation: Mapping[str, Any]) -> list[int] | None:
 def _calls(head: str, call: str, preparation: Mapping[str, Any], torch: bool, scale: Scale) -> list[str]:
     if inputs := preparation.get("inputs"):
         return [
-            f"inputs = [{', '.join(_zeros(each, torch) for each in inputs)}]  # of the kinds that the model takes",
+            f"inputs = [{', '.join(_zeros(each, torch) for each in inputs)}]  # as prepared for the original",
             f"outputs = {_ON_ALL.get(head, 'model(*inputs)')}",
             "print(outputs)",
         ]
@@ -93,7 +90,7 @@ def _calls(head: str, call: str, preparation: Mapping[str, Any], torch: bool, sc
     sizes = ", ".join(map(str, shape))
     zeros = f"torch.zeros(1, {sizes})" if torch else f'numpy.zeros((1, {sizes}), "float32")'
     name, shown = ("logits", "logits.argmax(-1)") if scale.name == ACCURACY.name else ("outputs", "outputs")
-    return [f"images = {zeros}  # prepared as the report says", f"{name} = {call.format()}", f"print({shown})"]
+    return [f"images = {zeros}  # a prepared image", f"{name} = {call.format()}", f"print({shown})"]
 
 
 def _zeros(each: Mapping[str, Any], torch: bool) -> str:

@@ -33,12 +33,14 @@ def element(name: str, inside: str = "", tip: str | None = None, **attributes: s
     return f"<{name}{said}>{title}{inside}</{name}>"
 
 
-def text(x: float, y: float, said: str, anchor: str = "start", class_: str | None = None, **more: str | float) -> str:
-    return element("text", escape(said), x=x, y=y, text_anchor=anchor, class_=class_, **more)
+def text(
+    x: float, y: float, said: str, anchor: str = "start", class_: str | None = None, transform: str | None = None
+) -> str:
+    return element("text", escape(said), x=x, y=y, text_anchor=anchor, class_=class_, transform=transform)
 
 
-def line(x1: float, y1: float, x2: float, y2: float, class_: str, **more: str | float) -> str:
-    return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_, **more)
+def line(x1: float, y1: float, x2: float, y2: float, class_: str, stroke: str | None = None) -> str:
+    return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_, stroke=stroke)
 
 
 def drawing(width: float, height: float, label: str, parts: Iterable[str]) -> str:
@@ -63,7 +65,7 @@ def cut(said: str, width: float) -> str:
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers from low to high: steps of 1, 2 or 5 times a power of ten.
 
-    >>> ticks(0, 4.7), ticks(97.2, 99.6, 4), ticks(-1.5, 0.4)
+    >>> ticks(0, 4.7), ticks(97.2, 99.6), ticks(-1.5, 0.4)
     ([0.0, 1.0, 2.0, 3.0, 4.0], [97.5, 98.0, 98.5, 99.0, 99.5], [-1.5, -1.0, -0.5, 0.0])
     """
     if not high > low:
@@ -104,11 +106,13 @@ class Axis:
 
 
 def across(axis: Axis, top: float, bottom: float, title: str, count: int = 5) -> list[str]:
-    """A horizontal axis under the picture: grid lines, numbers, and what they count."""
+    """A horizontal axis under the picture: grid lines, numbers, and what they count, which keeps within the
+    picture where it is wider than the axis."""
     found = []
     for place, said in axis.labelled(count):
         found += [line(place, top, place, bottom, "grid"), text(place, bottom + FONT + 3, said, "middle")]
-    middle = (axis.start + axis.end) / 2
+    half = width_of(title) / 2
+    middle = max(half, min((axis.start + axis.end) / 2, axis.end + 44 - half))
     return [*found, text(middle, bottom + 2 * FONT + 9, title, "middle", "axis")]
 
 

@@ -29,6 +29,10 @@ from tersenet.report.words import (
 )
 
 
+# A change of less than so much is not worth its figures.
+_NOTHING = 0.015
+
+
 def table(report: dict[str, Any]) -> Table:
     """Steps down, quantities across; under each value its 95 % interval, or the gain both ways ("2.8x; 0.36")."""
     rows, runtime, kind = report["rows"], first_runtime(report), deployed(report)
@@ -88,7 +92,8 @@ def cell(value: str, below: str = "", style: str = "") -> Text:
 
 
 def gain(change: Change | None) -> str:
-    return both_ways(change.before, change.after) if change else ""
+    """Both ways; empty for next to nothing, which would only widen its column."""
+    return both_ways(change.before, change.after) if change and abs(change.left - 1) > _NOTHING else ""
 
 
 def score_cell(report: dict[str, Any], row: dict[str, Any], scale: Scale) -> Text:
@@ -128,4 +133,4 @@ def latency_cell(report: dict[str, Any], row: dict[str, Any], runtime: str) -> T
     change = latency_change(report, row, runtime)
     style = "" if change is None else "red" if change.grew else "green" if change.shrank else ""
     value = cell(milliseconds_text(latency["median"]), span, style)
-    return value.append(f"\n{gain(change)}", style="dim") if change else value
+    return value.append(f"\n{said}", style="dim") if (said := gain(change)) else value

@@ -22,10 +22,10 @@ from tersenet.codec import tensors
 from tersenet.codec.estimate import coded_bytes
 from tersenet.errors import SettingsError
 from tersenet.graph.fold import fold, foldable_in
+from tersenet.numerics.scale import ACCURACY, Scale
 from tersenet.numerics.sparse_bytes import distances
 from tersenet.size.shrink_file import ShrinkFile
 from tersenet.step import replace
-from tersenet.numerics.scale import ACCURACY, Scale
 from tersenet.task import Task, score_model
 
 _INDEX = {True: 8, False: 5}  # bits of a distance in convolutions, in linear layers
