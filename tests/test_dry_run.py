@@ -90,7 +90,9 @@ def test_the_table_fits(planned: dict[str, Any], width: int) -> None:
 
 
 def test_notes_stand_below_the_table_in_whole_lines() -> None:
-    note = "onnxruntime leaves 3 operators of the int8 file in float: Softmax, LayerNormalization, Gelu; skip the layers"
+    note = (
+        "onnxruntime leaves 3 operators of the int8 file in float: Softmax, LayerNormalization, Gelu; skip the layers"
+    )
     latency = {runtime: {"median": 0.01234} for runtime in ("onnxruntime", "openvino")}
     row = {"params": 10, "macs": 20, "file_bytes": {"onnx": 100, "terse": 50}, "latency_ms": latency, "notes": []}
     rows = [{"step": "original", **row}, {"step": "1. prune_channels", **row, "notes": [note]}]

@@ -45,8 +45,8 @@ def made(hits=9150, size=500, time=1.0, targets=(), settings=None, **more):
 
 def test_the_sentence_of_the_design():
     assert verdict(made(size=476)) == (
-        "The .onnx file is 2.1x smaller (0.48 of the bytes) and 1.9x faster in ONNX Runtime (0.53 of the time) than the "
-        "original's, at 0.23 points of accuracy lost (91.50 % of 10,000 images, 95 % interval 90.9-92.0, "
+        "The .onnx file is 2.1x smaller (0.48 of the bytes) and 1.9x faster in ONNX Runtime (0.53 of the time) than "
+        "the original's, at 0.23 points of accuracy lost (91.50 % of 10,000 images, 95 % interval 90.9-92.0, "
         "which holds the original's 91.73 %); the .terse file is 2.5x smaller (0.40 of the bytes) than the original's "
         "lossless .terse and 2.5x smaller (0.40 of the bytes) than its float32 weights"
     )

@@ -69,7 +69,7 @@ def deploy(report: dict[str, Any]) -> Deploy | None:
         others = "the result" if better else "everything that was made of it"
         said.append(f"it is faster than {others} and scores no less")
     elif runtime and runtime != first_runtime(report):
-        said.append(f"{runtime_name(runtime)} is the faster of the runtimes that were measured")
+        said.append(f"{runtime_name(runtime)} is the fastest of the runtimes that were measured")
     entry = report["files"].get(f"model.{kind}", {})
     code = snippet(name, runtime, report.get("preparation") or {}, entry, Scale.of(report))
     return Deploy(name, runtime, "; ".join(said), code)

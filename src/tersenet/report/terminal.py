@@ -28,7 +28,6 @@ from tersenet.report.words import (
     runtime_name,
 )
 
-
 # A change of less than so much is not worth its figures.
 _NOTHING = 0.015
 
