@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tersenet.numerics.scale import Scale
+from tersenet.numerics.scale import ACCURACY, Scale
 from tersenet.report.headline import (
     Change,
     deployed,
@@ -42,12 +42,14 @@ class Deploy:
         runtime: to run it in; None where no latency was measured.
         why: what was measured of it, in words.
         code: the lines of Python that load and run it there.
+        predicts: whether it gives classes of images, which `tersenet predict` shows.
     """
 
     file: str
     runtime: str | None
     why: str
     code: str | None
+    predicts: bool = False
 
 
 def deploy(report: dict[str, Any]) -> Deploy | None:
@@ -71,8 +73,10 @@ def deploy(report: dict[str, Any]) -> Deploy | None:
     elif runtime and runtime != first_runtime(report):
         said.append(f"{runtime_name(runtime)} is the fastest of the runtimes that were measured")
     entry = report["files"].get(f"model.{kind}", {})
-    code = snippet(name, runtime, report.get("preparation") or {}, entry, Scale.of(report))
-    return Deploy(name, runtime, "; ".join(said), code)
+    preparation, scale = report.get("preparation") or {}, Scale.of(report)
+    code = snippet(name, runtime, preparation, entry, scale)
+    predicts = scale.name == ACCURACY.name and bool(preparation) and not preparation.get("inputs")
+    return Deploy(name, runtime, "; ".join(said), code, predicts)
 
 
 def fastest_runtime(report: dict[str, Any]) -> str | None:
@@ -183,15 +187,26 @@ class Advice:
 
 
 def advice(report: dict[str, Any]) -> Advice | None:
-    """What to try: less loss where the loss is sure or was not allowed, else more gain. None of a run of no steps."""
+    """What to try: less loss where the loss is more than half of what was allowed, or sure where nothing was said of
+    that; else more gain. None of a run of no steps."""
     if len(report["rows"]) < 2:
         return None
-    steps = _recipe(report)
-    missed = any(target["what"] == "drop" and not target["met"] for target in report.get("targets", []))
+    steps, allowed = _recipe(report), report["settings"].get("max_drop")
     lost = drop(report, report["rows"][-1])
-    if lost is not None and lost > 0 and (missed or surely_worse(report, report["rows"][-1])):
-        return Advice("less loss", _less_loss(report, steps))
+    if lost is not None and lost > 0:
+        much = surely_worse(report, report["rows"][-1]) if allowed is None else lost > _HALF * allowed
+        if much:
+            return Advice("less loss", _less_loss(report, steps))
     return Advice("more gain", _more_gain(report, steps))
+
+
+def _aim(report: dict[str, Any]) -> tuple[str, float] | None:
+    """The share that was aimed at, such as ("latency", 0.25); None where the run had a recipe or aimed at an amount."""
+    for kind in ("latency", "bytes", "macs", "memory"):
+        asked = re.fullmatch(r"([0-9.]+)x", str(report["settings"].get(kind, "")))
+        if asked:
+            return kind, float(asked[1])
+    return None
 
 
 def _recipe(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -222,7 +237,10 @@ def _less_loss(report: dict[str, Any], steps: list[tuple[str, dict[str, Any]]]) 
     name, settings = steps[worst]
     trained = next((more for other, more in steps[worst + 1 :] if other == "train"), None)
     said = [f"{rows[worst + 1]['step']} cost {scale.loss_text(cost)}" + (" after its training" if trained else "")]
-    said += _WEAKER[name](settings) if name in _WEAKER else [f"weaken {name}, or leave it out"]
+    if aim := _aim(report):
+        said.append(f"a looser target: --{aim[0]} {_share(min(1.0, 1.3 * aim[1]))} in place of {_share(aim[1])}")
+    else:
+        said += _WEAKER[name](settings) if name in _WEAKER else [f"weaken {name}, or leave it out"]
     if name not in ("train", "fold_batch_norm") and trained is None:
         said.append("train behind it, with the original as teacher: - train: {epochs: 10, with: [{soft_targets: {}}]}")
     elif trained and trained.get("epochs"):
@@ -279,12 +297,18 @@ def _more_gain(report: dict[str, Any], steps: list[tuple[str, dict[str, Any]]]) 
         said.append("int8: add - fold_batch_norm: {} and - quantize: {} at the end of the recipe")
     if not names & _CUT:
         said.append("fewer channels: --macs 0.5x in place of the recipe, with training behind it")
-    time = latency_change(report, report["rows"][-1], first_runtime(report))
-    if not said and time:
-        share = max(0.01, round(_HALF * time.left, 2 if time.left > 0.1 else 3))
-        said.append(f"a tighter target in place of the recipe: --latency {share:g}x (it takes {time.left:.2g}x now)")
+    time, aim = latency_change(report, report["rows"][-1], first_runtime(report)), _aim(report)
+    if aim:
+        said.append(f"a tighter target: --{aim[0]} {_share(0.7 * aim[1])} in place of {_share(aim[1])}")
+    elif not said and time:
+        now = min(1.0, time.left)
+        said.append(f"a tighter target in place of the recipe: --latency {_share(_HALF * now)} ({_share(now)} now)")
     said.append("tersenet plan with the same options times that before anything is trained")
     return said
+
+
+def _share(value: float) -> str:
+    return f"{max(0.01, round(value, 2)):g}x"
 
 
 def stored(report: dict[str, Any]) -> str | None:
