@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
 import json
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from tersenet.errors import DataError, SettingsError
 from tersenet.gate import gate
 from tersenet.job import compress
 from tersenet.metrics import Metric, metric_of
-from tersenet.numerics import scale
 from tersenet.numerics.scale import ACCURACY, Scale
 from tersenet.prune.prune_channels import PruneChannels
 from tersenet.recipe import Recipe
@@ -182,7 +180,3 @@ def test_a_run_says_name_unit_and_direction_everywhere(tmp_path: Path) -> None:
     assert json.loads((run.folder / "report.json").read_text(encoding="utf-8"))["rows"][0]["score"] == pytest.approx(
         0.1
     )
-
-
-def test_the_examples_of_the_scale() -> None:
-    assert doctest.testmod(scale).failed == 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 
 from tersenet import progress
@@ -49,7 +47,3 @@ def test_at_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: p
     said = capsys.readouterr().err
     assert "timing candidates" in said
     assert "3/4" in said
-
-
-def test_the_examples() -> None:
-    assert doctest.testmod(progress).failed == 0

@@ -247,6 +247,10 @@ def test_the_page_never_scrolls_sideways(visit, tmp_path, width):
     )
     if width >= 1280:
         assert scrolling == []  # whole tables
+    fixed = page.eval_on_selector_all(
+        ".scroll", "all => all.map(box => box.querySelector('tbody th').offsetWidth / box.clientWidth)"
+    )
+    assert max(fixed) < 0.6  # what stays in place leaves room for what is scrolled
     cut = page.eval_on_selector_all(
         "main *",
         "all => all.filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth && "
