@@ -22,7 +22,6 @@ from tersenet.report import next_box, words
 from tersenet.report.headline import (
     deployed,
     drop,
-    facts,
     first_runtime,
     float32_change,
     latency_change,
@@ -207,9 +206,6 @@ class Drawn:
         """What a row lost against the original, as a number; None for the original."""
         lost = None if row is self.rows[0] else drop(self.report, row)
         return None if lost is None else self.scale.loss_number(lost)
-
-    def facts(self) -> str:
-        return "; ".join(facts(self.report, self.rows[0]))
 
     def gain(self, row: dict[str, Any], kind: str) -> str:
         """Both ways, against the original, for a cell of the rows table; empty for the original itself."""
