@@ -204,9 +204,8 @@ def score_clause(report: dict[str, Any]) -> str:
     else:
         clause = f", at {scale.loss_text(lost)} of {scale.name} lost"
         if last.get("score_interval"):
-            where = (
-                ("lies below" if scale.higher_is_better else "lies above") if surely_worse(report, last) else "holds"
-            )
+            beyond = "lies below" if scale.higher_is_better else "lies above"
+            where = beyond if surely_worse(report, last) else "holds"
             inside = f", which {where} the original's {scale.text(first['score'])}"
     return f"{clause} ({score_text(report, last)}{inside})"
 

@@ -298,9 +298,8 @@ def _point(report: dict[str, Any], row: dict[str, Any], runtime: str | None, kin
     tip = f"{row['step']}\n{scale.text(score)}{_interval(row, scale)}\n"
     if runtime is None:
         size = row.get("file_bytes", {}).get(kind)
-        return (
-            Point(size / 1024, scale.number(score), f"{tip}{bytes_text(size)} as .{kind}", None, ends) if size else None
-        )
+        tip += f"{bytes_text(size)} as .{kind}" if size else ""
+        return Point(size / 1024, scale.number(score), tip, None, ends) if size else None
     latency = row.get("latency_ms", {}).get(runtime)
     if not latency:
         return None
