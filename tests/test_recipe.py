@@ -39,7 +39,8 @@ def test_a_recipe_survives_yaml_and_comes_back_equal() -> None:
 def test_in_brief_a_recipe_is_the_same_without_its_defaults() -> None:
     recipe = Recipe.parse(
         "steps: [{prune_channels: {sparsity: 0.3, importance: l2, skip: [linear]}}, {train: {epochs: 3, "
-        "with: [{soft_targets: {temperature: 4}}]}}, {chain: {steps: [{quantize: {weights: int4, activations: null}}]}}]"
+        "with: [{soft_targets: {temperature: 4}}]}}, "
+        "{chain: {steps: [{quantize: {weights: int4, activations: null}}]}}]"
     )
     brief = recipe.brief()
     assert Recipe.parse(brief) == recipe

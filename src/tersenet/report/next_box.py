@@ -68,8 +68,7 @@ def deploy(report: dict[str, Any]) -> Deploy | None:
     name = f"model.{kind}" if better is None else _path(rows[index], index, kind)
     said = [_measured(report, rows[index], runtime, kind)]
     if better is not None:
-        others = "the result" if better else "everything that was made of it"
-        said.append(f"it is faster than {others} and scores no less")
+        said.append("it is faster than the result and scores no less")
     elif runtime and runtime != first_runtime(report):
         said.append(f"{runtime_name(runtime)} is the fastest of the runtimes that were measured")
     entry = report["files"].get(f"model.{kind}", {})
