@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tersenet.report.headline import first_runtime
-from tersenet.report.words import bytes_text, count_text, milliseconds_text, percent, points_text, runtime_name
+from tersenet.numerics.scale import Scale
+from tersenet.report.headline import first_runtime, verdict
+from tersenet.report.words import bytes_text, count_text, milliseconds_text, runtime_name
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -23,7 +24,7 @@ BLOCK = re.compile(r"(<!-- from ([a-z0-9_]+) -->\n)(.*?)(<!-- end -->)", re.DOTA
 def table(report: dict[str, Any]) -> str:
     """A row per step: score, points lost, multiply-adds, bytes of the .terse and .onnx files, latency."""
     runtime = first_runtime(report)
-    rows, first = report["rows"], report["rows"][0]
+    rows, first, scale = report["rows"], report["rows"][0], Scale.of(report)
     assert runtime is not None
     lines = [
         f"| step | score | points lost | MACs | .terse | .onnx | {runtime_name(runtime)}, one call |",
@@ -35,11 +36,12 @@ def table(report: dict[str, Any]) -> str:
             f" ({1 / (latency['median'] / first['latency_ms'][runtime]['median']):.2f}x)" if row is not first else ""
         )
         lines.append(
-            f"| {row['step']} | {percent(row['score'])} | {points_text(100 * (first['score'] - row['score']))} "
+            f"| {row['step']} | {scale.text(row['score'])} "
+            f"| {scale.loss_number(scale.lost(first['score'], row['score']))} "
             f"| {count_text(row['macs'])} | {bytes_text(sizes['terse'])} | {bytes_text(sizes['onnx'])} "
             f"| {milliseconds_text(latency['median'])}{speed} |"
         )
-    return "\n".join(lines) + f"\n\n> {report['verdict']}.\n\nOn {report['machine']['cpu']}, one core, batch 1.\n"
+    return "\n".join(lines) + f"\n\n> {verdict(report)}.\n\nOn {report['machine']['cpu']}, one core, batch 1.\n"
 
 
 def written(text: str) -> str:

@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tersenet.recipe import Recipe
 
@@ -42,6 +44,17 @@ def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "smaller" in done.stdout
+
+
+def test_the_python_of_the_report_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "report.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(code.group(1), names)
+    value, low, high = map(float, re.findall(r"0\.\d+", capsys.readouterr().out))
+    assert low < value < high
+    outputs, target = torch.tensor([[3.0], [1.0]]), torch.tensor([2.5, 2.5])
+    assert names["mae"].score([names["mae"].update(outputs, (None, target))])[0] == 1.0
 
 
 def test_every_command_of_the_readme_exists() -> None:

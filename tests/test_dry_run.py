@@ -89,6 +89,23 @@ def test_the_table_fits(planned: dict[str, Any], width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
 
 
+def test_notes_stand_below_the_table_in_whole_lines() -> None:
+    note = (
+        "onnxruntime leaves 3 operators of the int8 file in float: Softmax, LayerNormalization, Gelu; skip the layers"
+    )
+    latency = {runtime: {"median": 0.01234} for runtime in ("onnxruntime", "openvino")}
+    row = {"params": 10, "macs": 20, "file_bytes": {"onnx": 100, "terse": 50}, "latency_ms": latency, "notes": []}
+    rows = [{"step": "original", **row}, {"step": "1. prune_channels", **row, "notes": [note]}]
+    found = {"rows": rows, "left_out": [], "foreseen": [], "search": None, "targets": []}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(dry_run_table(found))
+    lines = console.export_text().splitlines()
+    assert lines[0].split()[:4] == ["step", "params", "MACs", ".onnx"]
+    assert lines[2].split() == ["1.", "prune_channels", "10", "20", "100", "B", "0.0123", "0.0123"]
+    assert " ".join(" ".join(lines[3:]).split()) == f"1. prune_channels: {note}"
+    assert len(lines[3]) > 60
+
+
 @pytest.mark.parametrize(
     ("interval", "macs", "said"),
     [

@@ -8,7 +8,7 @@ import tersenet
 
 PROMISED = {
     "ActivationPenalty", "Chain", "Companion", "DropBlocks", "FoldBatchNorm", "GroupLasso", "KeepEarly", "KeepGrids",
-    "NoEffect",
+    "Metric", "NoEffect",
     "Plan", "Preparation", "PruneActivations", "PruneChannels", "PruneWeights", "Quantize", "Ramp", "Recipe", "Recover",
     "Repeat", "Resize", "Rewind", "Run", "ScalePenalty", "Score", "Search", "Settle", "ShareWeights", "ShrinkFile",
     "SoftTargets", "Step", "Target",

@@ -36,6 +36,18 @@ def test_a_recipe_survives_yaml_and_comes_back_equal() -> None:
     assert Recipe.parse(recipe.dump()) == recipe
 
 
+def test_in_brief_a_recipe_is_the_same_without_its_defaults() -> None:
+    recipe = Recipe.parse(
+        "steps: [{prune_channels: {sparsity: 0.3, importance: l2, skip: [linear]}}, {train: {epochs: 3, "
+        "with: [{soft_targets: {temperature: 4}}]}}, "
+        "{chain: {steps: [{quantize: {weights: int4, activations: null}}]}}]"
+    )
+    brief = recipe.brief()
+    assert Recipe.parse(brief) == recipe
+    assert [word for word in ("sparsity", "skip", "epochs", "int4", "activations: null") if word not in brief] == []
+    assert [word for word in ("importance", "temperature", "samples", "momentum") if word in brief] == []
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

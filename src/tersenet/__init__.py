@@ -21,6 +21,7 @@ _HOME = {
     "GroupLasso": "tersenet.prune.penalties",
     "KeepEarly": "tersenet.prune.rewind",
     "KeepGrids": "tersenet.size.keep_grids",
+    "Metric": "tersenet.metrics",
     "NoEffect": "tersenet.errors",
     "Plan": "tersenet.step",
     "Preparation": "tersenet.task",

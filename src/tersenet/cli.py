@@ -477,7 +477,7 @@ def report(
     from tersenet.report.page import write_html
     from tersenet.run import Run
 
-    write_html([Run(folder).report for folder in runs], output)
+    write_html([Run(folder).report for folder in runs], output, runs)
     show({"file": str(output), "runs": [str(folder) for folder in runs]}, json_, lambda: f"wrote {output}")
 
 

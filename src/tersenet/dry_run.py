@@ -25,7 +25,7 @@ from tersenet.named import foresee_names, remembering
 from tersenet.recipe import Recipe
 from tersenet.repeat import Repeat
 from tersenet.report.terminal import notes
-from tersenet.report.words import bytes_text, count_text, percent
+from tersenet.report.words import bytes_text, count_text, milliseconds_text, percent
 from tersenet.search.search import Search
 from tersenet.ship import READS, Shipped, check_runtimes, foresee_files, peaks, ship, slower_in_integers, time_files
 from tersenet.step import Chain, Step
@@ -164,13 +164,14 @@ def dry_run_table(found: dict[str, Any]) -> Group:
     runtimes = list(rows[0]["latency_ms"])
     caption = f"not run: {', '.join(found['left_out'])}" if found["left_out"] else None
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption=caption, caption_justify="left")
-    for title in ("step", "params", "MACs", "bytes", *(f"ms in {runtime}" for runtime in runtimes)):
+    kind = next((kind for kind in ("onnx", "pt2", "terse") if all(kind in row["file_bytes"] for row in rows)), None)
+    heads = ["step", "params", "MACs", *([f".{kind}"] if kind else []), *(f"ms in {runtime}" for runtime in runtimes)]
+    for title in heads:
         table.add_column(title, justify="left" if title == "step" else "right", no_wrap=title == "step")
     for row in rows:
-        times = [f"{row['latency_ms'][name]['median']:.3f}" for name in runtimes]
-        kind = next(kind for kind in ("onnx", "terse", "pt2") if kind in row["file_bytes"])
-        size = bytes_text(row["file_bytes"][kind])
-        table.add_row(row["step"], count_text(row["params"]), count_text(row["macs"]), size, *times)
+        times = [milliseconds_text(row["latency_ms"][name]["median"]).removesuffix(" ms") for name in runtimes]
+        size = [bytes_text(row["file_bytes"][kind])] if kind else []
+        table.add_row(row["step"], count_text(row["params"]), count_text(row["macs"]), *size, *times)
     said = [
         *found["foreseen"],
         *(search_lines(found["search"]) if found["search"] else ()),

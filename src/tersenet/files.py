@@ -30,14 +30,13 @@ from tersenet.deploy.tensorrt import broken_rules, export_tensorrt, symmetric
 from tersenet.deploy.verify import score_file
 from tersenet.errors import InputWarning, SettingsError, require
 from tersenet.graph.costs import totals
+from tersenet.numerics.scale import ACCURACY
 from tersenet.preparations import AS_SAID, Preparing, preparation_of
 from tersenet.report.words import (
     bytes_text,
     left_text,
     milliseconds_span,
     milliseconds_text,
-    percent,
-    percent_span,
     runtime_name,
 )
 from tersenet.run import Run
@@ -101,7 +100,7 @@ def measure_files(
             entry["scored_output"] = output
         entry.setdefault("scores", {})[runtime] = score.value
         entry.setdefault("score", score.value)
-        entry.setdefault("score_interval", [score.low, score.high])
+        entry.setdefault("score_interval", list(score.interval or ()))
         entry.setdefault("samples", score.samples)
         if score.top5 is not None:
             entry.setdefault("top5", score.top5)
@@ -196,7 +195,9 @@ def measure_table(found: dict[str, Any]) -> Table:
                 "against the first": cell("")
                 if ratio is None
                 else cell(_difference(ratio), f"{left_text(ratio['low'])}-{left_text(ratio['high'])}"),
-                "score": cell("") if score is None else cell(percent(score), percent_span(entry["score_interval"])),
+                "score": cell("")
+                if score is None
+                else cell(ACCURACY.text(score), ACCURACY.span(entry["score_interval"])),
                 "loading": cell(f"{foot['load_ms']:.0f} ms", bytes_text(foot["peak_bytes"])) if foot else cell(""),
             }
             table.add_row(

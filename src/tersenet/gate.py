@@ -14,7 +14,8 @@ from tersenet.deploy.left_in_float import integer_operators, left_in_float
 from tersenet.deploy.measure import measure_files, serving
 from tersenet.deploy.tensorrt import broken_rules
 from tersenet.errors import FileError, SettingsError
-from tersenet.report.headline import headline_bytes, original_bytes
+from tersenet.numerics.scale import Scale
+from tersenet.report.headline import float_file_bytes, smallest_bytes
 from tersenet.run import Run
 from tersenet.ship import READS, sha256
 
@@ -84,7 +85,7 @@ def _of_run(folder: Path, limits: Limits) -> list[dict[str, Any]]:
     first, last = report["rows"][0], report["rows"][-1]
     targets = []
     if limits.drop is not None:
-        targets.append(_drop(str(folder), first, last.get("score"), limits.drop))
+        targets.append(_drop(str(folder), report, last.get("score"), limits.drop))
     if limits.latency is not None:
         name = limits.runtime or next(iter(last["latency_ms"]))
         if name not in last["latency_ms"]:
@@ -120,7 +121,7 @@ def _of_file(path: Path, limits: Limits) -> list[dict[str, Any]]:
         score = (
             (report["rows"][-1].get("scores") or {}).get("pytorch") if path.suffix == ".terse" else entry.get("score")
         )
-        targets.append(_drop(str(path), first, score, limits.drop))
+        targets.append(_drop(str(path), report, score, limits.drop))
     if limits.latency is not None:
         was = None if first is None else first["latency_ms"].get(runtime, {}).get("median")
         limit = _limit("--max-latency", limits.latency, "ms", was)
@@ -145,10 +146,12 @@ def _fused(path: Path, runtime: str) -> dict[str, Any]:
     return {**_target(what, 0, len(operators)), "operators": operators}
 
 
-def _drop(what: str, first: dict[str, Any], score: float | None, limit: float) -> dict[str, Any]:
+def _drop(what: str, report: dict[str, Any], score: float | None, limit: float) -> dict[str, Any]:
+    first, scale = report["rows"][0], Scale.of(report)
     if score is None or first.get("score") is None:
         raise SettingsError(f"{what} has no score, so its drop cannot be checked; run compress on labelled data")
-    return _target("points of score lost", limit, round(100 * (first["score"] - score), 4))
+    name = "score" if scale.name == "accuracy" else scale.name
+    return _target(f"{scale.loss_unit} of {name} lost".strip(), limit, round(scale.lost(first["score"], score), 4))
 
 
 def _target(what: str, wanted: float, got: float) -> dict[str, Any]:
@@ -156,11 +159,11 @@ def _target(what: str, wanted: float, got: float) -> dict[str, Any]:
 
 
 def _original_bytes(first: dict[str, Any]) -> int:
-    return original_bytes({"rows": [first]})[1]  # type: ignore[index]
+    return float_file_bytes({"rows": [first]})[1]  # type: ignore[index]
 
 
 def _counted(row: dict[str, Any]) -> tuple[str, int]:
-    found = headline_bytes(row)
+    found = smallest_bytes(row)
     if found is None:
         raise SettingsError("the report names no file, so that no bytes can be checked; check a file")
     return found

@@ -55,7 +55,7 @@ def compress(
         out: the run folder.
         runtimes: of "onnxruntime", "openvino", "pytorch"; the first one's score and latency count.
         threads, batch: for latency.
-        max_drop: target, points of score lost at most.
+        max_drop: target, points of score lost at most; of a metric that is no share, in its own unit.
         target: what the shipped files are held against in the report.
         recover: your own training loop, in place of the recipe's `train` steps.
         command: what was typed, for the report.
@@ -118,7 +118,7 @@ def _shipped(
 def _near_chance(score: Score | None, task: Task) -> str | None:
     """That the original does not tell the classes apart, where its interval holds what guessing would score."""
     classes = len(task.preparation.labels)
-    if task.metric is not None or classes < 2 or score is None or score.low > 1 / classes:
+    if task.metric is not None or classes < 2 or score is None or score.low is None or score.low > 1 / classes:
         return None
     return (
         f"WARNING: THE ORIGINAL SCORES NO BETTER THAN GUESSING: {100 * score.value:.1f} %, and guessing among "
@@ -212,5 +212,5 @@ def _run_steps(journal: Journal, original: nn.Module, task: Task, say: Callable[
             say("\n".join(f"    {text}" for text in (inner + lines(left)[0], *lines(left)[1:])), markup=False)
         if task.test is not None:
             found |= {"score": score_model(model, task, task.test).value, "scored_on": basis}
-            say(f"    score in PyTorch {100 * found['score']:.2f} %")
+            say(f"    {task.scale.name} in PyTorch {task.scale.text(found['score'])}", markup=False)
         journal.record(index, step, plan, found, model)

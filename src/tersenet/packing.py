@@ -22,6 +22,7 @@ from tersenet.errors import DataError, NoEffect, SettingsError
 from tersenet.graph.costs import totals
 from tersenet.graph.taken_apart import opened
 from tersenet.inputs_said import say_inputs
+from tersenet.numerics.scale import Scale
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.ship import inputs
 from tersenet.size.judge import Judge
@@ -109,8 +110,9 @@ def _scores(original: nn.Module, output: Path, task: Task) -> dict[str, Any]:
     assert task.test is not None
     before, after = score_model(original, task, task.test), score_model(load_terse(output), task, task.test)
     return {
-        "score": after.value, "score_interval": [after.low, after.high], "samples": after.samples,
-        "original_score": before.value, "drop": round(100 * (before.value - after.value), 6),
+        "score": after.value, "score_interval": after.interval and list(after.interval), "samples": after.samples,
+        "original_score": before.value, "drop": round(task.scale.lost(before.value, after.value), 6),
+        "metric": task.scale.to_json(),
     }  # fmt: skip
 
 
@@ -121,9 +123,10 @@ def said(found: dict[str, Any]) -> str:
         f"({found['ratio']:.1f}x smaller)"
     ]
     if "score" in found:
+        scale = Scale.of(found)
         lines.append(
-            f"score {100 * found['score']:.2f} % on {found['samples']:,} samples, the original's "
-            f"{100 * found['original_score']:.2f} %: {found['drop']:.2f} points lost"
+            f"{scale.name} {scale.text(found['score'])} on {found['samples']:,} samples, the original's "
+            f"{scale.text(found['original_score'])}: {scale.loss_text(found['drop'])} lost"
         )
     if not found["met"]:
         lines.append("that is more than was allowed: the drop was chosen without the test set, and missed on it")

@@ -17,8 +17,11 @@ from torch import nn
 from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.machine import machine
 from tersenet.deploy.timings import Measurement
+from tersenet.errors import RecipeError
 from tersenet.graph.costs import costs, totals
+from tersenet.numerics.scale import Scale
 from tersenet.prune.worth import table, worth
+from tersenet.recipe import Recipe
 from tersenet.report.card import write_card
 from tersenet.report.page import write_html
 from tersenet.report.report import new_report, row, target, write_json
@@ -92,8 +95,10 @@ def prove(
         files=files,
         not_written={f"model.{kind}": why for kind, why in shipped[names[-1]].not_written.items()},
         recipe=journal.identity["recipe"],
+        brief_recipe=_brief(journal.identity["recipe"]),
         commands=[command] if command else [],
-        targets=[*judged(wanted, rows, runtimes[0]), *_drop(rows, settings)],
+        targets=[*judged(wanted, rows, runtimes[0]), *_drop(rows, settings, task.scale)],
+        metric=task.scale,
         preparation=preparation_dict(task),
         warnings=[*warnings]
         + [f"{entry.name}: {said}" for entry in journal.entries for said in entry.row.get("findings", [])]
@@ -104,6 +109,14 @@ def prove(
     write_card(report, folder / "README.md")
     write_html([report], folder / "report.html")
     write_json(report, folder / "report.json")
+
+
+def _brief(recipe: str) -> str | None:
+    """The recipe with nothing but what differs from the defaults; None of steps that were made in Python."""
+    try:
+        return Recipe.parse(recipe).brief()
+    except RecipeError:
+        return None
 
 
 def _timed(
@@ -156,7 +169,7 @@ def _stages(journal: Journal, original: nn.Module, task: Task, say: Callable[...
         last += 1
     say("bytes stage by stage")
     rows = stages.stages(journal.replay(original, first), journal.replay(original, last), task)
-    return {"stages": {"said": stages.table(rows), "rows": stages.as_dicts(rows)}}
+    return {"stages": {"said": stages.table(rows, task.scale), "rows": stages.as_dicts(rows)}}
 
 
 def _row(
@@ -195,7 +208,7 @@ def _row(
     return row(
         name,
         score=None if first is None else first.value,
-        score_interval=None if first is None else (first.low, first.high),
+        score_interval=None if first is None else first.interval,
         scores=None if first is None else by_runtime,
         top5=None if first is None else first.top5,
         samples=None if first is None else first.samples,
@@ -242,10 +255,13 @@ def _final_files(folder: Path, shipped: Shipped, task: Task, runtimes: Sequence[
     return found
 
 
-def _drop(rows: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _drop(rows: list[dict[str, Any]], settings: dict[str, Any], scale: Scale) -> list[dict[str, Any]]:
     """The loss that was allowed, and what became of it."""
-    if settings["max_drop"] is None:
+    limit = settings["max_drop"]
+    if limit is None:
         return []
-    drop = round(100 * (rows[0]["score"] - rows[-1]["score"]), 9)  # 100 * (0.9339 - 0.9289) is above 0.5
-    said = f"{missed_digits(drop, settings['max_drop'], 2)} points"
-    return [target("drop", f"{settings['max_drop']:g} points", said, drop <= settings["max_drop"])]
+    drop = round(scale.lost(rows[0]["score"], rows[-1]["score"]), 9)  # 100 * (0.9339 - 0.9289) is above 0.5
+    shown = missed_digits(drop, limit, 2) if scale.is_share else f"{drop:.4g}"
+    return [
+        target("drop", f"{limit:g} {scale.loss_unit}".rstrip(), f"{shown} {scale.loss_unit}".rstrip(), drop <= limit)
+    ]

@@ -120,19 +120,26 @@ class Recipe:
 
     def dump(self) -> str:
         """The recipe as YAML, every setting written out, so that it replays exactly even if a default changes."""
-        data = {"schema": SCHEMA, "steps": [_plain(step) for step in self.steps]}
-        return plain_yaml.dump(data)
+        return plain_yaml.dump({"schema": SCHEMA, "steps": [_plain(step) for step in self.steps]})
+
+    def brief(self) -> str:
+        """The same for people: only what differs from the defaults of this version."""
+        return plain_yaml.dump({"schema": SCHEMA, "steps": [_plain(step, brief=True) for step in self.steps]})
 
     def chain(self) -> Chain:
         return Chain(steps=self.steps)
 
 
-def _plain(part: Step | Companion) -> dict[str, Any]:
-    """One step as {name: settings} of plain YAML types. Empty `only` and `skip` are left out."""
+def _plain(part: Step | Companion, brief: bool = False) -> dict[str, Any]:
+    """One step as {name: settings} of plain YAML types. Empty `only` and `skip` are left out.
+
+    Args:
+        brief: whether settings at their defaults are left out, too.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, Step | Companion):
-            return _plain(value)
+            return _plain(value, brief)
         if isinstance(value, tuple | list):
             return [plain(item) for item in value]
         if isinstance(value, Mapping):
@@ -144,9 +151,19 @@ def _plain(part: Step | Companion) -> dict[str, Any]:
     settings = {
         _SPELLING_BACK.get(key, key): plain(value)
         for key, value in part.settings().items()
-        if not (key in ("only", "skip") and value == ())
+        if not (key in ("only", "skip") and value == ()) and not (brief and _is_default(part, key, value))
     }
     return {part.name: settings}
+
+
+def _is_default(part: Step | Companion, key: str, value: Any) -> bool:
+    """Whether a setting has the value that it would have if nobody had written it."""
+    known = {field.name: field for field in fields(part)}
+    if key not in known:
+        return False
+    field = known[key]
+    made = field.default_factory() if field.default_factory is not MISSING else field.default
+    return made is not MISSING and type(value) is type(made) and value == made
 
 
 def _build(entry: Any, kind: type, own: Own | None) -> Any:

@@ -23,6 +23,7 @@ from tersenet.errors import DataError, NoEffect, SettingsError
 from tersenet.graph.taken_apart import opened
 from tersenet.left_alone import LeftAlone, listening, tell
 from tersenet.named import remembering
+from tersenet.numerics.scale import ACCURACY
 from tersenet.step import Chain, Plan, Step
 from tersenet.task import Task, score_model
 from tersenet.unseen import unseen_batches
@@ -118,9 +119,10 @@ class Repeat(Step):
                 break
             drop = None if lost is None else round(lost(candidate), 6)  # 100 * (1 - 0.97) is above 3
             if drop is not None:
-                say(f"round {number}: {drop:.2f} of {self.until_drop} points lost, judged by {judged_by}")
+                text = (ACCURACY if task.validate is None else task.scale).loss_text(drop)
+                say(f"round {number}: {text} lost of {self.until_drop}, judged by {judged_by}")
                 if drop > self.until_drop:  # type: ignore[operator]
-                    ended_by = f"round {number} lost {drop:.2f} points"
+                    ended_by = f"round {number} lost {text}"
                     break
             model, left = candidate, heard
             rounds.append({"plan": plan, "drop": drop})
@@ -133,11 +135,12 @@ class Repeat(Step):
 
 
 def _judge(model: nn.Module, task: Task, images: int) -> tuple[str, Callable[[nn.Module], float]]:
-    """(what it is judged by, model -> points lost against `model` as it is now)."""
+    """(what it is judged by, model -> points (or units of the metric) lost against `model` as it is now)."""
     if task.validate is not None:
         held_out = task.validate
         before = score_model(model, task, held_out).value
-        return "score on the held-out set", lambda found: 100 * (before - score_model(found, task, held_out).value)
+        lost = task.scale.lost
+        return "score on the held-out set", lambda found: lost(before, score_model(found, task, held_out).value)
     data = task.train if task.train is not None else task.calibrate
     if data is None:
         raise DataError("repeat has nothing to judge by; give a held-out set (--validate DATA) or training data")
@@ -154,10 +157,10 @@ def _judge(model: nn.Module, task: Task, images: int) -> tuple[str, Callable[[nn
 
     compared = dataclasses.replace(task, metric=agrees)
 
-    def lost(found: nn.Module) -> float:
+    def disagrees(found: nn.Module) -> float:
         return 100 * (1 - score_model(found, compared, unseen_batches(data, images, task.seed)).value)
 
-    return "agreement on training images", lost
+    return "agreement on training images", disagrees
 
 
 def _same_shapes_and_masks(before: nn.Module, after: nn.Module) -> bool:

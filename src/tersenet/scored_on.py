@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tersenet.metrics import Metric
 from tersenet.task import Resumable, Task
 
 # What data sets, those of torchvision among them, call their entries, and what they call a data set inside.
@@ -118,8 +119,10 @@ def _add(digest: Any, value: Any) -> None:
         digest.update(repr(value).encode())
 
 
-def _named(function: Callable[..., Any] | None) -> Any:
+def _named(function: Callable[..., Any] | Metric | None) -> Any:
     """A function by its name and code, so that the same one is known again in another process."""
+    if isinstance(function, Metric):
+        return _named(function.update), _named(function.compute), function.scale, function.resamples
     code = getattr(function, "__code__", None)
     name = getattr(function, "__qualname__", type(function).__qualname__)
     if code is None:

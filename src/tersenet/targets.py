@@ -18,7 +18,7 @@ from torch import nn
 from tersenet.atomic import writing
 from tersenet.errors import RecipeError, RunError, SettingsError
 from tersenet.recipe import Recipe
-from tersenet.report.headline import headline_bytes, original_bytes
+from tersenet.report.headline import float_file_bytes, smallest_bytes
 from tersenet.report.report import target
 from tersenet.search.search import Search, amount
 from tersenet.step import Step
@@ -226,7 +226,7 @@ def judged(wanted: Target, rows: Sequence[dict[str, Any]], runtime: str) -> list
         found.append(target("memory", wanted.memory, _said(got, value, "x") if is_share else f"{got}", got <= value))
     if wanted.bytes is not None:
         value, is_share = amount("bytes", wanted.bytes)
-        size, before = headline_bytes(last)[1], original_bytes({"rows": rows})[1]  # type: ignore[index]
+        size, before = smallest_bytes(last)[1], float_file_bytes({"rows": rows})[1]  # type: ignore[index]
         got = size / before if is_share else size
         found.append(target("bytes", wanted.bytes, _said(got, value, "x") if is_share else f"{got}", got <= value))
     return found

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
 from tersenet.errors import DataError, InputWarning, ModelError
+from tersenet.metrics import Metric, contribution, metric_of
 from tersenet.numerics.intervals import wilson
 from tersenet.numerics.outputs import without_value
 from tersenet.numerics.samples import first, together
+from tersenet.numerics.scale import ACCURACY, Scale
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 _LISTS = ("size", "mean", "std", "labels")
@@ -109,15 +111,21 @@ def batches_at(data: Iterable[Any], epoch: int, start: int = 0) -> Iterator[Any]
 
 @dataclass(frozen=True)
 class Score:
-    """A score with what it rests on. `value` is top-1 accuracy or the task's own metric, higher is better, 0 to 1;
-    `without_value` is how many samples have NaN among their outputs, which count as wrong."""
+    """A score with what it rests on. `value` is top-1 accuracy (0 to 1) or the task's own metric, as `scale` says;
+    `low` and `high` are None where the metric has no interval; `without_value` is how many samples have NaN among
+    their outputs, which count as wrong."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     samples: int
     top5: float | None = None
     without_value: int = 0
+    scale: Scale = ACCURACY
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
     @property
     def nan_text(self) -> str:
@@ -238,7 +246,8 @@ class Task:
         original: the model before any step; the default teacher.
         forward: (model, batch) -> outputs.
         loss: (outputs, batch) -> scalar.
-        metric: (outputs, batch) -> (N,) scores of the samples, higher is better; None means top-1 accuracy.
+        metric: a `Metric`, or (outputs, batch) -> (N,) scores of the samples, shares from 0 to 1, higher is better;
+            None means top-1 accuracy.
         preparation: how an image becomes an input.
         seed: of everything that draws at random.
         folder: where a step that trains keeps its own state, so that it can go on after a cut; None means nowhere.
@@ -256,13 +265,18 @@ class Task:
     original: nn.Module | None = None
     forward: Callable[[nn.Module, Any], Any] = default_forward
     loss: Callable[[Any, Any], Tensor] = default_loss
-    metric: Callable[[Any, Any], Tensor] | None = None
+    metric: Metric | Callable[[Any, Any], Tensor] | None = None
     preparation: Preparation = field(default_factory=Preparation)
     seed: int = 0
     folder: Any = None
     quiet: bool = False
     reopen: Callable[[Preparation], Task] | None = None
     open_model: Callable[[str], nn.Module] | None = None
+
+    @property
+    def scale(self) -> Scale:
+        """Name, unit and direction of the scores."""
+        return ACCURACY if self.metric is None else metric_of(self.metric).scale
 
     @property
     def run_folder(self) -> Path | None:
@@ -346,28 +360,56 @@ def _check_input(x: Tensor, wanted: Tensor, number: int, preparation: Preparatio
 
 
 def score(
-    predict: Callable[[Any], Any], data: Iterable[Any], metric: Callable[[Any, Any], Tensor] | None = None
+    predict: Callable[[Any], Any],
+    data: Iterable[Any],
+    metric: Metric | Callable[[Any, Any], Tensor] | None = None,
 ) -> Score:
     """Scores any callable that takes a batch and gives outputs: a model, or a file in its runtime.
 
-    Top-1 accuracy with a 95 % Wilson interval, top-5 where there are at least five classes; another metric gets a
-    normal interval from the spread of its samples. Warns `InputWarning` of samples whose outputs hold NaN.
+    Top-1 accuracy with a 95 % Wilson interval, top-5 where there are at least five classes; another metric as it says.
+    Warns `InputWarning` of samples whose outputs hold NaN.
 
     Args:
         predict: batch -> logits (N, classes), as a tensor.
         data: batches of (input, target).
         metric: as in Task.
     Raises:
-        DataError: on no data, on labels outside 0..classes-1, or on a metric that gives NaN.
+        DataError: on no data, on labels outside 0..classes-1, or on a metric that gives NaN or no share.
     """
-    values, top5, without = [], [], 0
+    found = _accuracy(predict, data) if metric is None else _by_metric(predict, data, metric_of(metric))
+    if found.without_value:
+        warnings.warn(found.nan_text, InputWarning, stacklevel=2)
+    return found
+
+
+def _by_metric(predict: Callable[[Any], Any], data: Iterable[Any], metric: Metric) -> Score:
+    parts, without = [], 0
     for batch in data:
         outputs = predict(batch)
-        if metric is not None:
-            values.append(metric(outputs, batch).double().flatten())
-            without += int(without_value(outputs, len(values[-1])).sum())
-            continue
-        target = batch_target(batch)
+        parts.append(contribution(metric, outputs, batch))
+        without += int(without_value(outputs, len(parts[-1])).sum())
+    samples = _count(parts)
+    floats = [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+    if metric.compute is None and (broken := sum(int(part.isnan().sum()) for part in floats)):
+        raise DataError(
+            f"the metric gives NaN for {broken} of {samples} samples, so that there is no score; it must give a "
+            f"number for each{f' ({without} of them have NaN among their outputs)' if without else ''}"
+        )
+    value, low, high = metric.score(parts)
+    return Score(value, low, high, samples, None, without, metric.scale)
+
+
+def _count(parts: Sequence[Any]) -> int:
+    count = sum(map(len, parts))
+    if count == 0:
+        raise DataError("there is nothing to score: the data is empty (0 samples); give at least one batch")
+    return count
+
+
+def _accuracy(predict: Callable[[Any], Any], data: Iterable[Any]) -> Score:
+    values, top5, without = [], [], 0
+    for batch in data:
+        outputs, target = predict(batch), batch_target(batch)
         _check_logits(outputs, target)
         classes = outputs.shape[-1]
         if len(target) and not 0 <= int(target.min()) <= int(target.max()) < classes:
@@ -382,24 +424,10 @@ def score(
         values.append(ranked[:, 0].double())
         if classes >= 5:
             top5.append(ranked.any(dim=-1).double())
-    if not values or sum(map(len, values)) == 0:
-        raise DataError("there is nothing to score: the data is empty (0 samples); give at least one batch")
-    hits = torch.cat(values)
-    if broken := int(hits.isnan().sum()):
-        raise DataError(
-            f"the metric gives NaN for {broken} of {len(hits)} samples, so that there is no score; it must give a "
-            f"number for each{f' ({without} of them have NaN among their outputs)' if without else ''}"
-        )
-    mean, n = float(hits.mean()), len(hits)
-    if metric is None:
-        low, high = wilson(round(mean * n), n)
-    else:
-        half = 1.96 * float(hits.std()) / n**0.5 if n > 1 else 0.0
-        low, high = mean - half, mean + half
-    found = Score(mean, low, high, n, float(torch.cat(top5).mean()) if top5 else None, without)
-    if without:
-        warnings.warn(found.nan_text, InputWarning, stacklevel=2)
-    return found
+    n = _count(values)
+    mean = float(torch.cat(values).mean())
+    low, high = wilson(round(mean * n), n)
+    return Score(mean, low, high, n, float(torch.cat(top5).mean()) if top5 else None, without)
 
 
 def _check_logits(outputs: Any, target: Any) -> None:

@@ -73,22 +73,22 @@ def test_doctor_names_the_missing_extras_and_how_to_install_them(monkeypatch):
         "torch>=2.9",
         'onnx>=1.18; extra == "onnx"',
         'onnxruntime>=1.22; python_version > "3" and extra == "onnx"',
-        'plotly>=6; extra == "report"',
-        'tersenet[onnx,report]; extra == "demo"',
+        'kornia>=0.8; extra == "data"',
+        'tersenet[onnx,data]; extra == "demo"',
         'scikit-learn>=1.4; extra == "demo"',
         'pytest>=8; extra == "test"',
     ]
     monkeypatch.setattr(room.metadata, "requires", lambda name: requires)
-    monkeypatch.setattr(room, "_version", lambda name: None if name == "plotly" else "1.0")
+    monkeypatch.setattr(room, "_version", lambda name: None if name == "kornia" else "1.0")
     found = doctor()
-    assert set(found["extras"]) == {"onnx", "report", "demo"}
+    assert set(found["extras"]) == {"onnx", "data", "demo"}
     assert found["extras"]["onnx"] == {
         "installed": True, "packages": {"onnx": "1.0", "onnxruntime": "1.0"}, "install": None,
     }  # fmt: skip
-    assert set(found["extras"]["demo"]["packages"]) == {"scikit-learn", "onnx", "onnxruntime", "plotly"}
-    assert found["extras"]["report"]["install"] == 'pip install "tersenet[report]"'
+    assert set(found["extras"]["demo"]["packages"]) == {"scikit-learn", "onnx", "onnxruntime", "kornia"}
+    assert found["extras"]["data"]["install"] == 'pip install "tersenet[data]"'
     assert found["extras"]["demo"]["install"] == 'pip install "tersenet[demo]"'
-    assert found["verdicts"][-1].startswith("Not installed: demo, report;")
+    assert found["verdicts"][-1].startswith("Not installed: data, demo;")
 
 
 def test_the_table_keeps_the_brackets_of_the_command(capsys, monkeypatch):
@@ -101,5 +101,5 @@ def test_the_table_keeps_the_brackets_of_the_command(capsys, monkeypatch):
 
 def test_doctor_here_is_json_and_knows_the_real_extras():
     found = json.loads(json.dumps(doctor()))
-    assert {"onnx", "openvino", "report", "data"} <= set(found["extras"])
+    assert {"onnx", "openvino", "search", "data"} <= set(found["extras"])
     assert not {"test", "dev"} & set(found["extras"])

@@ -81,6 +81,11 @@ BROKEN = [
     (("files", "model.onnx", "bytes"), None),
     (("targets", 0, "met"), "yes"),
     (("targets", 0, "met"), DELETE),
+    (("metric",), {"name": "mAP"}),
+    (("metric",), {"name": "", "unit": "%", "higher_is_better": True}),
+    (("metric",), {"name": "mAP", "unit": None, "higher_is_better": True}),
+    (("metric",), {"name": "mAP", "unit": "%", "higher_is_better": "yes"}),
+    (("brief_recipe",), {}),
     (("preparation", "size"), [32]),
     (("preparation", "size", 0), 0),
     (("commands",), "tersenet"),
@@ -176,7 +181,8 @@ def test_new_report_takes_tuples_and_writes_its_verdict():
         targets=[target("bytes", "0.5x", "0.25x", True)],
     )
     jsonschema.Draft202012Validator(schema()).validate(report)
-    assert report["verdict"].startswith("4.0x smaller (0.25 of the bytes) than the original float file")
+    assert report["verdict"].startswith("The .onnx file is 4.0x smaller (0.25 of the bytes) than the original's")
+    assert report["metric"] == {"name": "accuracy", "unit": "%", "higher_is_better": True}
 
 
 def test_write_and_read_give_the_same_report(example, tmp_path):

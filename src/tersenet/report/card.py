@@ -6,10 +6,8 @@ was not tested. The text is card.md; what comes from a report cannot break out o
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +15,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tersenet.atomic import writing
 from tersenet.left_alone import share_text, some
-from tersenet.report.headline import first_runtime, headline_bytes, original_bytes
+from tersenet.numerics.scale import Scale
+from tersenet.report.headline import deployed, first_runtime
 from tersenet.report.report import validate
-from tersenet.report.words import (
-    bytes_text,
-    milliseconds_span,
-    milliseconds_text,
-    percent,
-    percent_span,
-    plain,
-    runtime_name,
-)
+from tersenet.report.snippets import SNIPPETS, shape_of, snippets
+from tersenet.report.words import bytes_text, milliseconds_span, milliseconds_text, plain, runtime_name
 
 # More labels than these would bury the rest of the card.
 SHOWN_LABELS = 40
-
-# Of its own accord OpenVINO computes in bfloat16 where the processor can, and rounds what some linear layers read.
-_EXACT = '{{"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}}'
-_OPENVINO = (
-    "OpenVINO",
-    "import numpy, openvino",
-    f'openvino.compile_model({{name}}, "CPU", {_EXACT})',
-    "model(images)[0]",
-)
-SNIPPETS = {
-    ".onnx": (
-        (
-            "ONNX Runtime",
-            "import numpy, onnxruntime",
-            "onnxruntime.InferenceSession({name})",
-            "model.run(None, {{model.get_inputs()[0].name: images}})[0]",
-        ),
-        _OPENVINO,
-    ),
-    ".xml": (_OPENVINO,),
-    ".pt2": (
-        ("Plain PyTorch, without tersenet", "import torch", "torch.export.load({name}).module()", "model(images)"),
-    ),
-    ".terse": (("tersenet", "import torch, tersenet", "tersenet.load({name}).eval()", "model(images)"),),
-}
-
-# How all inputs are given by order, where that is not as in PyTorch.
-_ON_ALL = {
-    "ONNX Runtime": "model.run(None, {each.name: x for each, x in zip(model.get_inputs(), inputs)})",
-    "OpenVINO": "model(inputs)",
-}
 
 
 def write_card(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -101,12 +62,9 @@ def code(value: Any) -> str:
 def facts(report: dict[str, Any]) -> dict[str, Any]:
     """Everything that card.md names."""
     settings, preparation, runtime = report["settings"], report.get("preparation", {}), first_runtime(report)
-    known = all(key in preparation for key in ("size", "mean", "std"))
-    shape = [len(preparation["mean"]), *preparation["size"]] if known else None
+    scale, kind = Scale.of(report), deployed(report)
     first, last = report["rows"][0], report["rows"][-1]
-    rows = [("original", first, original_bytes(report))]
-    if last is not first:
-        rows.append(("this model", last, headline_bytes(last)))
+    rows = [("original", first), *([("this model", last)] if last is not first else [])]
     labels = preparation.get("labels", [])
     measured = last.get("latency_ms", {}).get(runtime)
     shared = [f"{key} {measured[key]}" for key in ("threads", "batch") if key in measured] if measured else []
@@ -114,21 +72,23 @@ def facts(report: dict[str, Any]) -> dict[str, Any]:
         "name": settings.get("model") or "A compressed model",
         "data": settings.get("data"),
         "verdict": report["verdict"],
-        "rows": [row_facts(name, row, size, runtime) for name, row, size in rows],
+        "metric": scale.head,
+        "kind": kind if kind != "terse" else None,
+        "rows": [row_facts(name, row, kind, runtime, scale) for name, row in rows],
         "latency_note": ", ".join([runtime_name(runtime), *shared]) if runtime and measured else "",
         "targets": [
             {**target, "got": "-" if target["got"] is None else target["got"]} for target in report.get("targets", [])
         ],
-        "files": [file_facts(name, file) for name, file in report["files"].items()],
+        "files": [file_facts(name, file, scale) for name, file in report["files"].items()],
         "not_written": report.get("not_written", {}),
-        "shape": shape,
+        "shape": shape_of(preparation) if "std" in preparation else None,
         "preparation": preparation,
         "labels": labels[:SHOWN_LABELS],
         "hidden": max(0, len(labels) - SHOWN_LABELS),
         "snippets": [
-            snippet
+            {"head": f"{head} (`{code(name)}`):", "code": lines}
             for name, file in report["files"].items()
-            for snippet in snippets(name, shape, file, preparation.get("inputs"))
+            for head, lines in snippets(name, preparation, file, scale)
         ],
         "terminal": None
         if preparation.get("inputs")
@@ -139,26 +99,27 @@ def facts(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def row_facts(name: str, row: dict[str, Any], size: tuple[str, int] | None, runtime: str | None) -> dict[str, str]:
+def row_facts(name: str, row: dict[str, Any], kind: str | None, runtime: str | None, scale: Scale) -> dict[str, str]:
     """A row as text; "-" for what was not measured."""
-    latency = row.get("latency_ms", {}).get(runtime)
+    latency, sizes = row.get("latency_ms", {}).get(runtime), row.get("file_bytes", {})
     span = f" ({milliseconds_span(latency['low'], latency['high'])})" if latency else ""
     return {
         "step": name,
-        "score": "-" if row.get("score") is None else percent(row["score"]),
-        "interval": percent_span(row["score_interval"]) if row.get("score_interval") else "-",
+        "score": "-" if row.get("score") is None else scale.text(row["score"]),
+        "interval": scale.span(row["score_interval"]) if row.get("score_interval") else "-",
         "samples": f"{row['samples']:,}" if row.get("samples") and row.get("score") is not None else "-",
-        "size": f"{bytes_text(size[1])} .{size[0]}" if size else "-",
+        "size": bytes_text(sizes[kind]) if sizes.get(kind) else "-",
+        "terse": bytes_text(sizes["terse"]) if sizes.get("terse") else "-",
         "latency": milliseconds_text(latency["median"]) + span if latency else "-",
     }
 
 
-def file_facts(name: str, file: dict[str, Any]) -> dict[str, str]:
+def file_facts(name: str, file: dict[str, Any], scale: Scale) -> dict[str, str]:
     score, error = file.get("score"), file.get("max_abs_error")
     return {
         "name": name,
         "size": f"{bytes_text(file['bytes'])} ({file['bytes']:,} bytes)",
-        "score": "" if score is None else percent(score),
+        "score": "" if score is None else scale.text(score),
         "runtime": line(runtime_name(file.get("runtime") or "its runtime")),
         "error": "" if error is None else f"{error:.2g}",
         "sha256": file["sha256"],
@@ -169,46 +130,6 @@ def left_text(left: dict[str, Any]) -> str:
     """What one step left alone, in a sentence."""
     why = "; ".join(f"{share_text(each['share'])} {each['why']} ({some(each['layers'])})" for each in left["reasons"])
     return f"{left['step']} left {share_text(left['share'])} of the {left['of']} alone: {why}."
-
-
-def snippets(
-    name: str, shape: list[int] | None, file: dict[str, Any], inputs: Sequence[dict[str, Any]] | None = None
-) -> list[dict[str, str]]:
-    """How to load a file: five lines per runtime in which it was checked; none for a format that is not known.
-
-    Args:
-        inputs: what the model takes where that is not an image.
-    """
-    sizes = ", ".join(map(str, shape)) if shape else "3, 224, 224"
-    found = []
-    checked = [runtime_name(each) for each in file.get("checked", [file.get("runtime")]) if each]
-    for head, imports, load, call in SNIPPETS.get(Path(name).suffix, ()):
-        if Path(name).suffix == ".onnx" and head not in checked:
-            continue
-        zeros = f"torch.zeros(1, {sizes})" if "torch" in imports else f'numpy.zeros((1, {sizes}), "float32")'
-        lines = [
-            imports,
-            f"model = {load.format(name=json.dumps(name))}",
-            f"images = {zeros}  # prepared as above",
-            f"logits = {call.format()}",
-            "print(logits.argmax(-1))",
-        ]
-        if inputs:
-            lines[2:] = [
-                f"inputs = [{', '.join(_zeros(each, 'torch' in imports) for each in inputs)}]  # of the kinds above",
-                f"outputs = {_ON_ALL.get(head, 'model(*inputs)')}",
-                "print(outputs)",
-            ]
-        found.append({"head": f"{head} (`{code(name)}`):", "code": "\n".join(lines)})
-    return found
-
-
-def _zeros(each: dict[str, Any], torch: bool) -> str:
-    """One sample of an input, in code."""
-    sizes = ", ".join(map(str, [1, *each["shape"]]))
-    return (
-        f"torch.zeros({sizes}, dtype=torch.{each['dtype']})" if torch else f'numpy.zeros(({sizes},), "{each["dtype"]}")'
-    )
 
 
 def machine_text(machine: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
-"""What a report comes down to: how much smaller, how much faster, at what loss, and the verdict in one sentence.
+"""What a report comes down to: how much smaller and faster each file is, at what loss, and the verdict in one sentence.
 
-The first row is the original, the last row is what ships. Headline size is the .terse file (else the .onnx), held
-against the original's float .onnx, the file that a user had before. Headline latency is that of the .onnx file in the
-first runtime named. "Not slower" means that the interval of the time left does not lie above 1.02.
+The first row is the original, the last row is what ships. Like is held against like: the file that is deployed (the
+.onnx, or the .pt2 where PyTorch is the first runtime) against the original's of the same format, in bytes and in the
+latency in the first runtime named; the .terse file against the original's lossless .terse and against its float32
+weights. "Not slower" means that the interval of the time left does not lie above 1.02.
 """
 
 from __future__ import annotations
@@ -11,17 +12,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from tersenet.report.words import (
-    bytes_text,
-    factor_text,
-    left_text,
-    milliseconds_text,
-    percent,
-    percent_span,
-    runtime_name,
-)
+from tersenet.numerics.scale import Scale
+from tersenet.report.words import bytes_text, factor_text, left_text, milliseconds_text, runtime_name
 
 SLACK = 1.02
+FLOAT32_BYTES = 4
+# What each runtime reads, where that is no .onnx file.
+_READS = {"pytorch": "pt2", "pytorch-compiled": "pt2", "torch": "pt2"}
 
 
 @dataclass(frozen=True)
@@ -60,22 +57,39 @@ def first_runtime(report: dict[str, Any]) -> str | None:
     return next((name for name in (*named, *measured) if name in measured), None)
 
 
-def headline_bytes(row: dict[str, Any]) -> tuple[str, int] | None:
-    """The format and size of the file that counts: .terse, else .onnx, else .pt2."""
+def read_by(runtime: str | None) -> str:
+    """The format of the file that a runtime of a report reads."""
+    return _READS.get(runtime or "", "onnx")
+
+
+def deployed(report: dict[str, Any]) -> str | None:
+    """The format of the file that is deployed: what the first runtime reads, else .onnx, .pt2 or .terse."""
+    sizes = report["rows"][-1].get("file_bytes", {})
+    return next((kind for kind in (read_by(first_runtime(report)), "onnx", "pt2", "terse") if sizes.get(kind)), None)
+
+
+def smallest_bytes(row: dict[str, Any]) -> tuple[str, int] | None:
+    """The format and size that limits of bytes are held against: .terse, else .onnx, else .pt2."""
     sizes = row.get("file_bytes", {})
     return next(((kind, sizes[kind]) for kind in ("terse", "onnx", "pt2") if sizes.get(kind)), None)
 
 
-def original_bytes(report: dict[str, Any]) -> tuple[str, int] | None:
-    """The format and size of the original float file: its .onnx, else its .terse, else its .pt2."""
+def float_file_bytes(report: dict[str, Any]) -> tuple[str, int] | None:
+    """The format and size that shares of bytes are of: the original's .onnx, else its .terse, else its .pt2."""
     sizes = report["rows"][0].get("file_bytes", {})
     return next(((kind, sizes[kind]) for kind in ("onnx", "terse", "pt2") if sizes.get(kind)), None)
 
 
-def size_change(report: dict[str, Any], row: dict[str, Any]) -> Change | None:
-    """Bytes of the original float file against those of a row's file; None where one is not known."""
-    before, after = original_bytes(report), headline_bytes(row)
-    return Change(before[1], after[1]) if before and after else None
+def size_change(report: dict[str, Any], row: dict[str, Any], kind: str | None) -> Change | None:
+    """Bytes of the original's file against those of a row's file of the same format; None where one is not known."""
+    before, after = (each.get("file_bytes", {}).get(kind) for each in (report["rows"][0], row))
+    return Change(before, after) if before and after else None
+
+
+def float32_change(report: dict[str, Any], row: dict[str, Any]) -> Change | None:
+    """Bytes of the original's weights as float32 against those of a row's .terse file; None where one is not known."""
+    params, after = report["rows"][0].get("params"), row.get("file_bytes", {}).get("terse")
+    return Change(FLOAT32_BYTES * params, after) if params and after else None
 
 
 def latency_change(report: dict[str, Any], row: dict[str, Any], runtime: str | None) -> Change | None:
@@ -98,9 +112,15 @@ def latency_change(report: dict[str, Any], row: dict[str, Any], runtime: str | N
 
 
 def drop(report: dict[str, Any], row: dict[str, Any]) -> float | None:
-    """Points of score lost against the original; negative when it gained."""
+    """Points of score lost against the original (or units of a metric that is no share); negative when it gained."""
     before, after = report["rows"][0].get("score"), row.get("score")
-    return None if before is None or after is None else 100 * (before - after)
+    return None if before is None or after is None else Scale.of(report).lost(before, after)
+
+
+def surely_worse(report: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether the whole interval of a row's score is worse than the original's score."""
+    before, interval = report["rows"][0].get("score"), row.get("score_interval")
+    return before is not None and interval is not None and Scale.of(report).worse(interval, before)
 
 
 def missed_by(target: dict[str, Any]) -> str | None:
@@ -119,15 +139,14 @@ def verdict(report: dict[str, Any]) -> str:
     rows = report["rows"]
     if len(rows) == 1:
         return f"The original as it is: {', '.join(facts(report, rows[0])) or 'nothing was measured'}"
-    sentence = gains(report) + score_clause(report) + targets_clause(report)
+    sentence = gains(report) + score_clause(report) + terse_clause(report) + targets_clause(report)
     return sentence[0].upper() + sentence[1:]
 
 
 def facts(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    """A row's size, latency and score without a comparison."""
-    found = []
-    if size := headline_bytes(row):
-        found.append(f"{bytes_text(size[1])} as .{size[0]}")
+    """A row's sizes, latency and score without a comparison."""
+    sizes = row.get("file_bytes", {})
+    found = [f"{bytes_text(sizes[kind])} as .{kind}" for kind in ("onnx", "pt2", "terse") if sizes.get(kind)]
     runtime = first_runtime(report)
     if runtime and (latency := row.get("latency_ms", {}).get(runtime)):
         found.append(f"{milliseconds_text(latency['median'])} in {runtime_name(runtime)}")
@@ -137,14 +156,12 @@ def facts(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
 
 
 def gains(report: dict[str, Any]) -> str:
-    """ "2.1x smaller (0.48 of the bytes) and 1.9x faster in ONNX Runtime (0.52 of the time) than ..." """
-    last, runtime = report["rows"][-1], first_runtime(report)
-    size, time = size_change(report, last), latency_change(report, last, runtime)
+    """ "the .onnx file is 2.1x smaller (0.48 of the bytes) and 1.9x faster in ONNX Runtime (0.52 of the time)" """
+    last, runtime, kind = report["rows"][-1], first_runtime(report), deployed(report)
+    size, time = size_change(report, last, kind), latency_change(report, last, runtime)
     phrases: list[tuple[bool, str]] = []
     if size:
-        word = f"{factor_text(size.factor)} smaller" if size.shrank else "not smaller"
-        word = f"{factor_text(size.left)} LARGER" if size.grew else word
-        phrases.append((size.shrank, f"{word} ({left_text(size.left)} of the bytes)"))
+        phrases.append((size.shrank, smaller(size)))
     if time:
         word = f"{factor_text(time.factor)} faster" if time.shrank else "NOT faster"
         word = f"{factor_text(time.left)} SLOWER" if time.grew else word
@@ -152,35 +169,56 @@ def gains(report: dict[str, Any]) -> str:
     if not phrases:
         return "neither size nor latency can be compared with the original"
     joint = " and " if len({good for good, _ in phrases}) == 1 else " but "
-    text = joint.join(words for _, words in phrases) + " than the original float file"
+    text = f"the .{kind} file is {joint.join(words for _, words in phrases)} than the original's"
     return text if time else text + " (latency was not compared)"
+
+
+def smaller(size: Change) -> str:
+    """ "2.1x smaller (0.48 of the bytes)" """
+    word = f"{factor_text(size.factor)} smaller" if size.shrank else "not smaller"
+    word = f"{factor_text(size.left)} LARGER" if size.grew else word
+    return f"{word} ({left_text(size.left)} of the bytes)"
+
+
+def terse_clause(report: dict[str, Any]) -> str:
+    """ "; the .terse file is 6.9x smaller (0.14 of the bytes) than the original's and 8.3x smaller than ..." """
+    last = report["rows"][-1]
+    own = None if deployed(report) == "terse" else size_change(report, last, "terse")
+    raw = float32_change(report, last)
+    said = [f"{smaller(own)} than the original's lossless .terse"] if own else []
+    said += [f"{smaller(raw)} than its float32 weights"] if raw else []
+    return f"; the .terse file is {' and '.join(said)}" if said else ""
 
 
 def score_clause(report: dict[str, Any]) -> str:
     """ ", at 0.23 points of accuracy lost (91.50 % of 10,000 images, 95 % interval 90.9-92.0, ...)" """
-    first, last = report["rows"][0], report["rows"][-1]
+    first, last, scale = report["rows"][0], report["rows"][-1], Scale.of(report)
     lost = drop(report, last)
     if lost is None:
         return ", with no score measured"
-    name = report["settings"].get("metric") or "accuracy"
-    clause = (
-        f", at {lost:.2f} points of {name} lost" if lost >= 0.005 else f", with {-lost:.2f} points of {name} gained"
-    )
-    clause = f", with no {name} lost" if abs(lost) < 0.005 else clause
     inside = ""
-    if lost >= 0.005 and last.get("score_interval"):
-        holds = first["score"] <= last["score_interval"][1]
-        inside = f", which {'holds' if holds else 'lies below'} the original's {percent(first['score'])}"
+    if scale.same(first["score"], last["score"]):
+        clause = f", with no {scale.name} lost"
+    elif lost < 0:
+        clause = f", with {scale.loss_text(-lost)} of {scale.name} gained"
+    else:
+        clause = f", at {scale.loss_text(lost)} of {scale.name} lost"
+        if last.get("score_interval"):
+            beyond = "lies below" if scale.higher_is_better else "lies above"
+            where = beyond if surely_worse(report, last) else "holds"
+            inside = f", which {where} the original's {scale.text(first['score'])}"
     return f"{clause} ({score_text(report, last)}{inside})"
 
 
 def score_text(report: dict[str, Any], row: dict[str, Any]) -> str:
     """ "91.50 % of 10,000 images, 95 % interval 90.9-92.0" """
-    samples = (
-        f" of {row['samples']:,} {report['settings'].get('samples_are') or 'images'}" if row.get("samples") else ""
-    )
-    interval = f", 95 % interval {percent_span(row['score_interval'])}" if row.get("score_interval") else ""
-    return percent(row["score"]) + samples + interval
+    scale = Scale.of(report)
+    other = report.get("preparation", {}).get("inputs")  # what the model takes where that is no image
+    things = report["settings"].get("samples_are") or ("samples" if other else "images")
+    joint = "of" if scale.is_share else "on"
+    samples = f" {joint} {row['samples']:,} {things}" if row.get("samples") else ""
+    interval = f", 95 % interval {scale.span(row['score_interval'])}" if row.get("score_interval") else ""
+    return scale.text(row["score"]) + samples + interval
 
 
 def targets_clause(report: dict[str, Any]) -> str:

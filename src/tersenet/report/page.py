@@ -1,4 +1,4 @@
-"""One self-contained HTML page for one run or several: no network, plotly.js written into it once.
+"""One self-contained HTML page for one run or several: no network, the plots drawn into it as inline SVG.
 
 The page is page.html with page_style.html and page_script.html; a content security policy in it forbids every request.
 Everything that comes from a report is escaped.
@@ -6,30 +6,31 @@ Everything that comes from a report is escaped.
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 
 from tersenet.atomic import writing
-from tersenet.errors import FileError, require
+from tersenet.errors import FileError
 from tersenet.left_alone import share_text, some
-from tersenet.report import words
+from tersenet.numerics.scale import Scale
+from tersenet.report import next_box, words
 from tersenet.report.headline import (
+    deployed,
     drop,
-    facts,
     first_runtime,
-    headline_bytes,
+    float32_change,
     latency_change,
     missed_by,
-    original_bytes,
     size_change,
+    surely_worse,
 )
+from tersenet.report.layers import layer_table
 from tersenet.report.plots import (
-    Figure,
     bytes_waterfall,
     latency_waterfall,
     macs_waterfall,
@@ -38,33 +39,34 @@ from tersenet.report.plots import (
     score_waterfall,
 )
 from tersenet.report.report import validate
+from tersenet.report.settings import split_settings
 
 
-def write_html(reports: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
+def write_html(
+    reports: Sequence[dict[str, Any]], path: str | os.PathLike[str], folders: Sequence[str | os.PathLike[str]] = ()
+) -> None:
     """Writes one page for all the reports.
 
+    Args:
+        folders: of the runs, which name them where there are several; without, they are named by their models.
     Raises:
         FileError: when there is no report, or one does not fit the schema.
-        MissingExtra: when plotly is not installed.
     """
     if not reports:
         raise FileError("a page needs at least one report, got 0; give the folder of a finished run")
     for report in reports:
         validate(report)
-    plotly = require("plotly.offline", "report", "draw the plots of the HTML report")
-    runs = [
-        Drawn(report, name, f"run-{i}")
-        for i, (report, name) in enumerate(zip(reports, run_names(reports), strict=True), 1)
-    ]
+    names = run_names(reports, folders)
+    runs = [Drawn(report, name, f"run-{i}") for i, (report, name) in enumerate(zip(reports, names, strict=True), 1)]
+    plots = {against: score_plot(reports, names, against) for against in ("size", "latency")}
     text = (
         environment()
         .get_template("page.html")
         .render(
             runs=runs,
-            overview=overview(runs),
-            figures={key: figure for run in runs for key, figure in run.figures.items()} | overview(runs),
-            plotly_js=plotly.get_plotlyjs(),
-            title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+            overview={against: Markup(plot) for against, plot in plots.items() if plot},
+            scored=any(row.get("score") is not None for report in reports for row in report["rows"]),
+            title=names[0] if len(runs) == 1 else f"{len(runs)} runs",
         )
     )
     with writing(path) as temporary:
@@ -85,11 +87,10 @@ def environment() -> Environment:
         words.milliseconds_text,
         words.milliseconds_span,
         words.percent,
+        words.seconds_text,
     ):
         found.filters[function.__name__] = function
     found.filters |= {
-        "percent_span": words.percent_span,
-        "points_text": words.points_text,
         "plain": words.plain,
         "unbroken": unbroken,
     }
@@ -107,39 +108,20 @@ def unbroken(text: str) -> str:
     return text.replace(" %", "\u00a0%")
 
 
-def run_names(reports: Sequence[dict[str, Any]]) -> list[str]:
-    """What each run is called: its model; runs of one model are told apart by their folder or a number."""
-    names = [str(report["settings"].get("model") or "model") for report in reports]
-    found: list[str] = []
-    for index, (name, report) in enumerate(zip(names, reports, strict=True), start=1):
-        out = Path(str(report["settings"].get("out") or index)).name
-        found.append(name if names.count(name) == 1 else f"{name} {out}")
-    return found if len(set(found)) == len(found) else [f"{name} ({i})" for i, name in enumerate(found, start=1)]
-
-
-def escaped(figure: Figure) -> Figure:
-    """Plotly reads a part of HTML in its texts, so names from a report are escaped there too; <b> and <br> stay."""
-    for trace in figure["data"]:
-        for key in ("x", "customdata", "text"):
-            if key in trace:
-                trace[key] = [escape_text(item) if isinstance(item, str) else item for item in trace[key]]
-        if "name" in trace:
-            trace["name"] = html.escape(trace["name"])
-    return figure
-
-
-def escape_text(text: str) -> str:
-    safe = html.escape(text)
-    for tag in ("<b>", "</b>", "<br>"):
-        safe = safe.replace(html.escape(tag), tag)
-    return safe
-
-
-def overview(runs: list[Drawn]) -> dict[str, Figure]:
-    """The two plots that hold all rows of all runs."""
-    reports, names = [run.report for run in runs], [run.name for run in runs]
-    found = {f"score-{against}": score_plot(reports, names, against) for against in ("size", "latency")}
-    return {key: escaped(figure) for key, figure in found.items() if figure}
+def run_names(reports: Sequence[dict[str, Any]], folders: Sequence[str | os.PathLike[str]] = ()) -> list[str]:
+    """What each run is called: one alone by its model, several by as much of their folders as tells them apart."""
+    models = [str(report["settings"].get("model") or "model") for report in reports]
+    if len(reports) == 1:
+        return models
+    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    longest = max(map(len, paths), default=0)
+    for depth in range(1, longest + 1):
+        names = ["/".join(parts[-depth:]) for parts in paths]
+        if len(set(names)) == len(reports):
+            return names
+    if len(set(models)) == len(models):
+        return models
+    return [f"{model} ({index})" for index, model in enumerate(models, start=1)]
 
 
 class Drawn:
@@ -148,41 +130,52 @@ class Drawn:
     def __init__(self, report: dict[str, Any], name: str, key: str) -> None:
         self.report, self.name, self.key = report, name, key
         self.rows, self.last = report["rows"], report["rows"][-1]
+        self.scale, self.kind = Scale.of(report), deployed(report)
         self.runtime, self.runtimes = first_runtime(report), runtimes(report)
         self.kinds = list(dict.fromkeys(kind for row in self.rows for kind in row.get("file_bytes", {})))
+        self.kinds.sort(key=lambda kind: kind != self.kind)
         self.scored = [name for name in self.rows[0].get("scores", {}) if name != self.runtime]
         self.missed = [target for target in report.get("targets", []) if not target["met"]]
-        drawn = {
-            "bytes": bytes_waterfall(report),
-            "macs": macs_waterfall(report),
-            "latency": latency_waterfall(report),
-            "score": score_waterfall(report),
-        }
-        self.figures = {f"{self.key}-{what}": escaped(figure) for what, figure in drawn.items() if figure}
+        self.deploy, self.stored = next_box.deploy(report), next_box.stored(report)
+        self.advice, self.bought = next_box.advice(report), next_box.bought(report)
+        self.settings, self.defaults = split_settings(report["settings"])
+        self.layers = layer_table(report)
 
-    def waterfalls(self) -> list[tuple[str, str]]:
-        """(key of the figure, its heading) of those that could be drawn."""
-        heads = {
-            "bytes": "Size of the file",
-            "macs": "Multiply-adds",
-            "latency": f"Latency in {words.runtime_name(self.runtime or '')}",
-            "score": "Points of score",
+    def waterfalls(self) -> list[tuple[str, str, Markup]]:
+        """(what, heading, picture) of those that can be drawn."""
+        drawn = {
+            "bytes": (f"Size of the .{self.kind} file", bytes_waterfall(self.report, self.kind)),
+            "latency": (
+                f"Latency in {words.runtime_name(self.runtime or '')}",
+                latency_waterfall(self.report),
+            ),
+            "score": (self.scale.head[:1].upper() + self.scale.head[1:], score_waterfall(self.report)),
+            "macs": ("Multiply-adds", macs_waterfall(self.report)),
+            "terse": (
+                "Size of the .terse file",
+                None if self.kind == "terse" else bytes_waterfall(self.report, "terse"),
+            ),
         }
-        return [(key, heads[key.removeprefix(f"{self.key}-")]) for key in self.figures]
+        return [(what, head, Markup(picture)) for what, (head, picture) in drawn.items() if picture]
 
     def tiles(self) -> list[dict[str, str]]:
         """The headline figures: what, how many times less, the two values, and whether it is good."""
         found = []
-        size, latency = size_change(self.report, self.last), latency_change(self.report, self.last, self.runtime)
-        before, after = original_bytes(self.report), headline_bytes(self.last)
-        if size and before and after:
-            line = f"{words.bytes_text(before[1])} to {words.bytes_text(after[1])}"
-            head = "Size" if before[0] == after[0] else f"Size, .{before[0]} to .{after[0]}"
-            found.append(tile(head, size.factor, size.left, "smaller", line, size.shrank, size.grew))
-        if latency:
+        if size := size_change(self.report, self.last, self.kind):
+            line = f"{words.bytes_text(size.before)} to {words.bytes_text(size.after)}"
+            found.append(
+                tile(f"Size of the .{self.kind}", size.factor, size.left, "smaller", line, size.shrank, size.grew)
+            )
+        if latency := latency_change(self.report, self.last, self.runtime):
             line = f"{words.milliseconds_text(latency.before)} to {words.milliseconds_text(latency.after)}"
             head = f"Latency, {words.runtime_name(self.runtime or '')}"
             found.append(tile(head, latency.factor, latency.left, "faster", line, latency.shrank, latency.grew))
+        if self.kind != "terse" and (size := size_change(self.report, self.last, "terse")):
+            line = f"{words.bytes_text(size.before)} to {words.bytes_text(size.after)}"
+            each = tile("Size of the .terse", size.factor, size.left, "smaller", line, size.shrank, size.grew)
+            if raw := float32_change(self.report, self.last):
+                each["below"] = f"{words.factor_text(raw.factor)} smaller than float32 weights"
+            found.append(each)
         macs = [row.get("macs") for row in (self.rows[0], self.last)]
         if macs[0] and macs[1]:
             line = f"{words.count_text(macs[0])} to {words.count_text(macs[1])}"
@@ -191,29 +184,36 @@ class Drawn:
         return found + self.score_tiles()
 
     def score_tiles(self) -> list[dict[str, str]]:
-        lost = drop(self.report, self.last)
+        lost, scale = drop(self.report, self.last), self.scale
         if lost is None:
             return []
-        interval = self.last.get("score_interval")
-        sure = bool(interval) and interval[1] < self.rows[0]["score"]
-        line = f"{words.percent(self.rows[0]['score'])} to {words.percent(self.last['score'])}"
-        below = f"95 % interval {words.percent_span(interval)}" if interval else "no interval"
-        value = f"{words.points_text(abs(lost))} {'points lost' if lost >= 0.005 else 'points gained'}"
-        value = "no loss" if abs(lost) < 0.005 else value
-        mood = "bad" if sure else "good" if lost < 0.005 else "even"
-        return [{"head": "Score", "value": value, "line": line, "below": below, "mood": mood}]
+        before, after, interval = self.rows[0]["score"], self.last["score"], self.last.get("score_interval")
+        value = f"{scale.loss_text(abs(lost))} {'lost' if lost > 0 else 'gained'}"
+        even = scale.same(before, after)
+        mood = "bad" if surely_worse(self.report, self.last) else "good" if even or lost < 0 else "even"
+        head = scale.head[:1].upper() + scale.head[1:]
+        line = f"{scale.text(before)} to {scale.text(after)}"
+        below = f"95 % interval {scale.span(interval)}" if interval else "no interval"
+        return [{"head": head, "value": "no loss" if even else value, "line": line, "below": below, "mood": mood}]
 
-    def facts(self) -> str:
-        return "; ".join(facts(self.report, self.rows[0]))
+    def score(self, value: float) -> str:
+        return self.scale.text(value)
+
+    def span(self, interval: Sequence[float]) -> str:
+        return self.scale.span(interval)
+
+    def lost(self, row: dict[str, Any]) -> str | None:
+        """What a row lost against the original, as a number; None for the original."""
+        lost = None if row is self.rows[0] else drop(self.report, row)
+        return None if lost is None else self.scale.loss_number(lost)
 
     def gain(self, row: dict[str, Any], kind: str) -> str:
         """Both ways, against the original, for a cell of the rows table; empty for the original itself."""
-        if kind in self.kinds:
-            before, after = original_bytes(self.report), row.get("file_bytes", {}).get(kind)
-            itself = row is self.rows[0] and before is not None and kind == before[0]
-            return "" if itself or not before or not after else words.both_ways(before[1], after)
         if row is self.rows[0]:
             return ""
+        if kind in self.kinds:
+            size = size_change(self.report, row, kind)
+            return words.both_ways(size.before, size.after) if size else ""
         if kind in self.runtimes:
             change = latency_change(self.report, row, kind)
             return words.both_ways(change.before, change.after) if change else ""
@@ -221,9 +221,6 @@ class Drawn:
         if not before_count or not after_count or before_count == after_count:
             return ""
         return words.both_ways(before_count, after_count)
-
-    def drop(self, row: dict[str, Any]) -> float | None:
-        return None if row is self.rows[0] else drop(self.report, row)
 
     def missed_by(self, target: dict[str, Any]) -> str | None:
         return None if target["met"] or target["got"] is None else missed_by(target)
@@ -235,25 +232,6 @@ class Drawn:
             for row in self.rows
             for left in row.get("left_alone", [])
         ]
-
-    def layers(self) -> list[dict[str, Any]]:
-        """The layers of what ships, each with its share of all MACs and what is left of the original layer's MACs."""
-        listed: list[dict[str, Any]] = next((row["layers"] for row in reversed(self.rows) if row.get("layers")), [])
-        before = {layer["path"]: layer for layer in self.rows[0].get("layers", [])}
-        total = sum(layer.get("macs", 0) for layer in listed)
-        return [
-            {
-                **{key: layer.get(key) for key in ("path", "kind", "params", "macs", "bytes")},
-                "note": layer.get("note", ""),
-                "share": layer.get("macs", 0) / total if total else None,
-                "bytes_left": left(before.get(layer["path"], {}).get("bytes"), layer.get("bytes")),
-            }
-            for layer in listed
-        ]
-
-
-def left(before: float | None, after: float | None) -> float | None:
-    return None if not before or after is None else after / before
 
 
 def tile(head: str, factor: float, share: float, word: str, line: str, good: bool, bad: bool) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tersenet.atomic import writing
 from tersenet.errors import FileError
+from tersenet.numerics.scale import ACCURACY, Scale
 from tersenet.report.check import faults
 from tersenet.report.headline import verdict
 
@@ -44,7 +45,7 @@ def row(
 
     Args:
         step: "original", or the step's name.
-        score: that of the first runtime named, 0 to 1, higher is better.
+        score: that of the first runtime named, as the report's metric counts it.
         score_interval: its 95 % interval, (low, high).
         scores: by runtime, "pytorch" included.
         samples: how many the score rests on.
@@ -93,16 +94,20 @@ def new_report(
     files: Mapping[str, Mapping[str, Any]] | None = None,
     not_written: Mapping[str, str] | None = None,
     recipe: str | None = None,
+    brief_recipe: str | None = None,
     commands: Sequence[str] = (),
     targets: Sequence[Mapping[str, Any]] = (),
     preparation: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
+    metric: Scale = ACCURACY,
 ) -> dict[str, Any]:
     """A whole report with its verdict, checked. The first row is the original, the last row is what ships.
 
     Args:
+        brief_recipe: the recipe without the settings that are at their defaults, for people.
         not_written: file -> why it could not be written, where others could.
-        settings: as asked for; "model", "data", "runtime" and "metric" are read by page and card where they are there.
+        settings: as asked for; "model", "data" and "runtime" are read by page and card where they are there.
+        metric: what scores are counted in.
     Raises:
         FileError: when a part does not fit the schema.
     """
@@ -110,11 +115,13 @@ def new_report(
         "schema": SCHEMA,
         "machine": dict(machine),
         "settings": dict(settings),
+        "metric": metric.to_json(),
         "rows": [dict(entry) for entry in rows],
         "files": {name: dict(entry) for name, entry in (files or {}).items()},
         "not_written": dict(not_written) if not_written else None,
         "verdict": "-",
         "recipe": recipe,
+        "brief_recipe": brief_recipe,
         "commands": list(commands),
         "targets": [dict(entry) for entry in targets],
         "preparation": None if preparation is None else dict(preparation),

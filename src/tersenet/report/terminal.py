@@ -9,32 +9,45 @@ from rich.table import Table
 from rich.text import Text
 
 from tersenet.left_alone import LeftAlone, lines
-from tersenet.report.headline import Change, drop, first_runtime, latency_change, original_bytes
+from tersenet.numerics.scale import Scale
+from tersenet.report.headline import (
+    Change,
+    deployed,
+    drop,
+    first_runtime,
+    latency_change,
+    size_change,
+    surely_worse,
+)
 from tersenet.report.words import (
     both_ways,
     bytes_text,
     count_text,
     milliseconds_span,
     milliseconds_text,
-    percent,
-    percent_span,
-    points_text,
     runtime_name,
 )
+
+# A change of less than so much is not worth its figures.
+_NOTHING = 0.015
 
 
 def table(report: dict[str, Any]) -> Table:
     """Steps down, quantities across; under each value its 95 % interval, or the gain both ways ("2.8x; 0.36")."""
-    rows, runtime = report["rows"], first_runtime(report)
-    # One size, that of the file that is smallest to ship; report.html and report.json have them all.
-    kinds = [kind for kind in ("terse", "onnx") if any(kind in row.get("file_bytes", {}) for row in rows)][:1]
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption(report, runtime), caption_justify="left")
-    grid.add_column("step", overflow="fold", min_width=12, max_width=20)
-    heads = ["score", "drop", "MACs", *(f".{kind}" for kind in kinds)]
+    rows, runtime, kind = report["rows"], first_runtime(report), deployed(report)
+    # The sizes of the file that is deployed and of the .terse file; report.html and report.json have them all.
+    kinds = [kind] if kind else []
+    if kind != "terse" and any("terse" in row.get("file_bytes", {}) for row in rows):
+        kinds.append("terse")
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    grid.caption, grid.caption_justify = caption(report, runtime), "left"
+    grid.add_column("step", overflow="fold", min_width=9, max_width=20)
+    scale = Scale.of(report)
+    heads = [scale.name, "MACs", *(f".{kind}" for kind in kinds)]
     for head in [*heads, *([runtime_name(runtime)] if runtime else [])]:
         grid.add_column(head, justify="right", no_wrap=True)
     for index, row in enumerate(rows):
-        cells = [score_cell(row), drop_cell(report, row), macs_cell(report, row)]
+        cells = [score_cell(report, row, scale), macs_cell(report, row)]
         cells += [bytes_cell(report, row, kind) for kind in kinds]
         if runtime:
             cells.append(latency_cell(report, row, runtime))
@@ -60,13 +73,14 @@ def caption(report: dict[str, Any], runtime: str | None) -> str:
     said = []
     samples = sorted({row["samples"] for row in report["rows"] if row.get("samples")})
     if samples:
-        said.append(f"score on {' or '.join(f'{count:,}' for count in samples)} samples, 95 % interval")
+        counts = " or ".join(f"{count:,}" for count in samples)
+        said.append(f"{Scale.of(report).head}, on {counts} samples, 95 % interval")
     latency = report["rows"][0].get("latency_ms", {}).get(runtime)
     if latency:
         shared = ", ".join(f"{key} {latency[key]}" for key in ("threads", "batch") if key in latency)
         said.append(f"median latency of one call{f' ({shared})' if shared else ''}")
-    if before := original_bytes(report):
-        said.append(f"bytes against the original's .{before[0]}")
+    if deployed(report):
+        said.append("bytes against the original's file of the same format")
     return "; ".join(said)
 
 
@@ -77,23 +91,21 @@ def cell(value: str, below: str = "", style: str = "") -> Text:
 
 
 def gain(change: Change | None) -> str:
-    return both_ways(change.before, change.after) if change else ""
+    """Both ways; empty for next to nothing, which would only widen its column."""
+    return both_ways(change.before, change.after) if change and abs(change.left - 1) > _NOTHING else ""
 
 
-def score_cell(row: dict[str, Any]) -> Text:
+def score_cell(report: dict[str, Any], row: dict[str, Any], scale: Scale) -> Text:
+    """The score, its interval and what is lost; a loss that is larger than the interval explains is red, a gain is
+    green."""
     if row.get("score") is None:
         return cell("-")
-    return cell(percent(row["score"]), percent_span(row["score_interval"]) if row.get("score_interval") else "")
-
-
-def drop_cell(report: dict[str, Any], row: dict[str, Any]) -> Text:
-    """Points lost; a loss that is larger than the interval explains is red, a gain is green."""
+    text = cell(scale.text(row["score"]), scale.span(row["score_interval"]) if row.get("score_interval") else "")
     lost = drop(report, row)
-    if lost is None or row is report["rows"][0]:
-        return cell("")
-    interval = row.get("score_interval")
-    sure = interval is not None and interval[1] < report["rows"][0]["score"]
-    return cell(points_text(lost), style="red" if sure else "green" if lost < -0.005 else "")
+    if lost is None or row is report["rows"][0] or scale.same(report["rows"][0]["score"], row["score"]):
+        return text
+    style = "red" if surely_worse(report, row) else "green" if lost < 0 else ""
+    return text.append(f"\n{scale.loss_number(abs(lost))} {'lost' if lost > 0 else 'gained'}", style=style)
 
 
 def macs_cell(report: dict[str, Any], row: dict[str, Any]) -> Text:
@@ -103,11 +115,10 @@ def macs_cell(report: dict[str, Any], row: dict[str, Any]) -> Text:
 
 
 def bytes_cell(report: dict[str, Any], row: dict[str, Any], kind: str) -> Text:
-    size, before = row.get("file_bytes", {}).get(kind), original_bytes(report)
-    if size is None or before is None:
+    size = row.get("file_bytes", {}).get(kind)
+    if size is None:
         return cell("-")
-    itself = row is report["rows"][0] and kind == before[0]
-    return cell(bytes_text(size), "" if itself else both_ways(before[1], size))
+    return cell(bytes_text(size), "" if row is report["rows"][0] else gain(size_change(report, row, kind)))
 
 
 def latency_cell(report: dict[str, Any], row: dict[str, Any], runtime: str) -> Text:
@@ -121,4 +132,4 @@ def latency_cell(report: dict[str, Any], row: dict[str, Any], runtime: str) -> T
     change = latency_change(report, row, runtime)
     style = "" if change is None else "red" if change.grew else "green" if change.shrank else ""
     value = cell(milliseconds_text(latency["median"]), span, style)
-    return value.append(f"\n{gain(change)}", style="dim") if change else value
+    return value.append(f"\n{said}", style="dim") if (said := gain(change)) else value

@@ -72,14 +72,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
-def percent_span(interval: list[float] | tuple[float, ...]) -> str:
-    """
-    >>> percent_span([0.9094, 0.9203])
-    '90.9-92.0'
-    """
-    return f"{100 * interval[0]:.1f}-{100 * interval[1]:.1f}"
-
-
 def factor_text(factor: float) -> str:
     """How many times. Two digits after the point where one would hide the difference from 1.
 
@@ -106,13 +98,16 @@ def both_ways(before: float, after: float) -> str:
     return f"{factor_text(before / after)}; {left_text(after / before)}" if before > 0 and after > 0 else ""
 
 
-def points_text(points: float) -> str:
-    """Points of score; -0.00 is 0.00.
-
-    >>> points_text(0.23), points_text(-0.1), points_text(-0.0001)
-    ('0.23', '-0.10', '0.00')
+def seconds_text(value: float) -> str:
     """
-    return "0.00" if abs(points) < 0.005 else f"{points:.2f}"
+    >>> seconds_text(1.77), seconds_text(90), seconds_text(7500)
+    ('1.8 s', '1 min 30 s', '2 h 5 min')
+    """
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
 def plain(value: Any) -> str:

@@ -60,11 +60,11 @@ class Judge:
         return cls("divergence on augmented training images", task, outputs, found)
 
     def drop(self, model: nn.Module) -> float:
-        """Points lost; on a held-out set negative where some were won."""
+        """Points lost (of a metric that is no share, in its unit); on a held-out set negative where some were won."""
         if self.images is None:
             assert self.task.validate is not None
             assert not isinstance(self.before, Tensor)
-            return 100 * (self.before - score_model(model, self.task, self.task.validate).value)
+            return self.task.scale.lost(self.before, score_model(model, self.task, self.task.validate).value)
         assert isinstance(self.before, Tensor)
         return POINTS * divergence(self.before, _outputs(model, self.task, self.images))
 

@@ -22,6 +22,7 @@ from tersenet.codec import tensors
 from tersenet.codec.estimate import coded_bytes
 from tersenet.errors import SettingsError
 from tersenet.graph.fold import fold, foldable_in
+from tersenet.numerics.scale import ACCURACY, Scale
 from tersenet.numerics.sparse_bytes import distances
 from tersenet.size.shrink_file import ShrinkFile
 from tersenet.step import replace
@@ -70,12 +71,16 @@ def stages(pruned: nn.Module, shared: nn.Module, task: Task, max_drop: float = 0
     return [*rows, *_rated(pruned, task, max_drop)]
 
 
-def table(rows: list[Stage]) -> str:
-    """The stages as text, each against the first and against the one before it."""
+def table(rows: list[Stage], scale: Scale = ACCURACY) -> str:
+    """The stages as text, each against the first and against the one before it.
+
+    Args:
+        scale: what the scores are counted in.
+    """
     width = max(len(row.name) for row in rows)
     lines = [f"{'weights after':{width}}      bytes  smaller  than before   score"]
     for before, row in zip([rows[0], *rows], rows, strict=False):
-        score = "" if row.score is None else f"{100 * row.score:.2f} %"
+        score = "" if row.score is None else scale.text(row.score)
         factors = f"{rows[0].bytes / row.bytes:7.1f}x {before.bytes / row.bytes:11.2f}x"
         lines.append(f"{row.name:{width}} {row.bytes:10,} {factors} {score:>7}")
     return "\n".join(line.rstrip() for line in lines)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tersenet.bricks.evaluating import evaluating
 from tersenet.numerics.divergence import divergence
 from tersenet.numerics.intervals import wilson
+from tersenet.numerics.scale import ACCURACY, Scale
 from tersenet.task import Task, batch_target, default_loss, score_model, to_device
 from tersenet.unseen import unseen_batches
 
@@ -29,6 +30,7 @@ class Standing:
 
     Attributes:
         score: on the held-out set; None without one.
+        scale: what it is counted in.
         right, images: labelled training images that it names rightly, of how many; 0 of 0 without labels.
         distance: divergence from the original's outputs, nats per sample.
     """
@@ -37,12 +39,13 @@ class Standing:
     right: int = 0
     images: int = 0
     distance: float = 0.0
+    scale: Scale = ACCURACY
 
 
 def standing(model: nn.Module, task: Task) -> Standing | None:
     """Where a model stands before or after a training; None where nothing can judge it."""
     if task.validate is not None:
-        return Standing(score=score_model(model, task, task.validate).value)
+        return Standing(score=score_model(model, task, task.validate).value, scale=task.scale)
     data = task.train if task.train is not None else task.calibrate
     if data is None or task.original is None or task.metric is not None:
         return None
@@ -71,7 +74,7 @@ def standing(model: nn.Module, task: Task) -> Standing | None:
 def is_worse(after: Standing, before: Standing) -> bool:
     """Whether the end of a training is below its start."""
     if after.score is not None and before.score is not None:
-        return after.score < before.score
+        return before.scale.lost(before.score, after.score) > 0
     if after.images:
         low, high = wilson(after.right, after.images)
         start_low, start_high = wilson(before.right, before.images)
@@ -83,7 +86,8 @@ def is_worse(after: Standing, before: Standing) -> bool:
 def said(after: Standing, before: Standing) -> str:
     """The sentence on a training that ended below its start."""
     if after.score is not None and before.score is not None:
-        what = f"{100 * after.score:.2f} % on the held-out set, {100 * before.score:.2f} % before"
+        text = before.scale.text
+        what = f"{text(after.score)} on the held-out set, {text(before.score)} before"
     elif after.images and after.right < before.right:
         what = (
             f"{100 * after.right / after.images:.1f} % of {after.images} augmented training images right, "
