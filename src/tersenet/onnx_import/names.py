@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import keyword
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 
 from torch import fx
 
@@ -31,13 +31,20 @@ class Names:
     def __init__(self) -> None:
         self.taken: set[str] = set()
 
-    def of_layer(self, step: Step, constants: Iterable[str]) -> str:
-        """The path of a layer, from the names of its constants, else from the node's."""
-        for name in constants:
-            parts = _parts(name)
-            if len(parts) > 1 and parts[-1] in _LEAVES and not _NAMELESS.match(name):
-                return self._free(parts[:-1])
-        return self._free(_scope(step) or [_word(step.op.lower())])
+    def of_layer(self, step: Step, constants: Sequence[str], shared: Collection[str]) -> str:
+        """The path of a layer: from the name of its weight, else from the node's, else from its other constants.
+
+        Args:
+            constants: names, the weight's first.
+            shared: those that several nodes read. Exporters keep one of equal numbers, such as the biases of a network
+                that was not trained, under the first one's name.
+        """
+        own = [_parts(name) for name in constants if name not in shared and not _NAMELESS.match(name)]
+        named = [parts for parts in own if len(parts) > 1 and parts[-1] in _LEAVES]
+        if named and constants[0] not in shared and not _NAMELESS.match(constants[0]) and named[0] is own[0]:
+            return self._free(named[0][:-1])
+        scope = _scope(step)
+        return self._free(scope or (named[0][:-1] if named else [_word(step.op.lower())]))
 
     def of_constant(self, step: Step, name: str) -> str:
         """The path of a parameter or buffer that stands alone."""

@@ -51,6 +51,7 @@ class Network(nn.Module):
         self.inputs_by_order = [value.name for value in proto.graph.input if value.name not in held]
         self.constants = read.constants
         self.channels_last = channels_last
+        self._shared = read.shared
         self.digest = hashlib.sha256(proto.graph.SerializeToString() + bytes([channels_last])).hexdigest()
         self.recorded = {}
         self._recording = False
@@ -181,7 +182,9 @@ class Network(nn.Module):
         """A constant as a parameter or buffer of the network; one that hangs on the batch as a tensor of its own."""
         if value.symbolic:
             return as_tensor(value.array)
-        key = ("constant", value.name, id(value.array) if value.name in self.constants else 0)
+        key: Any = ("constant", value.name, id(value.array) if value.name in self.constants else 0)
+        if value.learned and not _tells_apart(value):
+            key = (*key, step.outputs[0])
         path = self._paths.get(key)
         if path is None:
             path = self._paths[key] = self._names.of_constant(step, value.name)
@@ -203,9 +206,9 @@ class Network(nn.Module):
         if path is None:
             made = make().eval()
             key = (type(made).__name__, made.extra_repr(), *(each.name or id(each) for each in constants))
-            path = self._paths.get(key)
+            path = self._paths.get(key) if _tells_apart(constants[0]) else None
             if path is None:
-                path = self._names.of_layer(step, [each.name for each in constants])
+                path = self._names.of_layer(step, [each.name for each in constants], self._shared)
                 owner, _, leaf = path.rpartition(".")
                 self._owner(owner).add_module(leaf, made)
                 self._paths[key] = path
@@ -226,6 +229,12 @@ class Network(nn.Module):
         if not isinstance(value, Tensor):
             raise ModelError(f"{self.file} cannot be imported: its output {name!r} is no tensor")
         return value
+
+
+def _tells_apart(value: Host) -> bool:
+    """Whether numbers are those of one layer: exporters also keep one of equal numbers, such as the scales of 1 of all
+    batch norms before a training, and these are no shared layer."""
+    return bool((value.array != value.array.reshape(-1)[:1]).any())
 
 
 def _read_by(branch: Branch) -> set[str]:

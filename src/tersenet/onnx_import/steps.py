@@ -39,6 +39,9 @@ class Steps:
         self.steps = self._folded(self._of_graph(proto.graph))
         self._join_biases()
         self._drop_unused()
+        readers = Counter(self.constants[name].name for step in _all(self.steps) for name in set(step.inputs)
+                          if name in self.constants)  # fmt: skip
+        self.shared = {name for name, count in readers.items() if count > 1}
         self._refuse_unknown(self.steps)
 
     def _of_graph(self, graph: Any) -> list[Step]:
@@ -123,9 +126,8 @@ class Steps:
     def _put(self, step: Step, results: list[Any], known: list[Host]) -> None:
         for name, array in zip(step.outputs, results, strict=False):
             learned = array.dtype.kind == "f" and array.size > 1 and any(each.learned for each in known)
-            source = next((each.name for each in known if each.learned), "")
-            plain = learned and step.op in ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast")
-            self.constants[name] = Host(array, source if plain else name, learned)
+            source = next((each.name for each in known if each.learned), name)
+            self.constants[name] = Host(array, source if learned else name, learned)
 
     def _join_biases(self) -> None:
         """A product or convolution with a constant, and the constant that is added to it alone, are one layer."""
