@@ -313,18 +313,20 @@ def measure(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN|FILE.terse", show_default=False)],
+    source: Annotated[Path, typer.Argument(metavar="RUN|FILE.terse|FILE.onnx", show_default=False)],
     to: Annotated[
         str,
         typer.Option(help="onnx, openvino, tensorrt, torch, litert, litert-fp16 or executorch; several with commas"),
     ],
     out: Annotated[Path | None, typer.Option(help="the folder to write to (default: beside the source)")] = None,
+    image_size: ImageSize = None,
     json_: Json = False,
 ) -> None:
-    """Writes a compressed model for other runtimes. Each file is checked against PyTorch."""
+    """Writes a compressed model, or that of a float .onnx file, for other runtimes. Each file is checked against
+    PyTorch."""
     from tersenet.files import export_to
 
-    found = export_to(source, names_in(to), out)
+    found = export_to(source, names_in(to), out, size_of(image_size))
     show(found, json_, lambda: "\n".join(file_line(name, value) for name, value in found.items()))
 
 
@@ -352,7 +354,7 @@ def pack(
     from tersenet.report.words import both_ways
 
     if max_drop is None and bytes_ is None:
-        found = pack_source(source, output, weights)
+        found = pack_source(source, output, weights, size_of(image_size))
         show(
             found,
             json_,
@@ -514,7 +516,7 @@ def _open(
     from tersenet import sources
     from tersenet.task import Task
 
-    network, preparation = sources.open_model(model, weights, seed)
+    network, preparation = sources.open_model(model, weights, seed, size_of(image_size))
     preparation = sources.prepared(
         preparation, numbers_in("--mean", mean), numbers_in("--std", std), size_of(image_size)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def prelu(call: Call) -> Tensor:
         layer.weight = parameter(slope.array.reshape(-1))
         return layer
 
-    return call.layer(make, slope)(x)  # type: ignore[no-any-return]
+    return call.layer(make, slope)(x)
 
 
 def _per_channel(x: Tensor) -> tuple[tuple[int, ...], ...]:
@@ -139,18 +140,25 @@ def clip(call: Call) -> Tensor:
     return x if low is None and high is None else torch.clamp(x, low, high)
 
 
+def _hardmax(x: Tensor, axis: int) -> Tensor:
+    return torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1.0)
+
+
+_SOFT: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "Softmax": torch.softmax,
+    "LogSoftmax": torch.log_softmax,
+    "Hardmax": _hardmax,
+}
+
+
 @operator("Softmax", "LogSoftmax", "Hardmax")
 def softmax(call: Call) -> Tensor:
     """Before operator set 13 all dimensions from `axis` on are one."""
     x = call.tensor(0)
     old = call.version < 13
     axis = call.attribute("axis", 1 if old else -1) % max(x.dim(), 1)
-    function = {"Softmax": torch.softmax, "LogSoftmax": torch.log_softmax, "Hardmax": _hardmax}[call.step.op]
+    function = _SOFT[call.step.op]
     behind = x.shape[axis + 1 :]
     if not old or all(isinstance(size, int) and size == 1 for size in behind):
         return function(x, axis)
     return function(x.flatten(axis), -1).reshape(x.shape)
-
-
-def _hardmax(x: Tensor, axis: int) -> Tensor:
-    return torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1.0)

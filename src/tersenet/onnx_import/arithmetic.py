@@ -65,7 +65,7 @@ def _dtype(*values: Any) -> torch.dtype:
 def divide(call: Call) -> Tensor:
     a, b = _pair(call)
     if _dtype(a, b).is_floating_point:
-        return a / b  # type: ignore[no-any-return]
+        return a / b
     return torch.div(a if isinstance(a, Tensor) else torch.as_tensor(a), b, rounding_mode="trunc")
 
 

@@ -12,8 +12,8 @@ from tersenet.onnx_import.call import Call, parameter, spatial
 from tersenet.onnx_import.registry import operator
 from tersenet.onnx_import.values import Host
 
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONV: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def window(call: Call, kernel: Sequence[int], x: Tensor) -> tuple[list[int], list[int], list[int], list[int]]:
@@ -65,7 +65,7 @@ def conv(call: Call) -> Tensor:
         )
         return _with_numbers(layer, weight, bias)
 
-    return call.layer(make, weight, bias)(x)  # type: ignore[no-any-return]
+    return call.layer(make, weight, bias)(x)
 
 
 @operator("ConvTranspose")
@@ -135,4 +135,4 @@ def _with_numbers(layer: Any, weight: Host, bias: Host | None) -> nn.Module:
     layer.weight = parameter(weight.array)
     if bias is not None:
         layer.bias = parameter(bias.array)
-    return layer  # type: ignore[no-any-return]
+    return layer

@@ -22,9 +22,9 @@ def gather(call: Call) -> Tensor:
     if isinstance(known, Host):
         return _at_known(call, x, known, axis)
     places = call.tensor(1)
-    if axis == 0 and call.constant(0) is not None and x.dim() == 2 and x.is_floating_point():
-        if call.step.inputs[1] in call.network.inputs_by_order:
-            return F.embedding(places, x)
+    table = axis == 0 and call.constant(0) is not None and x.dim() == 2 and x.is_floating_point()
+    if table and call.step.inputs[1] in call.network.inputs_by_order:
+        return F.embedding(places, x)
     flat = _not_negative(places, x.shape[axis]).reshape(-1)
     found = x.index_select(axis, flat)
     return found.reshape([*x.shape[:axis], *places.shape, *x.shape[axis + 1 :]])
@@ -36,12 +36,14 @@ def _at_known(call: Call, x: Tensor, places: Host, axis: int) -> Tensor:
         return x.select(axis, scalar(array))
     if places.symbolic:
         call.refuse("gathers at places that hang on the batch, which is not supported")
-    flat = np.where(array < 0, array + int(x.shape[axis]), array).reshape(-1) if (array < 0).any() else array.reshape(-1)
+    flat = (
+        np.where(array < 0, array + int(x.shape[axis]), array).reshape(-1) if (array < 0).any() else array.reshape(-1)
+    )
     steps = np.unique(np.diff(flat))
     if array.ndim == 1 and len(flat) and len(steps) <= 1 and (not len(steps) or steps[0] > 0):
         step = int(steps[0]) if len(steps) else 1
-        where = (slice(None),) * axis
-        return x[(*where, slice(int(flat[0]), int(flat[-1]) + 1, step))]
+        where = [slice(None)] * axis + [slice(int(flat[0]), int(flat[-1]) + 1, step)]
+        return x[tuple(where)]
     index = call.network.constant(call.step, Host(flat.astype(np.int64), f"{call.step.outputs[0]}/places"))
     found = x.index_select(axis, index)
     return found if array.ndim == 1 else found.reshape([*x.shape[:axis], *array.shape, *x.shape[axis + 1 :]])
@@ -68,7 +70,7 @@ def gather_nd(call: Call) -> Tensor:
         shape[axis] = x.shape[axis]
         own.append(torch.arange(x.shape[axis]).reshape(shape))
     parts = [_not_negative(each, x.shape[batch + i]) for i, each in enumerate(places.unbind(-1))]
-    return x[(*own, *parts)]
+    return x[tuple(own + parts)]
 
 
 @operator("ScatterElements", "Scatter")

@@ -98,9 +98,9 @@ class Network(nn.Module):
     def _take_channels_first(self) -> None:
         """What the file turns to (N, C, H, W) itself is taken as it comes."""
         for step in self.steps:
-            if step.op == "Transpose" and step.inputs == self.inputs_by_order[:1]:
-                if list(step.attributes.get("perm", ())) == [0, 3, 1, 2]:
-                    step.op, step.attributes, step.inputs = "Identity", {}, [_FIRST]
+            turns = step.op == "Transpose" and list(step.attributes.get("perm", ())) == [0, 3, 1, 2]
+            if turns and step.inputs == self.inputs_by_order[:1]:
+                step.op, step.attributes, step.inputs = "Identity", {}, [_FIRST]
 
     def _last_uses(self) -> list[list[str]]:
         """By step, the values that no later step reads."""
@@ -198,7 +198,7 @@ class Network(nn.Module):
         if not value.learned and value.name not in self.constants:  # made of sizes, which may be others now
             now = as_tensor(value.array)
             return held if torch.equal(held, now) else now
-        return held  # type: ignore[no-any-return]
+        return held
 
     def layer(self, step: Step, make: Callable[[], nn.Module], constants: Sequence[Host]) -> nn.Module:
         """The layer of a node; `make` is called at first."""

@@ -34,9 +34,9 @@ def batch_norm(call: Call) -> Tensor:
         layer: Any = _BATCH[x.dim()](len(weight), eps)
         layer.weight, layer.bias = parameter(weight), parameter(bias)
         layer.running_mean, layer.running_var = as_tensor(mean), as_tensor(variance)
-        return layer  # type: ignore[no-any-return]
+        return layer
 
-    return call.layer(make, *numbers)(x)  # type: ignore[no-any-return]
+    return call.layer(make, *numbers)(x)
 
 
 @operator("InstanceNormalization")
@@ -50,14 +50,14 @@ def instance_norm(call: Call) -> Tensor:
         layer = _INSTANCE[x.dim()](weight.array.size, eps, affine=True)
         return _affine(layer, weight, bias)
 
-    return call.layer(make, weight, bias)(x)  # type: ignore[no-any-return]
+    return call.layer(make, weight, bias)(x)
 
 
 def _affine(layer: Any, weight: Host, bias: Host | None) -> nn.Module:
     layer.weight = parameter(weight.array)
     if bias is not None:
         layer.bias = parameter(bias.array)
-    return layer  # type: ignore[no-any-return]
+    return layer
 
 
 @operator("LayerNormalization")
@@ -90,7 +90,7 @@ def rms_norm(call: Call) -> Tensor:
     if weight is None or weight.array.shape != shape:
         axes = list(range(axis, x.dim()))
         return x * torch.rsqrt(x.square().mean(axes, keepdim=True) + eps) * call.tensor(1)
-    return call.layer(lambda: _affine(nn.RMSNorm(shape, eps), weight, None), weight)(x)  # type: ignore[no-any-return]
+    return call.layer(lambda: _affine(nn.RMSNorm(shape, eps), weight, None), weight)(x)
 
 
 @operator("GroupNormalization")
@@ -108,7 +108,7 @@ def group_norm(call: Call) -> Tensor:
         spread = [Host(np.repeat(each.array, channels // each.array.size), each.name) for each in (weight, bias)]
         return _affine(layer, *spread)
 
-    return call.layer(make, weight, bias)(x)  # type: ignore[no-any-return]
+    return call.layer(make, weight, bias)(x)
 
 
 @operator("LRN")

@@ -32,7 +32,7 @@ def open_onnx(path: str | Path, size: Sequence[int] | None = None) -> tuple[nn.M
 
     The model is a captured graph of torch.nn layers under their names in the file, with an open batch, in evaluation
     mode. Its outputs are those of ONNX Runtime, held at two batches to 1e-4 of the largest entry of each; several are
-    a dict by their names. It has `inputs`, as models of other files have.
+    a dict by their names. It has `inputs`, as models of other files have, and `preparation` where the file says it.
 
     Args:
         path: ends in .onnx; its external data lies beside it.
@@ -59,7 +59,8 @@ def open_onnx(path: str | Path, size: Sequence[int] | None = None) -> tuple[nn.M
     model.inputs = inputs  # type: ignore[assignment]
     _name_inputs(model, inputs)
     made = made_example(model, file.name)
-    limits = {each.name: int(x.max()) + 1 for each, x in zip(inputs, made if isinstance(made, tuple) else (made,), strict=True)}
+    tensors = made if isinstance(made, tuple) else (made,)
+    limits = {each.name: int(x.max()) + 1 for each, x in zip(inputs, tensors, strict=True)}
     for batch in _BATCHES:
         verify(model, network, original, made_inputs(file.name, inputs, batch, limits))
     if last:
@@ -69,7 +70,10 @@ def open_onnx(path: str | Path, size: Sequence[int] | None = None) -> tuple[nn.M
             stacklevel=2,
         )
     model.training = False
-    return model, _preparation(inputs, own)
+    preparation = _preparation(inputs, own)
+    if own is not None and preparation is not None:
+        model.preparation = preparation  # type: ignore[assignment]
+    return model, preparation
 
 
 def _captured(network: Network, original: Original, arrays: Sequence[np.ndarray]) -> fx.GraphModule:

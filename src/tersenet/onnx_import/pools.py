@@ -23,9 +23,7 @@ def _outputs(sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int]
              before: Sequence[int], behind: Sequence[int], ceil: bool) -> list[int]:  # fmt: skip
     """How often a window fits; with `ceil` also where it begins inside, and reaches beyond the end."""
     found = []
-    for size, each, stride, dilation, low, high in zip(
-        sizes, kernel, strides, dilations, before, behind, strict=True
-    ):
+    for size, each, stride, dilation, low, high in zip(sizes, kernel, strides, dilations, before, behind, strict=True):
         room = size + low + high - dilation * (each - 1) - 1
         count = (-(-room // stride) if ceil else room // stride) + 1
         if ceil and (count - 1) * stride >= size + low:

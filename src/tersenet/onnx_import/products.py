@@ -33,7 +33,7 @@ def matmul(call: Call) -> Tensor:
     def make() -> nn.Module:
         return _linear(weight.array.T, None if bias is None else bias.array)
 
-    return call.layer(make, weight, bias)(x)  # type: ignore[no-any-return]
+    return call.layer(make, weight, bias)(x)
 
 
 @operator("Gemm")
@@ -49,7 +49,7 @@ def gemm(call: Call) -> Tensor:
     matrix = (weight.array if turned else weight.array.T) * np.float32(alpha)
     bias = _bias(added, len(matrix), beta)
     y = call.layer(lambda: _linear(matrix, bias), weight, added)(x)
-    return y if bias is not None or not call.has(2) else y + beta * call.tensor(2)  # type: ignore[no-any-return]
+    return y if bias is not None or not call.has(2) else y + beta * call.tensor(2)
 
 
 def _bias(added: Host | None, outputs: int, beta: float) -> np.ndarray | None:

@@ -60,15 +60,7 @@ def _resized(
     nearest: str,
 ) -> Tensor:
     """Resizes along the axes whose size changes; the others come first, as torch wants them."""
-    if sizes is None:
-        assert scales is not None
-        sizes = [size if scale == 1 else math.floor(int(size) * scale) for size, scale in
-                 zip((x.shape[axis] for axis in axes), scales, strict=True)]  # fmt: skip
-    fixed = [axis for axis in axes if isinstance(x.shape[axis], int)]
-    wanted = {axis: (int(size), scale) for axis, size, scale in
-              zip(axes, sizes, scales or [None] * len(axes), strict=True)
-              if axis in fixed and (size != x.shape[axis] or scale not in (None, 1.0))}  # fmt: skip
-    wanted = {axis: each for axis, each in wanted.items() if axis > 0 or each[0] != x.shape[0]}
+    wanted = _wanted(call, x, axes, scales, sizes)
     if not wanted:
         return x
     if mode == "nearest":
@@ -91,9 +83,22 @@ def _resized(
     return y.permute(back) if back != list(range(x.dim())) else y
 
 
-def _interpolated(
-    call: Call, y: Tensor, mode: str, out: list[int], scales: list[float | None], place: str
-) -> Tensor:
+def _wanted(
+    call: Call, x: Tensor, axes: list[int], scales: list[float] | None, sizes: list[Any] | None
+) -> dict[int, tuple[int, float | None]]:
+    """axis -> (its new size, the scale that was given) where it changes."""
+    wanted: dict[int, tuple[int, float | None]] = {}
+    was = call.was(0)
+    for i, axis in enumerate(axes):
+        now, scale = x.shape[axis], None if scales is None else scales[i]
+        size = sizes[i] if sizes is not None else now if scale == 1 else math.floor(int(now) * (scale or 1))
+        batch = sizes is not None and axis == 0 and was is not None and size == was[0]
+        if not batch and (size is not now) and (size != now or scale not in (None, 1.0)):
+            wanted[axis] = (int(size), scale)
+    return wanted
+
+
+def _interpolated(call: Call, y: Tensor, mode: str, out: list[int], scales: list[float | None], place: str) -> Tensor:
     """Linear or cubic interpolation of (N, C, H, W, ...)."""
     k = len(out)
     if k > 3 or (mode == "cubic" and k != 2):
@@ -118,9 +123,7 @@ def _interpolated(
     return F.interpolate(y, scale_factor=factors, mode=kind, align_corners=False, recompute_scale_factor=False)
 
 
-def _nearest(
-    call: Call, x: Tensor, wanted: dict[int, tuple[int, float | None]], place: str, nearest: str
-) -> Tensor:
+def _nearest(call: Call, x: Tensor, wanted: dict[int, tuple[int, float | None]], place: str, nearest: str) -> Tensor:
     """By F.interpolate where it takes the same entries, else by their places."""
     places = {axis: _places(call, int(x.shape[axis]), *each, place, nearest) for axis, each in wanted.items()}
     if x.dim() in (3, 4, 5) and set(wanted) <= set(range(2, x.dim())):
@@ -166,7 +169,13 @@ def _places(call: Call, size: int, out: int, scale: float | None, place: str, ne
 
 @operator("GridSample")
 def grid_sample(call: Call) -> Tensor:
-    modes = {"bilinear": "bilinear", "linear": "bilinear", "nearest": "nearest", "bicubic": "bicubic", "cubic": "bicubic"}
+    modes = {
+        "bilinear": "bilinear",
+        "linear": "bilinear",
+        "nearest": "nearest",
+        "bicubic": "bicubic",
+        "cubic": "bicubic",
+    }
     mode = modes[call.one_of("mode", tuple(modes), "linear")]
     padding = call.one_of("padding_mode", ("zeros", "border", "reflection"), "zeros")
     return F.grid_sample(

@@ -108,7 +108,10 @@ def expand(call: Call) -> Tensor:
     axis = batch_axis(x, call.was(0))
     held = None if axis is None else axis + len(sizes) - x.dim()
     return x.expand(
-        [own if _same(asked, 1) or i == held else asked for i, (own, asked) in enumerate(zip(sizes, target, strict=True))]
+        [
+            own if _same(asked, 1) or i == held else asked
+            for i, (own, asked) in enumerate(zip(sizes, target, strict=True))
+        ]
     )
 
 

@@ -146,7 +146,7 @@ def _reshape(call: Call) -> np.ndarray:
 def _product(call: Call) -> np.ndarray:
     axes, keep = call.axes(1), call.attribute("keepdims", 1)
     array = _array(call, 0)
-    found = np.multiply.reduce(array, axis=None if axes is None else tuple(axes), keepdims=bool(keep))
+    found = np.multiply.reduce(array, axis=None if axes is None else tuple(axes), keepdims=bool(keep))  # type: ignore[call-overload]
     return found if isinstance(found, np.ndarray) else objects([found]).reshape(())
 
 
