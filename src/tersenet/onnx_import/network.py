@@ -57,6 +57,7 @@ class Network(nn.Module):
         self._recording = False
         self._names = Names()
         self._paths: dict[Any, str] = {}
+        self._arrays: dict[str, np.ndarray] = {}
         if channels_last:
             self._take_channels_first()
         self._last = self._last_uses()
@@ -188,6 +189,7 @@ class Network(nn.Module):
         path = self._paths.get(key)
         if path is None:
             path = self._paths[key] = self._names.of_constant(step, value.name)
+            self._arrays[path] = value.array
             tensor = parameter(value.array) if value.learned else as_tensor(value.array)
             owner, _, leaf = path.rpartition(".")
             if isinstance(tensor, nn.Parameter):
@@ -196,8 +198,7 @@ class Network(nn.Module):
                 self._owner(owner).register_buffer(leaf, tensor)
         held = getattr(self.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2])
         if not value.learned and value.name not in self.constants:  # made of sizes, which may be others now
-            now = as_tensor(value.array)
-            return held if torch.equal(held, now) else now
+            return held if np.array_equal(self._arrays[path], value.array) else as_tensor(value.array)
         return held
 
     def layer(self, step: Step, make: Callable[[], nn.Module], constants: Sequence[Host]) -> nn.Module:

@@ -50,11 +50,11 @@ def open_onnx(path: str | Path, size: Sequence[int] | None = None) -> tuple[nn.M
     own = Preparation.of_metadata(file.metadata)
     last = _is_channels_last(file.inputs[0]) if file.inputs else False
     inputs = _sized(file, last, size, own)
+    network = Network(file.proto, file.name, last)
     original = Original(file, last)
     arrays = made_inputs(file.name, inputs, 2, _lowest(inputs))
     if original.batch is None and not original.takes(arrays):
         original.batch = 1
-    network = Network(file.proto, file.name, last)
     model = _captured(network, original, arrays)
     model.inputs = inputs  # type: ignore[assignment]
     _name_inputs(model, inputs)
@@ -86,6 +86,8 @@ def _captured(network: Network, original: Original, arrays: Sequence[np.ndarray]
     try:
         graph = trace(network, tensors if len(tensors) > 1 else tensors[0])
     except TraceError as error:
+        if isinstance(error.__cause__, ModelError):  # an operator's own sentence
+            raise error.__cause__ from None
         raise ModelError(f"{network.file} cannot be imported: {error}") from error
     if (fixed := fixed_batch(graph)) is not None:
         raise ModelError(
