@@ -68,6 +68,17 @@ def exported(model: nn.Module, example: Tensor, path: Path, how: str) -> Path:
     return path
 
 
+def unoptimized(model: nn.Module, example: Tensor, path: Path) -> Path:
+    """Writes a model by torch's current exporter as it comes: batch norms stay."""
+    shapes: Any = ({0: torch.export.Dim.DYNAMIC},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model.eval(), (example,), path, dynamo=True, optimize=False, verbose=False, dynamic_shapes=shapes
+        )
+    return path
+
+
 def written(
     path: Path,
     nodes: Sequence[Any],

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from onnx_files import Attention, Residual, exported, normal, written
+from onnx_files import Attention, Residual, exported, normal, unoptimized, written
 from torch import nn
 
 from tersenet.deploy.onnx import export_onnx
@@ -62,6 +62,15 @@ def test_layers_have_the_names_of_the_network(how: str, tmp_path: Path) -> None:
     assert {"stem.0": "Conv2d", "conv": "Conv2d", "head": "Linear"}.items() <= layers.items()
 
 
+def test_an_export_without_optimizations_keeps_its_batch_norms(tmp_path: Path) -> None:
+    """Its convolution without a bias has one of zeros, which is computed from the type of the input."""
+    opened, _ = open_onnx(unoptimized(Residual(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx"))
+    layers = {
+        name: type(each).__name__ for name, each in opened.named_modules() if list(each.parameters(recurse=False))
+    }
+    assert layers == {"stem.0": "Conv2d", "stem.1": "BatchNorm2d", "conv": "Conv2d", "head": "Linear"}
+
+
 def test_equal_numbers_are_no_shared_layer_and_shared_layers_stay_shared(tmp_path: Path) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -72,14 +81,12 @@ def test_equal_numbers_are_no_shared_layer_and_shared_layers_stay_shared(tmp_pat
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norms[1](torch.relu(self.conv(self.norms[0](torch.relu(self.conv(x))))) * 2)  # type: ignore[no-any-return]
 
-    path = exported(Twice(), torch.randn(2, 3, 8, 8), tmp_path / "model.onnx", "dynamo")
+    path = unoptimized(Twice(), torch.randn(2, 3, 8, 8), tmp_path / "model.onnx")
     opened, _ = open_onnx(path)
     kinds = [type(each).__name__ for each in opened.modules()]
-    assert kinds.count("BatchNorm2d") <= 2
-    shared = [node.target for node in opened.graph.nodes if node.op == "call_module" and "conv" in str(node.target)]  # type: ignore[union-attr]
-    assert len(shared) == 2
-    weights = [name for name, value in opened.named_parameters() if value.dim() == 4]
-    assert len(weights) == 1 or len(weights) == 2
+    assert (kinds.count("BatchNorm2d"), kinds.count("Conv2d")) == (2, 1)
+    targets = [node.target for node in opened.graph.nodes if node.op == "call_module"]  # type: ignore[union-attr]
+    assert targets == ["conv", "norms.0", "conv", "norms.1"]
 
 
 @pytest.mark.parametrize("auto", ["SAME_UPPER", "SAME_LOWER", "VALID", "NOTSET"])

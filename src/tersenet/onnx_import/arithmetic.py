@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tersenet.onnx_import.call import Call
 from tersenet.onnx_import.registry import HANDLERS, operator
-from tersenet.onnx_import.values import DTYPES
+from tersenet.onnx_import.values import DTYPES, Host
 
 
 def _of_one(function: Callable[[Tensor], Tensor]) -> Callable[[Call], Tensor]:
@@ -117,10 +117,13 @@ def where(call: Call) -> Tensor:
 
 
 @operator("Cast", "CastLike")
-def cast(call: Call) -> Tensor:
+def cast(call: Call) -> Tensor | Host:
     call.ignore("saturate", "round_mode")
     if call.step.op == "CastLike":
-        return call.tensor(0).to(call.tensor(1).dtype)
+        dtype, value = call.tensor(1).dtype, call.constant(0)
+        if value is None or dtype == torch.bfloat16:
+            return call.tensor(0).to(dtype)
+        return Host(value.array.astype(str(dtype).removeprefix("torch.")), call.step.outputs[0], value.learned)
     to = call.attribute("to")
     if to not in DTYPES:
         call.refuse(f"converts to ONNX's data type {to}, which torch's models do not have here")
