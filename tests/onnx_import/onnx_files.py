@@ -52,10 +52,11 @@ class Attention(nn.Module):
         return self.head(nn.functional.gelu(x[:, 0]))
 
 
-def exported(model: nn.Module, example: Tensor, path: Path, how: str) -> Path:
+def exported(model: nn.Module, example: Tensor, path: Path, how: str, version: int | None = None) -> Path:
     """Writes a model by "dynamo" or "torchscript", or by either with "-fixed" for a batch of one."""
     exporter, _, fixed = how.partition("-")
     model.eval()
+    more = {} if version is None else {"opset_version": version}
     example = example[:1] if fixed or exporter == "torchscript" else example
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -64,7 +65,7 @@ def exported(model: nn.Module, example: Tensor, path: Path, how: str) -> Path:
             torch.onnx.export(model, (example,), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
         else:
             axes = {} if fixed else {"x": {0: "N"}}
-            torch.onnx.export(model, (example,), path, dynamo=False, input_names=["x"], dynamic_axes=axes)
+            torch.onnx.export(model, (example,), path, dynamo=False, input_names=["x"], dynamic_axes=axes, **more)
     return path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from tersenet.errors import ModelError
 from tersenet.onnx_import.values import Host, Value, scalar
-
-if TYPE_CHECKING:
-    from tersenet.onnx_import.network import Network
 
 
 @dataclass(eq=False)
@@ -53,6 +50,25 @@ class Branch:
     outputs: list[str]
 
 
+class Holder(Protocol):
+    """The network that runs, as a handler knows it.
+
+    Args:
+        file: its name, for errors.
+        recorded: shapes of values with the file's own batch, where that is fixed.
+        used: names of values that anything reads.
+        inputs_by_order: names of the inputs.
+    """
+
+    file: str
+    recorded: dict[str, tuple[int, ...]]
+    used: set[str]
+    inputs_by_order: list[str]
+
+    def constant(self, step: Step, value: Host) -> Tensor: ...
+    def layer(self, step: Step, make: Callable[[], nn.Module], constants: Sequence[Host]) -> nn.Module: ...
+
+
 class Call:
     """What a handler gets.
 
@@ -62,7 +78,7 @@ class Call:
         values: its inputs by order, None where one is left out.
     """
 
-    def __init__(self, network: Network, step: Step, values: Sequence[Value]) -> None:
+    def __init__(self, network: Holder, step: Step, values: Sequence[Value]) -> None:
         self.network, self.step, self.values = network, step, values
         self.version = step.version
 

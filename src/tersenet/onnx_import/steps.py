@@ -12,6 +12,7 @@ import numpy as np
 from tersenet.errors import ModelError
 from tersenet.onnx_import import reference
 from tersenet.onnx_import.call import Branch, Step
+from tersenet.onnx_import.fused import Patterns
 from tersenet.onnx_import.registry import HANDLERS
 from tersenet.onnx_import.values import Host
 
@@ -37,6 +38,7 @@ class Steps:
         self.outputs = [value.name for value in proto.graph.output]
         self._protos: dict[int, Any] = {}
         self.steps = self._folded(self._of_graph(proto.graph))
+        Patterns(self.steps, self.constants).replace(self.steps)
         self._join_biases()
         self._drop_unused()
         readers = Counter(self.constants[name].name for step in _all(self.steps) for name in set(step.inputs)
