@@ -239,10 +239,10 @@ def test_an_operator_that_is_not_known_is_named_with_its_node_and_file(tmp_path:
 def test_an_attribute_that_no_handler_reads_is_named(tmp_path: Path) -> None:
     from onnx import load
 
-    node = helper.make_node("Relu", ["x"], ["y"], name="new", slope=2.0)
+    node = helper.make_node("LeakyRelu", ["x"], ["y"], name="new", slope=2.0, alpha=0.1)
     path = written(tmp_path / "m.onnx", [node], {"x": ["N", 3]}, ["y"])
     with pytest.raises(
-        ModelError, match=r"operator Relu \(node 'new'\) has the attribute slope=2.0, which is not known"
+        ModelError, match=r"operator LeakyRelu \(node 'new'\) has the attribute slope=2.0, which is not known"
     ):
         Network(load(str(path)), "m.onnx").run([torch.ones(2, 3)])
 

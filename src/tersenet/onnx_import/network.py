@@ -161,7 +161,10 @@ class Network(nn.Module):
                 return HANDLERS[step.op](call)
             results = SIZES[step.op](call)
         else:
-            results = tuple(self._by_reference(step, [value.array for value in given]))
+            try:
+                results = tuple(self._by_reference(step, [value.array for value in given]))
+            except Exception:  # noqa: BLE001 - the reference raises many kinds
+                return HANDLERS[step.op](call)
         several = results if isinstance(results, tuple) else (results,)
         return tuple(
             Host(settled(each), name) if isinstance(each, np.ndarray) else each

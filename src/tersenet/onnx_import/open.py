@@ -104,7 +104,6 @@ def _name_inputs(graph: fx.GraphModule, inputs: Sequence[Input]) -> None:
     for node, each in zip(places, inputs, strict=True):
         if each.name.isidentifier() and each.name not in taken:
             node.target = each.name
-            node.name = each.name
     graph.recompile()
 
 
