@@ -31,6 +31,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ def one(name: str, jobs: list[str]) -> dict[str, Any]:
     for job in jobs:
         started = time.perf_counter()
         try:
-            row = {"verdict": "right", **{"int8": _int8, "half": _half, "pack": _pack}[job](name)}
+            opened = functools.partial(_opened, name)
+            made = _pack(name) if job == "pack" else {"int8": int8, "half": half}[job](opened)
+            row = {"verdict": "right", **made}
         except TersenetError as error:
             row = {"verdict": "refused", "said": str(error)}
         except Wrong as error:
@@ -100,6 +103,10 @@ def one(name: str, jobs: list[str]) -> dict[str, Any]:
             row = {"verdict": "crash", "said": f"{type(error).__name__}: {error}"[:400], "at": _place(error)}
         found[job] = {**row, "seconds": round(time.perf_counter() - started, 1)}
     return found
+
+
+# Gives a model, its task and three inputs (3, C, H, W).
+Opened = Callable[[], tuple[nn.Module, tersenet.Task, torch.Tensor]]
 
 
 def _opened(name: str) -> tuple[nn.Module, tersenet.Task, torch.Tensor]:
@@ -115,16 +122,17 @@ def _opened(name: str) -> tuple[nn.Module, tersenet.Task, torch.Tensor]:
     )
 
 
-def _compressed(name: str, recipe: Any, folder: Path) -> tuple[Run, nn.Module, tersenet.Task, torch.Tensor]:
-    model, task, x = _opened(name)
+def _compressed(opened: Opened, recipe: Any, folder: Path) -> tuple[Run, nn.Module, tersenet.Task, torch.Tensor]:
+    model, task, x = opened()
     run = tersenet.compress(model, task, recipe, out=folder, runtimes=("onnxruntime", "openvino"))
     return run, model, task, x
 
 
-def _int8(name: str) -> dict[str, Any]:
+def int8(opened: Opened) -> dict[str, Any]:
+    """Compresses with examples/int8.yaml; raises Wrong where a file computes something else."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe.read(ROOT / "examples" / "int8.yaml")
-        run, model, _, x = _compressed(name, recipe, Path(folder))
+        run, model, _, x = _compressed(opened, recipe, Path(folder))
         simulated = settle(run.model)
         reference, before = _outputs(simulated, x), _outputs(model, x)
         # OpenVINO lets convolutions take over the addition behind them, or not: a file is one or the other.
@@ -142,9 +150,10 @@ def _int8(name: str) -> dict[str, Any]:
         return {**made, "own": float(f"{own:.3g}")}
 
 
-def _half(name: str) -> dict[str, Any]:
+def half(opened: Opened) -> dict[str, Any]:
+    """Prunes half of the channels; raises Wrong where a file computes something else."""
     with tempfile.TemporaryDirectory() as folder:
-        run, model, _, x = _compressed(name, _recipe(HALF), Path(folder))
+        run, model, _, x = _compressed(opened, _recipe(HALF), Path(folder))
         pruned = run.model
         reference = _outputs(pruned, x)
         parameters = [sum(p.numel() for p in one.parameters()) for one in (model, pruned)]

@@ -131,7 +131,7 @@ def test_damaged_weights(here: Path, state: dict[str, torch.Tensor]) -> None:
         ("resnet21", ("near names", "resnet20")),
         ("none.pt2", ("none.pt2 cannot be read",)),
         ("none.terse", ("none.terse cannot be read",)),
-        ("none.onnx", ("ONNX",)),
+        ("none.onnx", ("none.onnx does not exist",)),
         ("no.such.module:net", ("no Python module",)),
         ("json:dumps", ("could not be built",)),
     ],

@@ -62,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"errors", "atomic", "augmentation", "cache", "task"},
     "codec": {"errors", "atomic", "numerics"},
     "deploy": {"errors", "atomic", "cache", "compiler", "numerics", "bricks", "graph", "task", "report", "codec"},
+    "onnx_import": {"errors", "graph", "task", "deploy"},
     "search": {
         "errors",
         "atomic",

@@ -336,18 +336,20 @@ def measure(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN|FILE.terse", show_default=False)],
+    source: Annotated[Path, typer.Argument(metavar="RUN|FILE.terse|FILE.onnx", show_default=False)],
     to: Annotated[
         str,
         typer.Option(help="onnx, openvino, tensorrt, torch, litert, litert-fp16 or executorch; several with commas"),
     ],
     out: Annotated[Path | None, typer.Option(help="the folder to write to (default: beside the source)")] = None,
+    image_size: ImageSize = None,
     json_: Json = False,
 ) -> None:
-    """Writes a compressed model for other runtimes. Each file is checked against PyTorch."""
+    """Writes a compressed model, or that of a float .onnx file, for other runtimes. Each file is checked against
+    PyTorch."""
     from tersenet.files import export_to
 
-    found = export_to(source, names_in(to), out)
+    found = export_to(source, names_in(to), out, preparing_of(size=image_size).size)
     show(found, json_, lambda: "\n".join(file_line(name, value) for name, value in found.items()))
 
 
@@ -377,7 +379,7 @@ def pack(
     from tersenet.report.words import both_ways
 
     if max_drop is None and bytes_ is None:
-        found = pack_source(source, output, weights)
+        found = pack_source(source, output, weights, preparing_of(size=image_size).size)
         show(
             found,
             json_,
@@ -547,7 +549,7 @@ def _open(
     from tersenet import sources
     from tersenet.task import Task
 
-    network, preparation = sources.open_model(model, weights, seed)
+    network, preparation = sources.open_model(model, weights, seed, preparing.size)
     preparation = preparing.applied(preparation)
     if data is None:
         return network, Task(

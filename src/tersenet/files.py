@@ -214,25 +214,32 @@ def _difference(ratio: dict[str, Any]) -> str:
     return f"{factor:.2f}x {ratio['difference']}"
 
 
-def _source(source: str | Path) -> tuple[nn.Module, Preparation | None, str]:
-    """The model of a run folder or of a .terse file, how its inputs are prepared where it takes one image, and a stem
-    for files made from it."""
+def _source(source: str | Path, image_size: Sequence[int] | None = None) -> tuple[nn.Module, Preparation | None, str]:
+    """The model of a run folder, a .terse or a float .onnx file, how its inputs are prepared where it takes one image,
+    and a stem for files made from it."""
     path = Path(source)
+    if path.suffix == ".onnx":
+        from tersenet.onnx_import import open_onnx
+
+        return *open_onnx(path, image_size), path.stem
     if path.is_dir():
         path = Run(path).file("model.terse")
     model = load_terse(path)
     return model, terse_preparation(path) if takes_image(model) else None, path.stem
 
 
-def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> dict[str, dict[str, Any]]:
+def export_to(
+    source: Path, targets: Sequence[str], out: Path | None = None, image_size: Sequence[int] | None = None
+) -> dict[str, dict[str, Any]]:
     """Writes a compressed model for runtimes, each file checked against PyTorch.
 
     Args:
-        source: a run folder or a .terse file.
+        source: a run folder, a .terse or a float .onnx file.
         targets: of "onnx", "openvino", "tensorrt", "torch", "litert", "litert-fp16", "executorch"; the last three have
             a fixed batch of 1.
         out: the folder to write to; beside the source when None. What a run folder has already is kept and checked:
             its report tells the checksums of its files. One of those that is wrong is said, never removed.
+        image_size: (H, W), for an .onnx file that takes images of any size.
     Returns:
         {file: {"bytes", "max_abs_error"}}; of a model with rounded activations also "left_in_float", the operators that
         the runtime does not run in integers. The error of a file for TensorRT is that against its own simulation.
@@ -243,7 +250,7 @@ def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> 
     unknown = sorted(set(targets) - set(_WRITTEN))
     if unknown or not targets:
         raise SettingsError(f"--to is {', '.join(unknown) or 'empty'}; allowed: {', '.join(_WRITTEN)}")
-    model, preparation, stem = _source(source)
+    model, preparation, stem = _source(source, image_size)
     own = set(Run(source).report["files"]) if out is None and source.is_dir() else set()
     folder = out if out is not None else (source if source.is_dir() else source.parent)
     example = made_example(model, str(source))
@@ -253,6 +260,8 @@ def export_to(source: Path, targets: Sequence[str], out: Path | None = None) -> 
     for name in dict.fromkeys(targets):
         suffix, runtime = _WRITTEN[name]
         path = folder / f"{stem}{suffix}"
+        if path.resolve() == source.resolve():
+            raise SettingsError(f"{path} would be written over the file that it is made from; name a folder with --out")
         kept = path.name in own and path.is_file()
         if not kept:
             _write(model, example, preparation, path, name)
@@ -319,14 +328,16 @@ def _write(
             openvino.save_model(openvino.convert_model(str(onnx)), str(path), compress_to_fp16=False)
 
 
-def pack(source: str, output: Path, weights: Path | None = None) -> dict[str, Any]:
+def pack(
+    source: str, output: Path, weights: Path | None = None, image_size: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Writes a run's or a model's .terse file: {"file", "bytes", "ratio" against its float32 parameters}."""
     if output.suffix != ".terse":
         raise SettingsError(f"the file to write is {output}; it must end in .terse")
     if Path(source).is_dir():
         model, preparation, _ = _source(source)
     else:
-        model, preparation = open_model(source, weights)
+        model, preparation = open_model(source, weights, image_size=image_size)
     example = example_for(model, preparation)
     save_terse(model, example, output, preparation)
     agreement = checked(output, ["pytorch"], Reference(model, example, [(example, None)]))["pytorch"]

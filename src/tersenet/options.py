@@ -16,7 +16,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="a name (resnet56), timm:NAME, torchvision:NAME, package.module:factory, FILE.pt2 or FILE.terse",
+        help="a name (resnet56), timm:NAME, torchvision:NAME, package.module:factory, FILE.pt2, FILE.terse or "
+        "FILE.onnx (float)",
         show_default=False,
     ),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,22 @@ from tersenet.preparations import chosen_preparation
 from tersenet.task import Preparation, Task
 
 
-def open_model(spec: str, weights: str | Path | None = None, seed: int = 0) -> tuple[nn.Module, Preparation]:
+def open_model(
+    spec: str, weights: str | Path | None = None, seed: int = 0, image_size: Sequence[int] | None = None
+) -> tuple[nn.Module, Preparation]:
     """A model by name or file, in evaluation mode, and how its inputs are prepared.
 
     Args:
         spec: a name in tersenet.models ("resnet56"), "timm:NAME", "torchvision:NAME", "package.module:factory",
-            FILE.pt2 or FILE.terse.
+            FILE.pt2, FILE.terse or FILE.onnx (float).
         weights: .safetensors, or .pt/.pth read without running code from it.
         seed: of the numbers that a model is born with, so that a run that starts from them can be continued.
+        image_size: (H, W), for an ONNX file that takes images of any size.
     Raises:
         ModelError: when there is no such model, or the weights do not fit it.
     """
     if spec.endswith(".onnx"):
-        raise ModelError(
-            f"{spec} is an ONNX file, which can be measured and scored but not changed; "
-            "give the PyTorch model, a .pt2 or a .terse file"
-        )
+        return _open_onnx(Path(spec), weights, image_size)
     if spec.endswith(".terse"):
         from tersenet.deploy.artifact import load_terse, terse_preparation
 
@@ -53,6 +53,21 @@ def open_model(spec: str, weights: str | Path | None = None, seed: int = 0) -> t
         torch.default_generator.manual_seed(seed)
         model, preparation = open_other(spec, weights)
     return model.eval(), preparation
+
+
+def _open_onnx(
+    path: Path, weights: str | Path | None, image_size: Sequence[int] | None
+) -> tuple[nn.Module, Preparation]:
+    from tersenet.onnx_import import open_onnx
+
+    if weights is not None:
+        raise ModelError(f"{path} holds its own weights; leave --weights out")
+    model, preparation = open_onnx(path, image_size)
+    if preparation is None:
+        inputs: Any = model.inputs
+        listed = ", ".join(f"{each.name} of {each.said}" for each in inputs)
+        raise ModelError(f"{path} takes {listed}; models of one input, images (N, C, H, W), are supported here")
+    return model, preparation
 
 
 def is_untrained(spec: str, weights: str | Path | None = None) -> bool:
@@ -224,7 +239,7 @@ def _of_same_inputs(spec: str, preparation: Preparation) -> nn.Module:
     """
     if is_untrained(spec):
         raise ModelError(f"{spec} is a network without weights, which cannot teach; give a .terse or .pt2 file")
-    model, its = open_model(spec)
+    model, its = open_model(spec, image_size=preparation.size)
     for name in ("size", "mean", "std"):
         wanted, found = getattr(preparation, name), getattr(its, name)
         if len(wanted) != len(found) or not all(

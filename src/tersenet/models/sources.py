@@ -27,7 +27,9 @@ from tersenet.models import published
 from tersenet.models.weights import OtherClasses, load_weights
 from tersenet.task import Preparation
 
-FORMS = "a name such as resnet56, timm:NAME, torchvision:NAME, package.module:factory, FILE.pt2 or FILE.terse"
+FORMS = (
+    "a name such as resnet56, timm:NAME, torchvision:NAME, package.module:factory, FILE.pt2, FILE.terse or FILE.onnx"
+)
 _NETWORK = "check the name; the weights of a tag are downloaded, so for those check the network too"
 # Endings of files that people keep weights in.
 WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar", ".safetensors", ".safetensors.index.json", ".bin.index.json")
