@@ -115,6 +115,17 @@ def test_nothing_from_a_report_breaks_the_markdown(tmp_path):
     assert not re.search(r"^# <", text, re.MULTILINE)
 
 
+def test_only_a_classifier_gives_a_number_per_class(tmp_path):
+    report = load_example()
+    assert "one number per class" in card(report, tmp_path)
+    assert "| | Accuracy |" in card(report, tmp_path)
+    report["metric"] = {"name": "mIoU", "unit": "%", "higher_is_better": True}
+    text = card(report, tmp_path)
+    assert "one number per class" not in text
+    assert "argmax" not in text
+    assert "| | mIoU |" in text
+
+
 def test_many_labels_are_cut_and_said(tmp_path):
     report = load_example()
     report["preparation"]["labels"] = [f"class{i}" for i in range(1000)]

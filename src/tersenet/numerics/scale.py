@@ -48,6 +48,22 @@ class Scale:
         """
         return self.name if self.higher_is_better else f"{self.name}, lower is better"
 
+    @property
+    def title(self) -> str:
+        """
+        >>> Scale().title, Scale("mIoU").title
+        ('Accuracy', 'mIoU')
+        """
+        return self.name[:1].upper() + self.name[1:] if self.name.islower() else self.name
+
+    @property
+    def heading(self) -> str:
+        """
+        >>> Scale().heading, Scale("error", "px", False).heading
+        ('Accuracy', 'Error, lower is better')
+        """
+        return self.title + self.head.removeprefix(self.name)
+
     def lost(self, before: float, after: float) -> float:
         """How much worse `after` is, in `loss_unit`; negative where it is better."""
         return (before - after if self.higher_is_better else after - before) * (100 if self.is_share else 1)

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tersenet.atomic import writing
 from tersenet.left_alone import share_text, some
-from tersenet.numerics.scale import Scale
+from tersenet.numerics.scale import ACCURACY, Scale
 from tersenet.report.headline import deployed, first_runtime
 from tersenet.report.report import validate
 from tersenet.report.snippets import SNIPPETS, shape_of, snippets
@@ -72,7 +72,8 @@ def facts(report: dict[str, Any]) -> dict[str, Any]:
         "name": settings.get("model") or "A compressed model",
         "data": settings.get("data"),
         "verdict": report["verdict"],
-        "metric": scale.head,
+        "metric": scale.heading,
+        "classifies": scale == ACCURACY,
         "kind": kind if kind != "terse" else None,
         "rows": [row_facts(name, row, kind, runtime, scale) for name, row in rows],
         "latency_note": ", ".join([runtime_name(runtime), *shared]) if runtime and measured else "",

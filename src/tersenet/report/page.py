@@ -149,7 +149,7 @@ class Drawn:
                 f"Latency in {words.runtime_name(self.runtime or '')}",
                 latency_waterfall(self.report),
             ),
-            "score": (self.scale.head[:1].upper() + self.scale.head[1:], score_waterfall(self.report)),
+            "score": (self.scale.heading, score_waterfall(self.report)),
             "macs": ("Multiply-adds", macs_waterfall(self.report)),
             "terse": (
                 "Size of the .terse file",
@@ -191,10 +191,11 @@ class Drawn:
         value = f"{scale.loss_text(abs(lost))} {'lost' if lost > 0 else 'gained'}"
         even = scale.same(before, after)
         mood = "bad" if surely_worse(self.report, self.last) else "good" if even or lost < 0 else "even"
-        head = scale.head[:1].upper() + scale.head[1:]
         line = f"{scale.text(before)} to {scale.text(after)}"
         below = f"95 % interval {scale.span(interval)}" if interval else "no interval"
-        return [{"head": head, "value": "no loss" if even else value, "line": line, "below": below, "mood": mood}]
+        return [
+            {"head": scale.heading, "value": "no loss" if even else value, "line": line, "below": below, "mood": mood}
+        ]
 
     def score(self, value: float) -> str:
         return self.scale.text(value)
