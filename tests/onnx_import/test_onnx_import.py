@@ -37,6 +37,7 @@ def outputs(model: nn.Module, *inputs: np.ndarray) -> list[np.ndarray]:
     return [each.numpy() for each in (found.values() if isinstance(found, dict) else [found])]
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("kind", [Residual, Attention])
 def test_exports_of_torch(kind: type[nn.Module], how: str, tmp_path: Path) -> None:

@@ -79,9 +79,9 @@ def modulo(call: Call) -> Tensor:
 @operator("Pow")
 def power(call: Call) -> Tensor:
     a, b = _pair(call)
-    found = torch.pow(a, b)
+    result = torch.pow(a, b)
     first = call.values[0]
-    return found.to(first.dtype) if isinstance(first, Tensor) else found
+    return result.to(first.dtype) if isinstance(first, Tensor) else result
 
 
 @operator("Min", "Max")
@@ -101,9 +101,9 @@ def together(call: Call) -> Tensor:
 @operator("IsInf")
 def is_infinite(call: Call) -> Tensor:
     x = call.tensor(0)
-    found = torch.zeros_like(x, dtype=torch.bool)
-    found = found | (x == torch.inf) if call.attribute("detect_positive", 1) else found
-    return found | (x == -torch.inf) if call.attribute("detect_negative", 1) else found
+    result = torch.zeros_like(x, dtype=torch.bool)
+    result = result | (x == torch.inf) if call.attribute("detect_positive", 1) else result
+    return result | (x == -torch.inf) if call.attribute("detect_negative", 1) else result
 
 
 @operator("Where")

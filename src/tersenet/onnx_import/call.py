@@ -38,7 +38,7 @@ class Step:
     read: set[str] = field(default_factory=set)
 
     @property
-    def said(self) -> str:
+    def label(self) -> str:
         return f"operator {self.op} (node {self.name or self.outputs[0]!r})"
 
 
@@ -84,7 +84,7 @@ class Call:
 
     def refuse(self, reason: str) -> NoReturn:
         """Raises ModelError, which names the operator, the node and the file."""
-        raise ModelError(f"{self.network.file} cannot be imported: {self.step.said} {reason}")
+        raise ModelError(f"{self.network.file} cannot be imported: {self.step.label} {reason}")
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """An attribute; one of a node that no handler reads is refused."""
@@ -155,11 +155,11 @@ class Call:
         """The layer of this node, made at the first call; nodes of the same constants and settings share one."""
         return self.network.layer(self.step, make, [each for each in constants if each is not None])
 
-    def was(self, index: int) -> tuple[int, ...] | None:
+    def recorded_shape(self, index: int) -> tuple[int, ...] | None:
         """The shape of an input when the file ran with its own batch; None where that is open."""
         return self.network.recorded.get(self.step.inputs[index])
 
-    def gave(self) -> tuple[int, ...] | None:
+    def recorded_output_shape(self) -> tuple[int, ...] | None:
         """The shape of the first output when the file ran with its own batch."""
         return self.network.recorded.get(self.step.outputs[0])
 

@@ -112,16 +112,16 @@ def _transposed_window(call: Call, kernel: Sequence[int], x: Tensor) -> tuple[li
     extra = call.attribute("output_padding") or [0] * k
     pads = call.attribute("pads") or [0] * 2 * k
     auto = call.one_of("auto_pad", ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"), "NOTSET")
-    wanted = call.attribute("output_shape")
+    target = call.attribute("output_shape")
     if auto == "VALID":
         pads = [0] * 2 * k
-    if wanted is not None or auto.startswith("SAME"):
+    if target is not None or auto.startswith("SAME"):
         sizes = spatial(x)
-        wanted = list(wanted)[-k:] if wanted is not None else [s * e for s, e in zip(strides, sizes, strict=True)]
+        target = list(target)[-k:] if target is not None else [s * e for s, e in zip(strides, sizes, strict=True)]
         total = [
             stride * (size - 1) + more + dilation * (each - 1) + 1 - out
             for stride, size, more, dilation, each, out in zip(
-                strides, sizes, extra, dilations, kernel, wanted, strict=True
+                strides, sizes, extra, dilations, kernel, target, strict=True
             )
         ]
         extra = [more + max(0, -each) for more, each in zip(extra, total, strict=True)]

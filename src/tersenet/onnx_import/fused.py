@@ -28,9 +28,9 @@ class Patterns:
     def replace(self, steps: Sequence[Step]) -> None:
         """Changes the last step of each pattern, in place."""
         for step in steps:
-            found = self._layer_norm(step) or self._gelu(step)
-            if found is not None:
-                step.op, step.inputs, step.attributes = found
+            match = self._layer_norm(step) or self._gelu(step)
+            if match is not None:
+                step.op, step.inputs, step.attributes = match
 
     def _maker(self, name: str, op: str) -> Step | None:
         step = self.makers.get(name)
@@ -60,10 +60,10 @@ class Patterns:
             if scaled is None or bias not in self.constants:
                 continue
             for normalized, weight in (scaled.inputs, scaled.inputs[::-1]):
-                found = self._normalized(self._maker(normalized, "Div")) if weight in self.constants else None
+                match = self._normalized(self._maker(normalized, "Div")) if weight in self.constants else None
                 shapes = {self.constants[name].array.shape for name in (weight, bias) if name in self.constants}
-                if found is not None and len(shapes) == 1 and len(next(iter(shapes))) == 1:
-                    return "LayerNormalization", [found[0], weight, bias], {"axis": -1, "epsilon": found[1]}
+                if match is not None and len(shapes) == 1 and len(next(iter(shapes))) == 1:
+                    return "LayerNormalization", [match[0], weight, bias], {"axis": -1, "epsilon": match[1]}
         return None
 
     def _normalized(self, step: Step | None) -> tuple[str, float] | None:
@@ -126,7 +126,7 @@ class Patterns:
     def _is_scaled(self, name: str, x: str) -> bool:
         """Whether a value is x / sqrt(2)."""
         for op, factor in (("Div", math.sqrt(2)), ("Mul", math.sqrt(0.5))):
-            found = self._with_number(self._maker(name, op))
-            if found is not None and found[0] == x and math.isclose(found[1], factor, rel_tol=1e-5):
+            match = self._with_number(self._maker(name, op))
+            if match is not None and match[0] == x and math.isclose(match[1], factor, rel_tol=1e-5):
                 return op != "Div" or self._number(self.makers[name].inputs[1]) is not None
         return False

@@ -26,8 +26,8 @@ def gather(call: Call) -> Tensor:
     if table and call.step.inputs[1] in call.network.inputs_by_order:
         return F.embedding(places, x)
     flat = _not_negative(places, x.shape[axis]).reshape(-1)
-    found = x.index_select(axis, flat)
-    return found.reshape([*x.shape[:axis], *places.shape, *x.shape[axis + 1 :]])
+    entries = x.index_select(axis, flat)
+    return entries.reshape([*x.shape[:axis], *places.shape, *x.shape[axis + 1 :]])
 
 
 def _at_known(call: Call, x: Tensor, places: Host, axis: int) -> Tensor:
@@ -45,8 +45,8 @@ def _at_known(call: Call, x: Tensor, places: Host, axis: int) -> Tensor:
         where = [slice(None)] * axis + [slice(int(flat[0]), int(flat[-1]) + 1, step)]
         return x[tuple(where)]
     index = call.network.constant(call.step, Host(flat.astype(np.int64), f"{call.step.outputs[0]}/places"))
-    found = x.index_select(axis, index)
-    return found if array.ndim == 1 else found.reshape([*x.shape[:axis], *array.shape, *x.shape[axis + 1 :]])
+    entries = x.index_select(axis, index)
+    return entries if array.ndim == 1 else entries.reshape([*x.shape[:axis], *array.shape, *x.shape[axis + 1 :]])
 
 
 def _not_negative(places: Tensor, size: Any) -> Tensor:
@@ -102,8 +102,8 @@ def one_hot(call: Call) -> Tensor:
     shape = [1] * (places.dim() + 1)
     shape[axis] = depth
     classes = torch.arange(depth).reshape(shape)
-    wanted = _not_negative(places, depth).unsqueeze(axis)
-    return torch.where(wanted == classes, values[1], values[0])
+    asked = _not_negative(places, depth).unsqueeze(axis)
+    return torch.where(asked == classes, values[1], values[0])
 
 
 @operator("TopK")
@@ -111,8 +111,8 @@ def top_k(call: Call) -> tuple[Tensor, Tensor]:
     k = call.attribute("k") or int(call.ints(1, "number")[0])
     x, axis = call.tensor(0), call.attribute("axis", -1)
     largest, ordered = bool(call.attribute("largest", 1)), bool(call.attribute("sorted", 1))
-    found = torch.topk(x, k, axis, largest, ordered)
-    return found.values, found.indices
+    entries = torch.topk(x, k, axis, largest, ordered)
+    return entries.values, entries.indices
 
 
 @operator("ArgMax", "ArgMin")

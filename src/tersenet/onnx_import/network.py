@@ -65,8 +65,8 @@ class Network(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         """All outputs: the only one, or a dict by their names in the file."""
         values = self.run(inputs)
-        found = {name: self._output(values[name], name) for name in self.outputs}
-        return found[self.outputs[0]] if len(found) == 1 else found
+        outputs = {name: self._output(values[name], name) for name in self.outputs}
+        return outputs[self.outputs[0]] if len(outputs) == 1 else outputs
 
     def record(self, inputs: Sequence[Tensor]) -> None:
         """Runs with the batch that the file fixes, and keeps the shape of each value."""
@@ -146,7 +146,7 @@ class Network(nn.Module):
             line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             shapes = ", ".join("x".join(map(str, x.shape)) or "a number" for x in given if isinstance(x, Tensor))
             raise ModelError(
-                f"{self.file} cannot be imported: {step.said} fails on inputs of {shapes}: {line}"
+                f"{self.file} cannot be imported: {step.label} fails on inputs of {shapes}: {line}"
             ) from error
         unread = sorted(set(step.attributes) - step.read)
         if unread:
@@ -207,13 +207,13 @@ class Network(nn.Module):
         """The layer of a node; `make` is called at first."""
         path = self._paths.get(id(step))
         if path is None:
-            made = make().eval()
-            key = (type(made).__name__, made.extra_repr(), *(each.name or id(each) for each in constants))
+            module = make().eval()
+            key = (type(module).__name__, module.extra_repr(), *(each.name or id(each) for each in constants))
             path = self._paths.get(key) if _tells_apart(constants[0]) else None
             if path is None:
                 path = self._names.of_layer(step, [each.name for each in constants], self._shared)
                 owner, _, leaf = path.rpartition(".")
-                self._owner(owner).add_module(leaf, made)
+                self._owner(owner).add_module(leaf, module)
                 self._paths[key] = path
             self._paths[id(step)] = path
         return self.get_submodule(path)

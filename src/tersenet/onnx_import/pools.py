@@ -22,14 +22,14 @@ _AVERAGE = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 def _outputs(sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int],
              before: Sequence[int], behind: Sequence[int], ceil: bool) -> list[int]:  # fmt: skip
     """How often a window fits; with `ceil` also where it begins inside, and reaches beyond the end."""
-    found = []
+    counts = []
     for size, each, stride, dilation, low, high in zip(sizes, kernel, strides, dilations, before, behind, strict=True):
         room = size + low + high - dilation * (each - 1) - 1
         count = (-(-room // stride) if ceil else room // stride) + 1
         if ceil and (count - 1) * stride >= size + low:
             count -= 1
-        found.append(count)
-    return found
+        counts.append(count)
+    return counts
 
 
 def _beyond(call: Call, x: Tensor, kernel: Sequence[int], ceil: bool) -> tuple[list[int], ...]:
@@ -84,13 +84,13 @@ def average_pool(call: Call) -> Tensor:
 def _shares(sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int], before: Sequence[int],
             behind: Sequence[int], outputs: Sequence[int], counted: bool) -> np.ndarray:  # fmt: skip
     """(1, 1, H, W, ...) entries of a window to those of it that count."""
-    found = np.ones((1, 1), np.float64)
+    shares = np.ones((1, 1), np.float64)
     for size, each, stride, low, high, count in zip(sizes, kernel, strides, before, behind, outputs, strict=True):
         starts = np.arange(count) * stride
         first, end = (0, low + size + high) if counted else (low, low + size)
         counts = np.minimum(starts + each, end) - np.maximum(starts, first)
-        found = found[..., None] * (each / counts)
-    return found.astype(np.float32)
+        shares = shares[..., None] * (each / counts)
+    return shares.astype(np.float32)
 
 
 @operator("LpPool")

@@ -17,15 +17,15 @@ def in_float32(proto: Any) -> str:
     from onnx import TensorProto
 
     lower = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
-    found: set[str] = set()
+    types: set[str] = set()
     for graph in _graphs(proto.graph):
         for tensor in graph.initializer:
-            found |= _convert(tensor, lower)
+            types |= _convert(tensor, lower)
         for value in (*graph.input, *graph.output, *graph.value_info):
             if value.type.tensor_type.elem_type in lower:
-                found.add(lower[value.type.tensor_type.elem_type])
+                types.add(lower[value.type.tensor_type.elem_type])
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
-    if not found:
+    if not types:
         return ""
     for graph in _graphs(proto.graph):
         for node in graph.node:
@@ -34,7 +34,7 @@ def in_float32(proto: Any) -> str:
                     _convert(attribute.t, lower)
                 if node.op_type in ("Cast", "EyeLike") and attribute.name in ("to", "dtype") and attribute.i in lower:
                     attribute.i = TensorProto.FLOAT
-    return " and ".join(sorted(found))
+    return " and ".join(sorted(types))
 
 
 def _convert(tensor: Any, lower: dict[int, str]) -> set[str]:
@@ -42,10 +42,10 @@ def _convert(tensor: Any, lower: dict[int, str]) -> set[str]:
 
     if tensor.data_type not in lower:
         return set()
-    found = {lower[tensor.data_type]}
+    types = {lower[tensor.data_type]}
     name, array = tensor.name, numpy_helper.to_array(tensor)
     tensor.CopyFrom(numpy_helper.from_array(np.asarray(array).astype(np.float32), name))
-    return found
+    return types
 
 
 def _graphs(graph: Any) -> Iterator[Any]:

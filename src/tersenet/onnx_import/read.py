@@ -77,8 +77,8 @@ def _loaded(onnx: Any, path: Path) -> Any:
             raise FileError(f"{path} does not exist; check the path") from error
         raise FileError(f"{path} keeps its weights in {missing}, which does not exist; put it beside it") from error
     except Exception as error:  # protobuf and onnx raise many kinds
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise FileError(f"{path} is not a readable ONNX file: {said}; write it again") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise FileError(f"{path} is not a readable ONNX file: {reason}; write it again") from error
 
 
 def nodes(graph: Any) -> Iterator[Any]:
@@ -91,9 +91,9 @@ def nodes(graph: Any) -> Iterator[Any]:
 
 
 def _refuse_quantized(path: Path, proto: Any) -> None:
-    found = Counter(node.op_type for node in nodes(proto.graph) if node.op_type in _QUANTIZED)
-    if found:
-        listed = ", ".join(f"{count} {name}" for name, count in found.most_common(3))
+    operators = Counter(node.op_type for node in nodes(proto.graph) if node.op_type in _QUANTIZED)
+    if operators:
+        listed = ", ".join(f"{count} {name}" for name, count in operators.most_common(3))
         raise ModelError(
             f"{path} is quantized already ({listed}), and what was rounded cannot be compressed well again; give the "
             "float ONNX file that it was made from"

@@ -60,15 +60,15 @@ def _resized(
     nearest: str,
 ) -> Tensor:
     """Resizes along the axes whose size changes; the others come first, as torch wants them."""
-    wanted = _wanted(call, x, axes, scales, sizes)
-    if not wanted:
+    changes = _changes(call, x, axes, scales, sizes)
+    if not changes:
         return x
     if mode == "nearest":
-        return _nearest(call, x, wanted, place, nearest)
-    if x.dim() in (4, 5) and set(wanted) <= set(range(2, x.dim())):
+        return _nearest(call, x, changes, place, nearest)
+    if x.dim() in (4, 5) and set(changes) <= set(range(2, x.dim())):
         moved = list(range(2, x.dim()))
     else:
-        moved = sorted(wanted)
+        moved = sorted(changes)
     others = [axis for axis in range(x.dim()) if axis not in moved]
     order = [*others, *moved]
     y = x.permute(order) if order != list(range(x.dim())) else x
@@ -76,26 +76,26 @@ def _resized(
     maps = [x.shape[axis] for axis in moved]
     if len(others) != 2:
         y = y.reshape([lead[0] if lead else 1, -1, *maps] if len(others) != 1 else [lead[0], 1, *maps])
-    out = [wanted[axis][0] if axis in wanted else x.shape[axis] for axis in moved]
-    y = _interpolated(call, y, mode, out, [wanted.get(axis, (0, 1.0))[1] for axis in moved], place)
+    out = [changes[axis][0] if axis in changes else x.shape[axis] for axis in moved]
+    y = _interpolated(call, y, mode, out, [changes.get(axis, (0, 1.0))[1] for axis in moved], place)
     y = y.reshape([*lead, *out]) if len(others) != 2 else y
     back = [order.index(axis) for axis in range(x.dim())]
     return y.permute(back) if back != list(range(x.dim())) else y
 
 
-def _wanted(
+def _changes(
     call: Call, x: Tensor, axes: list[int], scales: list[float] | None, sizes: list[Any] | None
 ) -> dict[int, tuple[int, float | None]]:
     """axis -> (its new size, the scale that was given) where it changes."""
-    wanted: dict[int, tuple[int, float | None]] = {}
-    was = call.was(0)
+    changes: dict[int, tuple[int, float | None]] = {}
+    recorded = call.recorded_shape(0)
     for i, axis in enumerate(axes):
         now, scale = x.shape[axis], None if scales is None else scales[i]
         size = sizes[i] if sizes is not None else now if scale == 1 else math.floor(int(now) * (scale or 1))
-        batch = sizes is not None and axis == 0 and was is not None and size == was[0]
+        batch = sizes is not None and axis == 0 and recorded is not None and size == recorded[0]
         if not batch and (size is not now) and (size != now or scale not in (None, 1.0)):
-            wanted[axis] = (int(size), scale)
-    return wanted
+            changes[axis] = (int(size), scale)
+    return changes
 
 
 def _interpolated(call: Call, y: Tensor, mode: str, out: list[int], scales: list[float | None], place: str) -> Tensor:
@@ -123,15 +123,15 @@ def _interpolated(call: Call, y: Tensor, mode: str, out: list[int], scales: list
     return F.interpolate(y, scale_factor=factors, mode=kind, align_corners=False, recompute_scale_factor=False)
 
 
-def _nearest(call: Call, x: Tensor, wanted: dict[int, tuple[int, float | None]], place: str, nearest: str) -> Tensor:
+def _nearest(call: Call, x: Tensor, changes: dict[int, tuple[int, float | None]], place: str, nearest: str) -> Tensor:
     """By F.interpolate where it takes the same entries, else by their places."""
-    places = {axis: _places(call, int(x.shape[axis]), *each, place, nearest) for axis, each in wanted.items()}
-    if x.dim() in (3, 4, 5) and set(wanted) <= set(range(2, x.dim())):
-        out = [wanted[axis][0] if axis in wanted else x.shape[axis] for axis in range(2, x.dim())]
+    places = {axis: _places(call, int(x.shape[axis]), *each, place, nearest) for axis, each in changes.items()}
+    if x.dim() in (3, 4, 5) and set(changes) <= set(range(2, x.dim())):
+        out = [changes[axis][0] if axis in changes else x.shape[axis] for axis in range(2, x.dim())]
         for mode, shift in (("nearest", 0.0), ("nearest-exact", 0.5)):
             own = {axis: np.floor((np.arange(n) + shift) * np.float32(x.shape[axis] / n)).astype(int)
-                   for axis, (n, _) in wanted.items()}  # fmt: skip
-            if all(np.array_equal(own[axis], places[axis]) for axis in wanted):
+                   for axis, (n, _) in changes.items()}  # fmt: skip
+            if all(np.array_equal(own[axis], places[axis]) for axis in changes):
                 return F.interpolate(x, out, mode=mode)
     for axis, index in places.items():
         name = f"{call.step.outputs[0]}/places_{axis}"

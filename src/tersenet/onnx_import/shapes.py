@@ -18,35 +18,41 @@ from tersenet.onnx_import.registry import operator
 from tersenet.onnx_import.values import DTYPES, Host, objects
 
 
-def batch_axis(x: Tensor, was: tuple[int, ...] | None) -> int | None:
+def batch_axis(x: Tensor, recorded: tuple[int, ...] | None) -> int | None:
     """The dimension that differs from what it was with the file's own batch; None where none does."""
-    if was is None:
+    if recorded is None:
         return None
-    return next((i for i, (now, then) in enumerate(zip(x.shape, was, strict=True)) if not _same(now, then)), None)
+    return next((i for i, (now, then) in enumerate(zip(x.shape, recorded, strict=True)) if not _same(now, then)), None)
 
 
 def _same(now: Any, then: int) -> bool:
     return isinstance(now, int) and now == then
 
 
-def rescaled(x: Tensor, was: tuple[int, ...], gave: tuple[int, ...]) -> list[int]:
+def rescaled(x: Tensor, recorded: tuple[int, ...], output: tuple[int, ...]) -> list[int]:
     """The target of a Reshape for another batch: the dimension that begins where the batch began is left open."""
-    axis = batch_axis(x, was)
+    axis = batch_axis(x, recorded)
     assert axis is not None
-    before = math.prod(was[:axis])
-    for place in range(len(gave)):
-        if math.prod(gave[:place]) == before:
-            return [*gave[:place], -1, *gave[place + 1 :]]
-    return list(gave)
+    leading = math.prod(recorded[:axis])
+    for place in range(len(output)):
+        if math.prod(output[:place]) == leading:
+            return [*output[:place], -1, *output[place + 1 :]]
+    return list(output)
 
 
 @operator("Reshape")
 def reshape(call: Call) -> Tensor:
     x, target = call.tensor(0), call.ints(1, "shape")
-    was, gave = call.was(0), call.gave()
+    recorded, output = call.recorded_shape(0), call.recorded_output_shape()
     plain = all(isinstance(size, int) for size in target)
-    if plain and was is not None and gave is not None and 0 not in gave and batch_axis(x, was) is not None:
-        return x.reshape(rescaled(x, was, gave))
+    if (
+        plain
+        and recorded is not None
+        and output is not None
+        and 0 not in output
+        and batch_axis(x, recorded) is not None
+    ):
+        return x.reshape(rescaled(x, recorded, output))
     if not call.attribute("allowzero", 0):
         target = [x.shape[i] if isinstance(size, int) and size == 0 else size for i, size in enumerate(target)]
     return x.reshape(target)
@@ -105,7 +111,7 @@ def expand(call: Call) -> Tensor:
     x, target = call.tensor(0), call.ints(1, "shape")
     sizes = [1] * (len(target) - x.dim()) + list(x.shape)
     target = [1] * (len(sizes) - len(target)) + target
-    axis = batch_axis(x, call.was(0))
+    axis = batch_axis(x, call.recorded_shape(0))
     held = None if axis is None else axis + len(sizes) - x.dim()
     return x.expand(
         [
@@ -124,7 +130,7 @@ def tile(call: Call) -> Tensor:
 def concat(call: Call) -> Tensor:
     tensors = [call.tensor(i) for i in range(len(call.values))]
     axis = call.attribute("axis") % tensors[0].dim()
-    places = [batch_axis(x, call.was(i)) for i, x in enumerate(tensors)]
+    places = [batch_axis(x, call.recorded_shape(i)) for i, x in enumerate(tensors)]
     moved = next((i for i, place in enumerate(places) if place not in (None, axis)), None)
     if moved is not None:  # others may be constants that are stored for the file's own batch
         like, batch = tensors[moved], places[moved]

@@ -32,8 +32,8 @@ def _array(call: Call, index: int) -> np.ndarray:
 
 
 def _divide(a: Any, b: Any) -> Any:
-    whole = not any(isinstance(each, float | np.floating | torch.SymFloat) for each in (a, b))
-    return a // b if whole else a / b
+    integers = not any(isinstance(each, float | np.floating | torch.SymFloat) for each in (a, b))
+    return a // b if integers else a / b
 
 
 def _minimum(a: Any, b: Any) -> Any:
@@ -146,8 +146,8 @@ def _reshape(call: Call) -> np.ndarray:
 def _product(call: Call) -> np.ndarray:
     axes, keep = call.axes(1), call.attribute("keepdims", 1)
     array = _array(call, 0)
-    found = np.multiply.reduce(array, axis=None if axes is None else tuple(axes), keepdims=bool(keep))  # type: ignore[call-overload]
-    return found if isinstance(found, np.ndarray) else objects([found]).reshape(())
+    product = np.multiply.reduce(array, axis=None if axes is None else tuple(axes), keepdims=bool(keep))  # type: ignore[call-overload]
+    return product if isinstance(product, np.ndarray) else objects([product]).reshape(())
 
 
 @_sizes("Shape")

@@ -67,9 +67,9 @@ class Steps:
                 "optimizations of a runtime"
             )
         attributes = {each.name: self._plain(helper.get_attribute_value(each)) for each in node.attribute}
-        said = next((each.value for each in node.metadata_props if each.key == _SCOPES), "")
+        scopes = next((each.value for each in node.metadata_props if each.key == _SCOPES), "")
         step = Step(
-            node.op_type, attributes, list(node.input), list(node.output), node.name, _scopes(said), self.version
+            node.op_type, attributes, list(node.input), list(node.output), node.name, _scopes(scopes), self.version
         )
         self._protos[id(step)] = node
         return step
@@ -137,7 +137,7 @@ class Steps:
         uses.update(name for step in _all(self.steps) for name in _branch_outputs(step))
         uses.update(self.outputs)
         makers = {name: step for step in self.steps for name in step.outputs}
-        gone = []
+        joined = []
         for step in self.steps:
             if step.op != "Add":
                 continue
@@ -152,9 +152,9 @@ class Steps:
                     product.inputs = [*product.inputs, f"{step.inputs[other]}/flat"]
                     makers[step.outputs[0]] = product
                     product.outputs = list(step.outputs)
-                    gone.append(step)
+                    joined.append(step)
                     break
-        self.steps = [step for step in self.steps if not any(step is each for each in gone)]
+        self.steps = [step for step in self.steps if not any(step is each for each in joined)]
 
     def _drop_unused(self) -> None:
         needed, kept = set(self.outputs), []
@@ -171,12 +171,12 @@ class Steps:
         for step in _all(steps):
             if step.op in _CONTROL:
                 raise ModelError(
-                    f"{self.file} cannot be imported: {step.said} repeats a graph, which a compressed model cannot "
+                    f"{self.file} cannot be imported: {step.label} repeats a graph, which a compressed model cannot "
                     "hold; export the model with its loop unrolled, or without this part"
                 )
             if step.op not in HANDLERS and step.op != "If":
                 raise ModelError(
-                    f"{self.file} cannot be imported: {step.said} is not known to the importer; export the model "
+                    f"{self.file} cannot be imported: {step.label} is not known to the importer; export the model "
                     "without it (often it belongs to what follows the network), or give its PyTorch code"
                 )
 
@@ -201,9 +201,9 @@ def _identities(branch: Branch, step: Step) -> list[Step]:
     ]
 
 
-def _scopes(said: str) -> tuple[str, ...]:
+def _scopes(scopes: str) -> tuple[str, ...]:
     try:
-        return tuple(map(str, ast.literal_eval(said))) if said else ()
+        return tuple(map(str, ast.literal_eval(scopes))) if scopes else ()
     except (ValueError, SyntaxError):
         return ()
 
@@ -217,7 +217,7 @@ def _constant(step: Step, file: str) -> np.ndarray:
             return np.asarray(value, np.int64)
         if kind in ("value_float", "value_floats"):
             return np.asarray(value, np.float32)
-    raise ModelError(f"{file} cannot be imported: {step.said} holds no dense numbers")
+    raise ModelError(f"{file} cannot be imported: {step.label} holds no dense numbers")
 
 
 def _is_bias(op: str, weight: np.ndarray, bias: np.ndarray) -> bool:

@@ -24,12 +24,12 @@ def verify(model: nn.Module, network: Network, original: Original, inputs: Seque
     Raises:
         ModelError: where they differ; names the first node that does, where it is found.
     """
-    expected = original.run(inputs)
+    references = original.run(inputs)
     tensors = [as_tensor(each) for each in inputs]
     with torch.no_grad():
         outputs = [each.numpy() for each in tree_leaves(model(*tensors))]
-    for name, wanted, output in zip(original.outputs, expected, outputs, strict=True):
-        wrong = difference(wanted, output)
+    for name, reference, output in zip(original.outputs, references, outputs, strict=True):
+        wrong = difference(reference, output)
         if wrong is not None:
             where = _first(network, original, inputs)
             raise ModelError(
@@ -38,20 +38,20 @@ def verify(model: nn.Module, network: Network, original: Original, inputs: Seque
             )
 
 
-def difference(wanted: np.ndarray, output: np.ndarray) -> str | None:
+def difference(reference: np.ndarray, output: np.ndarray) -> str | None:
     """How an output differs, as the predicate of a sentence; None where it does not."""
-    if wanted.shape != output.shape:
-        return f"has another shape ({_said(output.shape)} instead of {_said(wanted.shape)})"
-    if wanted.dtype.kind in "iub":
-        share = float(np.mean(wanted != output)) if wanted.size else 0.0
+    if reference.shape != output.shape:
+        return f"differs in its shape ({_said(output.shape)} instead of {_said(reference.shape)})"
+    if reference.dtype.kind in "iub":
+        share = float(np.mean(reference != output)) if reference.size else 0.0
         return f"differs in {share:.1%} of its entries" if share > _OTHER_PLACES else None
-    finite = np.isfinite(wanted)
-    if not np.array_equal(wanted[~finite], output[~finite], equal_nan=True) or not np.isfinite(output[finite]).all():
+    finite = np.isfinite(reference)
+    if not np.array_equal(reference[~finite], output[~finite], equal_nan=True) or not np.isfinite(output[finite]).all():
         return "differs in NaN or infinities"
     if not finite.any():
         return None
-    error = float(np.abs(wanted[finite].astype(np.float64) - output[finite]).max())
-    largest = float(np.abs(wanted[finite]).max())
+    error = float(np.abs(reference[finite].astype(np.float64) - output[finite]).max())
+    largest = float(np.abs(reference[finite]).max())
     return f"differs by {error:.2g} of {largest:.2g}" if error > TOLERANCE * largest else None
 
 
@@ -67,10 +67,10 @@ def _first(network: Network, original: Original, inputs: Sequence[np.ndarray]) -
     makers = {name: step for step in network.steps for name in step.outputs}
     kept = [name for name, value in own.items() if name in makers and isinstance(value, Tensor)]
     try:
-        wanted = original.values(part, kept)
+        reference = original.values(part, kept)
     except Exception:  # noqa: BLE001 - the runtime does not give every value
         return ""
     for name in kept:
-        if difference(wanted[name], own[name].numpy()) is not None:
-            return f", and the first that differs is {makers[name].said}"
+        if difference(reference[name], own[name].numpy()) is not None:
+            return f", and the first that differs is {makers[name].label}"
     return " although every operator agrees with the file's own batch: the file mixes its samples"
