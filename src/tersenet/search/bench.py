@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import gc
 import math
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -33,8 +34,11 @@ from tersenet.search.weigh import count_macs, memory_bytes
 from tersenet.step import Step
 from tersenet.task import Task, batch_input
 
-# Files that take turns at once, the unchanged network among them; more would push each other out of the caches.
+# Files that take turns at once, beside the unchanged network; more would push each other out of the caches.
 _GROUP = 10
+# The unchanged network is opened so often among them. Where its memory comes to lie changes the time of a file by up to
+# five percent from one opening to the next, and what the unchanged network errs by is in each of the changes.
+_BASES = 3
 # Only medians are read, so fewer turns do than intervals need.
 _TURNS, _CALLS, _DISCARD = 12, 30, 6
 # Of one file in one turn, less where so many files are timed that they would take longer than this in all; slow
@@ -187,14 +191,14 @@ class Bench:
         with progressing(said, len(candidates), self.progress) as advance, collected_once():
             for start in range(0, len(candidates), _GROUP):
                 group = candidates[start : start + _GROUP]
-                paths = {"base": self.base_path}
-                for number, picks in enumerate(group):
-                    paths[str(number)] = self.folder / f"variant{number}.onnx"
-                    paths[str(number)].write_bytes(self.file(picks))
+                files = {str(number): self.folder / f"variant{number}.onnx" for number in range(len(group))}
+                for path, picks in zip(files.values(), group, strict=True):
+                    path.write_bytes(self.file(picks))
+                paths = _among(files, self.base_path)
                 result = self._measure(paths, turn)
-                for number in range(len(group)):
-                    share = result.ratio(str(number), "base").ratio
-                    found.append((result.latency(str(number))["median"], share))
+                base = statistics.median(result.latency(key)["median"] for key in paths if key not in files)
+                milliseconds = [result.latency(key)["median"] for key in files]
+                found += [(each, each / base) for each in milliseconds]
                 if keep is not None:
                     keep(found)
                 advance(len(group))
@@ -285,6 +289,14 @@ class Bench:
         shapes = (self.x.shape, self.float_x.shape)
         said = [memory_bytes(entry.path.read_bytes(), shape) for entry, shape in zip(entries, shapes, strict=True)]
         return [(float(a), float(b)) for a, b in zip(said, peaks, strict=True) if b is not None]
+
+
+def _among(files: dict[str, Path], base: Path) -> dict[str, Path]:
+    """The files with the unchanged network `_BASES` times among them: first, last, and evenly between."""
+    names = list(files)
+    for number in range(_BASES):
+        names.insert(round(number * len(files) / (_BASES - 1)) + number, f"base {number}")
+    return {name: files.get(name, base) for name in names}
 
 
 @contextlib.contextmanager
