@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "named": {"errors"},
     "findings": set(),
     "progress": set(),
-    "unseen": {"task"},
+    "unseen": {"numerics", "task"},
     "left_alone": {"named"},
     "scored_on": {"metrics", "task"},
     "step": {"errors", "numerics", "bricks", "graph", "left_alone", "named", "task"},

@@ -180,3 +180,25 @@ def test_a_run_says_name_unit_and_direction_everywhere(tmp_path: Path) -> None:
     assert json.loads((run.folder / "report.json").read_text(encoding="utf-8"))["rows"][0]["score"] == pytest.approx(
         0.1
     )
+
+
+def test_a_draw_that_cannot_be_computed_is_left_out() -> None:
+    """Of few samples some draws lack a class, and then the metric raises."""
+
+    def least(values: Tensor) -> Tensor:
+        if len(values.unique()) < 3:
+            raise ValueError("a class is missing")
+        return values.mean()
+
+    metric = Metric(lambda outputs, batch: outputs[:, 0], compute=least, unit="")
+    value, low, high = metric.score([torch.arange(6.0)])
+    assert value == 2.5
+    assert low is not None
+    assert high is not None
+    assert low < value < high
+
+
+def test_one_number_for_a_batch_is_refused() -> None:
+    data = [(torch.zeros(4, 2), torch.zeros(4))]
+    with pytest.raises(DataError, match="gives one number for a batch; give one for each sample"):
+        score(lambda batch: batch[0], data, Metric(lambda outputs, batch: outputs.mean(), name="PSNR", unit="dB"))

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tersenet.deploy.artifact import save_terse, terse_preparation
 from tersenet.deploy.onnx import export_onnx
 from tersenet.errors import InputWarning, SettingsError
 from tersenet.files import measure_files
@@ -80,6 +81,48 @@ def test_without_labels_the_assumption_stands() -> None:
     with pytest.warns(InputWarning, match=r"prepared: 3x32x32 with mean 0\.5 and std 0\.5 is assumed; give --mean"):
         found = chosen_preparation(lambda x: x.mean((2, 3)), Preparation.unknown(), "random:3x32x32")
     assert found.assumed == ("size", "mean", "std")
+
+
+def test_photographs_are_not_tried_as_they_are(tmp_path: Path) -> None:
+    """All of one camera have one size, and so many of them would fill the memory."""
+    data = shades(tmp_path, 640)
+    seen: list[tuple[int, ...]] = []
+
+    def answers(x: Tensor) -> dict[str, Tensor]:
+        seen.append(tuple(x.shape[2:]))
+        return {"logits": Bright((0.0,) * 3, (1.0,) * 3, x.shape[-1])(x)}
+
+    with pytest.warns(InputWarning, match="mean 0 and std 1 is used"):
+        found = chosen_preparation(answers, Preparation.unknown(), data)
+    assert set(seen) == {(32, 32), (224, 224)}
+    assert found.assumed == ()
+
+
+def test_what_is_only_assumed_does_not_become_a_fact_in_a_file(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    path = tmp_path / "model.terse"
+    save_terse(model, torch.zeros(2, 3, 12, 12), path, Preparation.unknown((12, 12)))
+    assert terse_preparation(path).assumed == ("size", "mean", "std")
+    known = Preparation((12, 12), (0.5,) * 3, (0.5,) * 3, interpolation="bicubic", crop=0.5)
+    save_terse(model, torch.zeros(2, 3, 12, 12), path, known)
+    assert terse_preparation(path) == known
+    assert Preparation.of_metadata(known.metadata()) == known
+    unknown = Preparation.of_metadata(Preparation.unknown().metadata())
+    assert unknown is not None
+    assert unknown.assumed == ("size", "mean", "std")
+
+
+def test_a_constant_answer_is_no_trial_that_tells(tmp_path: Path) -> None:
+    """Nine of ten images are of one class: who always says it is right so often."""
+    generator = np.random.default_rng(0)
+    for name, count in (("many", 54), ("few", 6)):
+        for number in range(count):
+            path = tmp_path / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    constant = torch.tensor([0.0, 1.0])
+    with pytest.warns(InputWarning, match="does better than guessing"):
+        chosen_preparation(lambda x: constant.expand(len(x), 2), Preparation.unknown(), f"folder:{tmp_path}")
 
 
 def test_what_is_used_is_said(tmp_path: Path) -> None:

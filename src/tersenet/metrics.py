@@ -84,12 +84,20 @@ class Metric:
         value, n = float(self.compute(gathered)), len(gathered)
         self._check_share(value, value)
         draws = np.random.default_rng(0).integers(0, n, (self.resamples, n))
-        found = np.array([float(self.compute(_taken(gathered, draw))) for draw in draws])
-        found = found[np.isfinite(found)]  # a draw may lack a class, so that there is nothing to compute
+        found = np.array([self._of_draw(_taken(gathered, draw)) for draw in draws])
+        found = found[np.isfinite(found)]
         if n < 2 or not self.resamples or len(found) < _ENOUGH * self.resamples:
             return value, None, None
         low, high = (float(end) for end in np.quantile(found, (0.025, 0.975)))
         return value, min(low, value), max(high, value)
+
+    def _of_draw(self, gathered: Any) -> float:
+        """NaN where a draw lacks what the metric needs, such as a class."""
+        assert self.compute is not None
+        try:
+            return float(self.compute(gathered))
+        except Exception:  # noqa: BLE001 - the user's code raises what it likes on what it cannot compute
+            return math.nan
 
     def _check_share(self, low: float, high: float) -> None:
         if self.unit == "%" and not (low >= -_ROUNDING and high <= 1 + _ROUNDING) and not math.isnan(low + high):
@@ -111,12 +119,17 @@ def metric_of(metric: Metric | Callable[[Any, Any], Tensor]) -> Metric:
 def contribution(metric: Metric, outputs: Any, batch: Any) -> Tensor | list[Any]:
     """What the samples of a batch contribute, kept on the CPU."""
     part = metric.update(outputs, batch)
+    if isinstance(part, Tensor) and part.dim() == 0:
+        raise DataError(
+            f"the metric {metric.name!r} gives one number for a batch; give one for each sample, (N,), or for a score "
+            "of the whole set Metric(update, compute=...)"
+        )
     return part.detach().cpu() if isinstance(part, Tensor) else list(part)
 
 
 def _gathered(parts: Sequence[Any]) -> Any:
     if all(isinstance(part, Tensor) for part in parts):
-        return torch.cat([part[None] if part.dim() == 0 else part for part in parts])
+        return torch.cat(list(parts))
     return [each for part in parts for each in part]
 
 

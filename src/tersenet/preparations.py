@@ -7,8 +7,8 @@ preparations are tried on labelled training images. Test images are never read f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersenet.data.pixels import pixels
+from tersenet.data.pixels import MODES, pixels, upright
 from tersenet.data.sources import training_sample
 from tersenet.deploy.runner import Runner
 from tersenet.deploy.stand_in import StandIn
 from tersenet.errors import DataError, InputWarning, SettingsError
 from tersenet.models import IMAGENET_MEAN, IMAGENET_STD
 from tersenet.numerics.intervals import wilson
-from tersenet.task import Preparation
+from tersenet.task import Preparation, scored_output
 
 _IMAGES = 128
-_SECONDS = 30.0
 _SIZES = (224, 32)
+_LARGEST = 512  # of a side: photographs of one camera have one size, and no network takes them as they are
 Scale = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation per channel
 _RGB: tuple[Scale, ...] = (
     ((0.5,) * 3, (0.5,) * 3),
@@ -42,11 +42,13 @@ _GREY: tuple[Scale, ...] = (((0.5,), (0.5,)), ((0.0,), (1.0,)), ((0.1307,), (0.3
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A preparation and the share of the training images that the model then names rightly."""
+    """A preparation, how many of the training images the model then names rightly, and the share that always saying
+    the most frequent class would."""
 
     preparation: Preparation
     right: int
     images: int
+    by_guessing: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +181,9 @@ def _best(trials: Sequence[Trial], preparation: Preparation) -> tuple[Preparatio
     """The preparation to take, and the words on it."""
     if not trials:
         return preparation, f": {shown(preparation)} is assumed"
-    best = max(trials, key=lambda trial: trial.right)
-    classes = max(2, len(best.preparation.labels))
-    if wilson(best.right, best.images)[0] <= 1 / classes:
+    best = max(trials, key=lambda trial: trial.right / trial.images)
+    # Of many trials the best is up by chance, too.
+    if wilson(best.right, best.images, z=3.0)[0] <= best.by_guessing:
         return preparation, (
             f", and none of {len(trials)} common preparations does better than guessing on {best.images} training "
             f"images: {shown(preparation)} is assumed"
@@ -189,8 +191,8 @@ def _best(trials: Sequence[Trial], preparation: Preparation) -> tuple[Preparatio
     found = dataclasses.replace(
         best.preparation, labels=preparation.labels, source="a trial on training images", assumed=()
     )
-    others = [trial.right for trial in trials if trial is not best]
-    second = f", the next best {100 * max(others) / best.images:.1f} %" if others else ""
+    others = [trial.right / trial.images for trial in trials if trial is not best]
+    second = f", the next best {100 * max(others):.1f} %" if others else ""
     return found, (
         f": of {len(trials)} common preparations {shown(found)} is used, which has "
         f"{100 * best.right / best.images:.1f} % of {best.images} training images right{second}"
@@ -214,32 +216,55 @@ def _trials(
     columns: tuple[str, str] | None,
 ) -> Iterator[Trial]:
     """One for each size and scale that the model runs with; none where there are no labelled training images."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # opening the data for the run says it
-        images, labels, names = training_sample(data, preparation, columns, _IMAGES)
-    if not images:
+    if preparation.channels not in MODES:
         return
-    scales: Sequence[Scale] = _RGB if preparation.channels == 3 else _GREY if preparation.channels == 1 else ()
-    if not {"mean", "std"} <= set(preparation.assumed):
-        scales = ((preparation.mean, preparation.std),)
-    started = time.monotonic()
-    for size in [preparation.size] if "size" not in preparation.assumed else _sizes(images, preparation):
-        plain = dataclasses.replace(preparation, size=size, labels=names)
-        x = torch.from_numpy(np.stack([pixels(image, plain) for image in images])).float() / 255
-        for mean, std in scales:
-            if time.monotonic() - started > _SECONDS:
-                return
+    scales = _RGB if preparation.channels == 3 else _GREY
+    # What the user gave stays.
+    means = [mean if "mean" in preparation.assumed else preparation.mean for mean, _ in scales]
+    stds = [std if "std" in preparation.assumed else preparation.std for _, std in scales]
+    for size, (x, labels, names) in _samples(preparation, data, columns).items():
+        by_guessing = float(labels.bincount().max() / len(labels))
+        for mean, std in dict.fromkeys(zip(means, stds, strict=True)):
             right = _right(answers, x, labels, mean, std)
             if right is None:
                 break  # it does not run at this size
-            yield Trial(dataclasses.replace(plain, mean=mean, std=std), right, len(labels))
+            tried = dataclasses.replace(preparation, size=size, mean=mean, std=std, labels=names)
+            yield Trial(tried, right, len(labels), by_guessing)
 
 
-def _sizes(images: Sequence[Any], preparation: Preparation) -> list[tuple[int, int]]:
-    """The size that all images have, where they have one, and the usual ones."""
-    own = {image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width) for image in images}
-    usual = [(side, side) for side in _SIZES]
-    return list(dict.fromkeys([*(own if len(own) == 1 else ()), preparation.size, *usual]))
+def _samples(
+    preparation: Preparation, data: str, columns: tuple[str, str] | None
+) -> dict[tuple[int, int], tuple[Tensor, Tensor, tuple[str, ...]]]:
+    """Size -> (pixels in [0, 1], labels, names of the classes) of some training images, at the sizes to try.
+
+    An image is opened once and kept at these sizes only. Its own size is one of them where all have it and it is small.
+    """
+    is_open = "size" in preparation.assumed
+    usual = [preparation.size, *((side, side) for side in _SIZES)] if is_open else [preparation.size]
+    found: dict[tuple[int, int], tuple[list[Any], list[int]]] = {}
+    own: set[tuple[int, int]] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # opening the data for the run says it
+        sample, names = training_sample(data, preparation, columns, _IMAGES)
+        for image, label in sample:
+            own.add(_size_of(image))
+            alike = is_open and len(own) == 1 and max(max(own)) <= _LARGEST
+            for size in dict.fromkeys([*(own if alike else ()), *usual]):
+                images, labels = found.setdefault(size, ([], []))
+                if len(images) < (_IMAGES if max(size) <= 128 else _IMAGES // 2):  # large ones take longer
+                    with contextlib.suppress(ValueError):  # opening the data for the run names the image
+                        images.append(pixels(image, dataclasses.replace(preparation, size=size)))
+                        labels.append(label)
+    return {
+        size: (torch.from_numpy(np.stack(images)).float() / 255, torch.tensor(labels), names)
+        for size, (images, labels) in found.items()
+        if images and (len(own) == 1 or size in usual)
+    }
+
+
+def _size_of(image: Any) -> tuple[int, int]:
+    shape = upright(image).shape if isinstance(image, np.ndarray) else (image.height, image.width)
+    return int(shape[0]), int(shape[1])
 
 
 def _right(
@@ -251,9 +276,10 @@ def _right(
     for part, wanted in zip(x.split(32), labels.split(32), strict=True):
         try:
             outputs = answers((part - center) / scale)
+            outputs = outputs if isinstance(outputs, Tensor) else scored_output(outputs)[1]
         except Exception:  # noqa: BLE001 - the user's code raises what it likes on inputs that it does not take
             return None
-        if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] <= int(labels.max()):
+        if outputs.dim() != 2 or outputs.shape[1] <= int(labels.max()):
             return None
         right += int((outputs.argmax(1).cpu() == wanted).sum())
     return right

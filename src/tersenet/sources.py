@@ -174,7 +174,8 @@ def open_task(
     """The task of a model on named data.
 
     Args:
-        preparation: how its images become inputs; what is only assumed is chosen by trial (assumed.py), and warned of.
+        preparation: how its images become inputs; what is only assumed is chosen by trial, and warned of
+            (preparations.py).
         data: "digits", "parquet:DIR", "folder:DIR", "hf:NAME" or "random:3x224x224".
         validate: a held-out set in the same form, for choosing; its test part is used, else all of it.
     Raises:
@@ -240,7 +241,7 @@ def _of_same_inputs(spec: str, preparation: Preparation) -> nn.Module:
     if is_untrained(spec):
         raise ModelError(f"{spec} is a network without weights, which cannot teach; give a .terse or .pt2 file")
     model, its = open_model(spec, image_size=preparation.size)
-    for name in ("size", "mean", "std"):
+    for name in [each for each in ("size", "mean", "std") if each not in its.assumed]:
         wanted, found = getattr(preparation, name), getattr(its, name)
         if len(wanted) != len(found) or not all(
             math.isclose(*pair, abs_tol=1e-3) for pair in zip(wanted, found, strict=True)

@@ -302,8 +302,11 @@ class Chain(Step):
 class Companion(Part):
     """Shapes a training run: an extra loss, a schedule. Given to Train or to any step that trains."""
 
-    trades: ClassVar[bool] = False
-    """Whether it gives up accuracy on purpose, such as for zeros; then the end of a training may be below its start."""
+    @property
+    def trades(self) -> bool:
+        """Whether it leads away from the original on purpose, such as for zeros; then a training may end below its
+        start."""
+        return False
 
     def opened(self, task: Task) -> Companion:
         """The companion with what it names opened, such as the files of teachers, so that a training is known by these

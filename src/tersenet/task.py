@@ -76,11 +76,12 @@ class Preparation:
     def to_json(self) -> dict[str, Any]:
         """What files and reports keep of it: all but where it is known from, and what is as it is by default."""
         changed = {key: getattr(self, key) for key, usual in _USUAL.items() if getattr(self, key) != usual}
-        return {key: list(getattr(self, key)) for key in _LISTS} | changed
+        assumed = {"assumed": list(self.assumed)} if self.assumed else {}  # no file turns it into a fact
+        return {key: list(getattr(self, key)) for key in _LISTS} | changed | assumed
 
     def metadata(self) -> dict[str, str]:
-        """What a file says about its inputs: tersenet.size, .mean, .std and .labels, each as JSON, and where they are
-        not the usual ones .interpolation and .crop."""
+        """What a file says about its inputs: tersenet.size, .mean, .std and .labels, each as JSON, where they are not
+        the usual ones .interpolation and .crop, and what of it is .assumed."""
         return {f"tersenet.{key}": json.dumps(value) for key, value in self.to_json().items()}
 
     @classmethod
@@ -89,7 +90,8 @@ class Preparation:
         try:
             lists: dict[str, Any] = {key: tuple(json.loads(metadata[f"tersenet.{key}"])) for key in _LISTS}
             kept = {key: json.loads(metadata[f"tersenet.{key}"]) for key in _USUAL if f"tersenet.{key}" in metadata}
-            return cls(**lists, **kept, source="the file")
+            assumed = tuple(json.loads(metadata.get("tersenet.assumed", "[]")))
+            return cls(**lists, **kept, source="" if assumed else "the file", assumed=assumed)
         except (DataError, KeyError, TypeError, ValueError):
             return None
 

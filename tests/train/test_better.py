@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tersenet.distill.soft_targets import SoftTargets
 from tersenet.findings import collecting
 from tersenet.prune.activation_penalty import ActivationPenalty
 from tersenet.task import Task
 from tersenet.train import Train
 from tersenet.train.better import Standing, is_worse, said, standing
+from tersenet.unseen import unseen_batches
 
 
 def data(samples: int = 256) -> list[tuple[Tensor, Tensor]]:
@@ -121,6 +123,48 @@ def test_a_training_that_goes_on_is_judged_from_its_first_start(trained: nn.Modu
     assert findings
     finished, findings = after(trained, step, task_of(trained, validate=measured, folder=tmp_path))
     assert same(finished, trained), "and so it does when it is called once more"
+
+
+def test_a_training_that_leaves_the_original_is_no_worse_for_it(trained: nn.Module) -> None:
+    """The start is the original itself: every training moves away from it, a good one too."""
+    changed, findings = after(trained, Train(epochs=1, learning_rate=0.01), task_of(trained))
+    assert not same(changed, trained)
+    assert not findings
+
+
+def test_what_cannot_be_judged_is_left_alone(trained: nn.Module) -> None:
+    own = task_of(trained, loss=lambda outputs, batch: outputs.square().mean())
+    assert standing(trained, own) is None
+    shares = [(x, nn.functional.one_hot(y, 4).float()) for x, y in data()]
+    known = standing(trained, task_of(trained, train=shares))
+    assert known is not None
+    assert known.images == 0
+    unlabelled = Task(example=data()[0][0][:2], calibrate=[x for x, _ in data()], original=trained, quiet=True)
+    assert standing(trained, unlabelled, labelled=False) == Standing(distance=0.0)
+    assert SoftTargets(teacher=net()).trades
+    assert not SoftTargets().trades
+
+
+def test_an_original_that_always_says_the_frequent_class_knows_nothing() -> None:
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(16, 4)).eval()
+    with torch.no_grad():
+        constant[1].weight.zero_()
+        constant[1].bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    mostly = [(x, torch.where(torch.arange(len(y)) % 10 == 0, 1, 0)) for x, y in data()]
+    assert standing(constant, task_of(constant, train=mostly)) is None
+
+
+def test_a_loader_with_chance_of_its_own_gives_the_same_images_again() -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, y = torch.arange(64.0)[:, None], torch.arange(64)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, y), batch_size=8, shuffle=True, generator=generator
+    )
+    before = generator.get_state()
+    drawn = [torch.cat([batch[1] for batch in unseen_batches(loader, 32, 0)]) for _ in range(2)]
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0], torch.arange(32))
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_labels_decide_where_they_tell_apart_and_the_original_where_not() -> None:

@@ -49,7 +49,7 @@ class Span:
 def wide_values(image: Any) -> np.ndarray | None:
     """The values (H, W) or (H, W, C) of an image of more than 8 bits; None for any other. Raises ValueError for NaN."""
     if isinstance(image, np.ndarray):
-        values = _upright(image)
+        values = upright(image)
         if values.dtype == np.uint8:
             return None
     elif image.mode.startswith(_WIDE):
@@ -86,7 +86,7 @@ def pixels(image: Any, preparation: Preparation, span: Span | None = None) -> np
     if wide is not None:
         image = _narrow(wide, span_of(wide) if span is None else span)
     if isinstance(image, np.ndarray):
-        image = pillow.fromarray(np.ascontiguousarray(_upright(image)))
+        image = pillow.fromarray(np.ascontiguousarray(upright(image)))
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")
     image = image.convert(MODES[preparation.channels])
@@ -103,7 +103,7 @@ def _sized(image: Any, preparation: Preparation) -> Any:
     if preparation.crop == 1 and (image.width < width or image.height < height):
         return image.resize((width, height), how)
     # As timm and torchvision do, down to the rounding.
-    least = math.floor(width / preparation.crop), math.floor(height / preparation.crop)
+    least = math.floor(width / preparation.crop + 1e-6), math.floor(height / preparation.crop + 1e-6)
     scale = max(least[0] / image.width, least[1] / image.height)
     sides = (max(side, int(own * scale)) for side, own in zip(least, image.size, strict=True))
     image = image.resize(tuple(sides), how)
@@ -114,7 +114,7 @@ def _sized(image: Any, preparation: Preparation) -> Any:
 def is_grey(image: Any) -> bool:
     """Whether an image, or an array, has one channel, or equal ones."""
     if isinstance(image, np.ndarray):
-        array = _upright(image)
+        array = upright(image)
         return array.ndim == 2 or bool((array[..., :3] == array[..., :1]).all())
     if image.mode in ("1", "L", "LA", "La") or image.mode.startswith(_WIDE):
         return True
@@ -151,7 +151,7 @@ def _narrow(values: np.ndarray, span: Span) -> np.ndarray:
     return np.rint(values * (255 / white)).clip(0, 255).astype(np.uint8)
 
 
-def _upright(array: np.ndarray) -> np.ndarray:
+def upright(array: np.ndarray) -> np.ndarray:
     """(H, W) or (H, W, C) of an array that may have its channels first. Raises ValueError for any other shape."""
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)

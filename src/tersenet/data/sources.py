@@ -6,11 +6,10 @@ user names one, and only data that comes without a test set (digits, a folder of
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,25 +103,27 @@ def open_data(
 
 def training_sample(
     spec: str, preparation: Preparation, columns: Sequence[str] | None, count: int
-) -> tuple[list[Any], torch.Tensor, tuple[str, ...]]:
-    """Some training images as they are stored, always the same ones, their labels (N,), and the classes' names.
+) -> tuple[Iterator[tuple[Any, int]], tuple[str, ...]]:
+    """(some training images as they are stored, each with its label, always the same ones; the classes' names).
 
     Nothing where there is no training set, or it has no labels. Images that cannot be read are left out.
     """
     if spec.startswith("random:"):
-        return [], torch.empty(0, dtype=torch.int64), ()
+        return iter(()), ()
     found = _found(spec, columns)
     own = in_model_order(found.labels, preparation.labels, spec) if found.labels else ()
     found = _in_one_list(found, spec, own, preparation.labels)
-    images, numbers = [], []
-    if "train" in found.splits:
-        encoded = found.splits["train"]
-        order = np.random.default_rng(readers.SPLIT_SEED).permutation(len(encoded.labels))[:count]
-        for index in map(int, order):
-            with contextlib.suppress(Exception):  # PIL's decoders raise many kinds on damaged files
-                images.append(opened(encoded.read(index)))
-                numbers.append(int(encoded.labels[index]))
-    return images, torch.tensor(numbers, dtype=torch.int64), found.labels
+    return _opened(found.splits["train"], count) if "train" in found.splits else iter(()), found.labels
+
+
+def _opened(encoded: readers.Encoded, count: int) -> Iterator[tuple[Any, int]]:
+    order = np.random.default_rng(readers.SPLIT_SEED).permutation(len(encoded.labels))[:count]
+    for index in map(int, order):
+        try:
+            image = opened(encoded.read(index))
+        except Exception:  # noqa: BLE001 - PIL's decoders raise many kinds on damaged files
+            continue
+        yield image, int(encoded.labels[index])
 
 
 def _sources(

@@ -258,7 +258,12 @@ def _inputs(manifest: dict[str, Any]) -> tuple[Input, ...]:
 
 
 def _preparation(found: Any) -> Preparation:
-    if not isinstance(found, dict) or set(found) - {"interpolation", "crop"} != {"size", "mean", "std", "labels"}:
+    if not isinstance(found, dict) or set(found) - {"interpolation", "crop", "assumed"} != {
+        "size",
+        "mean",
+        "std",
+        "labels",
+    }:
         raise ValueError("its preparation is malformed")
     size, mean, std, labels = (found[name] for name in ("size", "mean", "std", "labels"))
     if not all(isinstance(part, list) for part in (size, mean, std, labels)):
@@ -270,11 +275,14 @@ def _preparation(found: Any) -> Preparation:
     if not all(isinstance(label, str) for label in labels):
         raise ValueError("its labels are malformed")
     interpolation, crop = found.get("interpolation", "bilinear"), found.get("crop", 1.0)
+    assumed = found.get("assumed", [])
+    if not isinstance(assumed, list) or not set(assumed) <= {"size", "mean", "std"}:
+        raise ValueError("its preparation is malformed")
     if interpolation not in INTERPOLATIONS or not isinstance(crop, int | float) or not 0 < crop <= 1:
         raise ValueError("its preparation is malformed")
     return Preparation(
         (size[0], size[1]), tuple(map(float, mean)), tuple(map(float, std)), tuple(labels), interpolation, float(crop),
-        source="the file",
+        source="" if assumed else "the file", assumed=tuple(assumed),
     )  # fmt: skip
 
 

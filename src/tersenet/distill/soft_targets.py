@@ -58,6 +58,11 @@ class SoftTargets(Companion):
         if not 0 <= self.weight < math.inf:
             raise SettingsError(f"weight must be at least 0, got {self.weight}")
 
+    @property
+    def trades(self) -> bool:
+        """Away from the original, where another network teaches."""
+        return self.teacher is not None or bool(self.teachers)
+
     def opened(self, task: Task) -> SoftTargets:
         return replace(self, teacher=named_teacher(self.teachers, task), teachers=()) if self.teachers else self
 

@@ -40,13 +40,16 @@ class ActivationPenalty(Companion):
         skip: the layers whose inputs do not.
     """
 
-    trades: ClassVar[bool] = True
     summary: ClassVar[str] = "makes activations sparse (Kurtz et al., 2020; Georgiadis, 2018)"
 
     kind: str = "hoyer"
     weight: float = 0.2
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+
+    @property
+    def trades(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -35,12 +35,14 @@ _progress: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictiona
 class _Penalty(Companion):
     """What both share: a strength, whether it grows, and the layers that they touch."""
 
-    trades: ClassVar[bool] = True
-
     strength: float = 1e-4
     growing: bool = False
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+
+    @property
+    def trades(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:

@@ -46,7 +46,6 @@ class Ramp(Companion):
             what is gone comes back when it scores this much more; 0 <= margin < 1.
     """
 
-    trades: ClassVar[bool] = True
     summary: ClassVar[str] = "tightens masks during the training, with or without growing back (Zhu and Gupta, 2017)"
 
     sparsity: float
@@ -58,6 +57,10 @@ class Ramp(Companion):
     scope: ScopeSetting = "auto"
     regrow: bool = False
     margin: float = 0.1
+
+    @property
+    def trades(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         for name in ("sparsity", "start", "margin"):

@@ -106,11 +106,14 @@ class KeepEarly(Companion):
         path: of the .safetensors file, relative to the folder of the run; where nothing is kept, to the working folder.
     """
 
-    trades: ClassVar[bool] = True
     summary: ClassVar[str] = "writes the weights after a share of the training, for rewind (late rewinding, 2019)"
 
     at: float = 0.02
     path: str = "early.safetensors"
+
+    @property
+    def trades(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         if not 0 <= self.at < 1:

@@ -31,12 +31,15 @@ class Freeze(Companion):
         order: "front" freezes from the model's input on, "back" from its output on.
     """
 
-    trades: ClassVar[bool] = True
     summary: ClassVar[str] = "freezes layers of few values one after another (after FreezeOut and INQ, 2017)"
 
     begin: float = 0.5
     end: float = 1.0
     order: Literal["front", "back"] = "front"
+
+    @property
+    def trades(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         if not 0 <= self.begin < self.end <= 1:

@@ -16,7 +16,7 @@ from tersenet.bricks.evaluating import evaluating
 from tersenet.findings import tell
 from tersenet.numerics.intervals import wilson
 from tersenet.task import Task, batch_target, default_loss, to_device
-from tersenet.unseen import unseen_batches
+from tersenet.unseen import knows_classes, unseen_batches
 
 _IMAGES = 256
 _LOSS = 0.05
@@ -33,7 +33,7 @@ def suited(data: Any, task: Task) -> Any:
     if like is None or wanted not in _LESS or task.metric is not None or task.loss is not default_loss:
         return data
     plain = _right(like(augment=None), task)
-    if plain is None or wilson(*plain)[0] <= 1.5 / max(2, len(task.preparation.labels)):
+    if plain is None or not knows_classes(*plain, data.labels):
         return data
     tried = {augment: _right(like(augment=augment), task) for augment in _LESS[wanted]}
     kept = next((augment for augment, right in tried.items() if not _costs(plain, right)), None)

@@ -60,7 +60,9 @@ def train(settings: Train, model: nn.Module, task: Task) -> None:
         )
     fabric.launch()
     judged = settings.keep == "better" and not any(companion.trades for companion in settings.companions)
-    before = standing(model, task) if judged and (state is None or "position" in state) else None
+    before = (
+        standing(model, task, settings.label_weight > 0) if judged and (state is None or "position" in state) else None
+    )
     started_with = None if before is None else copy.deepcopy(numbers_of(model))
     if state is not None:
         put_numbers(model, state)
@@ -83,17 +85,22 @@ def train(settings: Train, model: nn.Module, task: Task) -> None:
             for logger in fabric.loggers:
                 logger.finalize(status)
         if before is not None and started_with is not None:
-            _keep_better(model, task, before, started_with, fabric.is_global_zero)
+            _keep_better(settings, model, task, before, started_with, fabric.is_global_zero)
         if checkpoint is not None and fabric.is_global_zero:
             checkpoint.write(numbers_of(model), finished=True)
         fabric.barrier()
 
 
 def _keep_better(
-    model: nn.Module, task: Task, before: Standing, started_with: dict[str, Any], is_first_process: bool
+    settings: Train,
+    model: nn.Module,
+    task: Task,
+    before: Standing,
+    started_with: dict[str, Any],
+    is_first_process: bool,
 ) -> None:
     """Puts the numbers before the training back where it ended below its start."""
-    after = standing(model, task)
+    after = standing(model, task, settings.label_weight > 0)
     if after is None or not is_worse(after, before):
         return
     put_numbers(model, started_with)
