@@ -142,7 +142,7 @@ def test_files_that_do_not_know_their_inputs_are_not_scored(run: Path, tmp_path:
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "bare.onnx")
     assert files.measure_files([tmp_path / "bare.onnx"], quiet=True)["files"]
-    with pytest.raises(SettingsError, match="does not say how its inputs are prepared"):
+    with pytest.warns(InputWarning, match="nothing says how the model's inputs are prepared"):
         files.measure_files([tmp_path / "bare.onnx"], None, "digits", quiet=True)
     with pytest.raises(SettingsError, match="no labelled test part"):
         files.measure_files([run / "model.onnx"], None, "random:1x8x8", quiet=True)

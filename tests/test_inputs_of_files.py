@@ -167,7 +167,7 @@ def test_made_inputs_are_of_the_types_that_are_taken() -> None:
     assert found[3].any()
     assert not found[3].all()
     assert set(found[4].flat) == set(range(5))
-    with pytest.raises(SettingsError, match=r"a file takes inputs of any size \(x is NxNx3\); fix the size"):
+    with pytest.raises(SettingsError, match=r"a file takes inputs of any size \(x is NxNx3\); give the size"):
         made_inputs("a file", [Input("x", (None, None, 3), "float32")], 1)
 
 

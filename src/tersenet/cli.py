@@ -345,8 +345,8 @@ def export(
     image_size: ImageSize = None,
     json_: Json = False,
 ) -> None:
-    """Writes a compressed model, or that of a float .onnx file, for other runtimes. Each file is checked against
-    PyTorch."""
+    """Writes a compressed model for other runtimes. Each file is checked against PyTorch; the model may also be that of
+    a float .onnx file."""
     from tersenet.files import export_to
 
     found = export_to(source, names_in(to), out, preparing_of(size=image_size).size)

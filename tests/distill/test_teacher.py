@@ -38,7 +38,7 @@ def test_companions_share_one_answer_per_batch() -> None:
     data = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(3)]
     companions = (SoftTargets(temperature=2.0), SoftTargets(temperature=8.0), SoftTargets())
     task = Task(example=data[0][0], train=data, original=teacher, quiet=True)
-    Train(epochs=2, companions=companions, accelerator="cpu").fit(student, task)
+    Train(epochs=2, companions=companions, accelerator="cpu", keep="last").fit(student, task)
     assert teacher.calls == [False] * 6
     assert teacher.training, "its own mode is put back"
     assert teacher.inner[1].training

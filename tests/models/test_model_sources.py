@@ -123,7 +123,7 @@ def test_a_near_name_is_offered() -> None:
 
 @pytest.mark.parametrize("spec", ["model.onnx", "folder/model.zip", "model.keras"])
 def test_unknown_kinds_of_file(spec: str) -> None:
-    with pytest.raises(ModelError, match=r"is not a kind of file .* FILE\.pt2 or FILE\.terse"):
+    with pytest.raises(ModelError, match=r"is not a kind of file .* FILE\.pt2, FILE\.terse or FILE\.onnx"):
         open_model(spec)
 
 

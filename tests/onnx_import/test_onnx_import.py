@@ -18,7 +18,7 @@ from tersenet.onnx_import import open_onnx
 from tersenet.onnx_import.activations import relu
 from tersenet.onnx_import.network import Network
 from tersenet.onnx_import.registry import HANDLERS
-from tersenet.sources import guessed, open_model
+from tersenet.sources import open_model
 from tersenet.task import Preparation
 
 helper = pytest.importorskip("onnx.helper")
@@ -406,11 +406,11 @@ def test_a_file_of_ours_says_how_images_are_prepared(tmp_path: Path) -> None:
     path = export_onnx(Residual().eval(), torch.randn(2, 3, 8, 8), tmp_path / "ours.onnx", preparation)
     opened, found = open_model(str(path))
     assert found == preparation
-    assert guessed(str(path), opened, found) is None
+    assert found.assumed == ()
     foreign = exported(Residual(), torch.randn(2, 3, 8, 8), tmp_path / "foreign.onnx", "torchscript")
-    said = guessed(str(foreign), *open_model(str(foreign)))
-    assert said is not None
-    assert "3x8x8 with mean 0.5 and std 0.5 is assumed" in said
+    _, found = open_model(str(foreign))
+    assert found.size == (8, 8)
+    assert found.assumed == ("mean", "std")
 
 
 def test_a_file_of_no_images_is_said_where_images_are_needed(tmp_path: Path) -> None:
