@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tersenet.deploy.artifact import save_terse, terse_preparation
+from tersenet.deploy.artifact import _preparation, save_terse, terse_preparation
 from tersenet.deploy.onnx import export_onnx
 from tersenet.errors import InputWarning, SettingsError
 from tersenet.files import measure_files
@@ -110,6 +110,12 @@ def test_what_is_only_assumed_does_not_become_a_fact_in_a_file(tmp_path: Path) -
     unknown = Preparation.of_metadata(Preparation.unknown().metadata())
     assert unknown is not None
     assert unknown.assumed == ("size", "mean", "std")
+
+
+@pytest.mark.parametrize("changed", [{"assumed": [[1]]}, {"assumed": "mean"}, {"crop": 0}, {"interpolation": []}])
+def test_a_damaged_preparation_is_refused(changed: dict) -> None:
+    with pytest.raises(ValueError, match="its preparation is malformed"):
+        _preparation({**Preparation().to_json(), **changed})
 
 
 def test_a_constant_answer_is_no_trial_that_tells(tmp_path: Path) -> None:

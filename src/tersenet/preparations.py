@@ -1,8 +1,8 @@
 """How inputs are prepared: what a user or a file says, and where nothing says it, what a trial shows.
 
 A wrong mean costs tens of points without any error, and every loss after it is measured from there. A model that is
-trained answers best to the preparation that it was trained with, so common
-preparations are tried on labelled training images. Test images are never read for it.
+trained answers best to the preparation that it was trained with, so common preparations are tried on labelled training
+images. Test images are never read for it.
 """
 
 from __future__ import annotations

@@ -404,7 +404,7 @@ def test_what_is_no_file_is_said(tmp_path: Path) -> None:
 def test_a_file_of_ours_says_how_images_are_prepared(tmp_path: Path) -> None:
     preparation = Preparation((8, 8), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), ("a", "b", "c", "d"))
     path = export_onnx(Residual().eval(), torch.randn(2, 3, 8, 8), tmp_path / "ours.onnx", preparation)
-    opened, found = open_model(str(path))
+    _, found = open_model(str(path))
     assert found == preparation
     assert found.assumed == ()
     foreign = exported(Residual(), torch.randn(2, 3, 8, 8), tmp_path / "foreign.onnx", "torchscript")

@@ -258,12 +258,8 @@ def _inputs(manifest: dict[str, Any]) -> tuple[Input, ...]:
 
 
 def _preparation(found: Any) -> Preparation:
-    if not isinstance(found, dict) or set(found) - {"interpolation", "crop", "assumed"} != {
-        "size",
-        "mean",
-        "std",
-        "labels",
-    }:
+    optional = {"interpolation", "crop", "assumed"}
+    if not isinstance(found, dict) or set(found) - optional != {"size", "mean", "std", "labels"}:
         raise ValueError("its preparation is malformed")
     size, mean, std, labels = (found[name] for name in ("size", "mean", "std", "labels"))
     if not all(isinstance(part, list) for part in (size, mean, std, labels)):
@@ -276,7 +272,7 @@ def _preparation(found: Any) -> Preparation:
         raise ValueError("its labels are malformed")
     interpolation, crop = found.get("interpolation", "bilinear"), found.get("crop", 1.0)
     assumed = found.get("assumed", [])
-    if not isinstance(assumed, list) or not set(assumed) <= {"size", "mean", "std"}:
+    if not isinstance(assumed, list) or not all(each in ("size", "mean", "std") for each in assumed):
         raise ValueError("its preparation is malformed")
     if interpolation not in INTERPOLATIONS or not isinstance(crop, int | float) or not 0 < crop <= 1:
         raise ValueError("its preparation is malformed")
