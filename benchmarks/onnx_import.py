@@ -26,7 +26,6 @@ import argparse
 import fnmatch
 import functools
 import json
-import multiprocessing
 import os
 import tempfile
 import time
@@ -39,7 +38,7 @@ import numpy as np
 import torch
 from coverage import TIMM
 from coverage import settle as with_random_numbers
-from timm_networks import Wrong, half, int8
+from timm_networks import Wrong, guarded, half, int8
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -162,26 +161,6 @@ def _differs(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
     return max(float(np.abs(a.astype(np.float64) - b).max() / max(np.abs(b).max(), 1e-12)) for a, b in pairs)
 
 
-def _worker(name: str, jobs: list[str], ocr: str | None, queue: Any) -> None:
-    queue.put(one(name, jobs, ocr))
-
-
-def guarded(name: str, jobs: list[str], ocr: str | None, limit: float) -> dict[str, Any]:
-    """`one` in a process of its own; a crash of the process or a time limit is a row too."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_worker, args=(name, jobs, ocr, queue))
-    process.start()
-    try:
-        return queue.get(timeout=limit)  # type: ignore[no-any-return]
-    except Exception:  # noqa: BLE001 - queue.Empty
-        why = f"no result in {limit:g} s" if process.is_alive() else f"the process ended with {process.exitcode}"
-        return {job: {"verdict": "crash", "said": why} for job in jobs}
-    finally:
-        process.kill()
-        process.join()
-
-
 def summary(rows: dict[str, Any]) -> str:
     """Counts per job, and every network with a job that is not right."""
     lines = []
@@ -224,7 +203,7 @@ def main() -> None:
         ]
         if not jobs:
             continue
-        rows[name] = {**known, **guarded(name, jobs, arguments.ocr, arguments.limit)}
+        rows[name] = {**known, **guarded(one, (name, jobs, arguments.ocr), jobs, arguments.limit)}
         said = {job: (rows[name][job]["verdict"], rows[name][job].get("said", "")[:200]) for job in jobs}
         print(name, said, flush=True)
         order = {each: rows[each] for each in NAMES if each in rows}

@@ -243,15 +243,17 @@ def _place(error: Exception) -> str:
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
-def _worker(name: str, jobs: list[str], queue: Any) -> None:
-    queue.put(one(name, jobs))
+def _worker(work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], queue: Any) -> None:
+    queue.put(work(*arguments))
 
 
-def guarded(name: str, jobs: list[str], limit: float) -> dict[str, Any]:
-    """`one` in a process of its own; a crash of the process or a time limit is a row too."""
+def guarded(
+    work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], jobs: list[str], limit: float
+) -> dict[str, Any]:
+    """A row of jobs, made in a process of its own; a crash of the process or a time limit is a row too."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_worker, args=(name, jobs, queue))
+    process = context.Process(target=_worker, args=(work, arguments, queue))
     process.start()
     try:
         return queue.get(timeout=limit)
@@ -299,7 +301,7 @@ def main() -> None:
         ]
         if not jobs:
             continue
-        rows[name] = {**known, **guarded(name, jobs, arguments.limit)}
+        rows[name] = {**known, **guarded(one, (name, jobs), jobs, arguments.limit)}
         print(
             name, {job: (rows[name][job]["verdict"], rows[name][job].get("said", "")[:160]) for job in jobs}, flush=True
         )
