@@ -37,8 +37,8 @@ from tersenet.deploy.runtimes import open_file
 from tersenet.errors import TersenetError, require
 from tersenet.graph.costs import totals
 from tersenet.graph.coupling import coupling
-from tersenet.prune.prune_channels import PruneChannels
-from tersenet.quantize.quantize import Quantize
+from tersenet.pruning.prune_channels import PruneChannels
+from tersenet.quantization.quantize import Quantize
 from tersenet.sources import example_of
 from tersenet.task import Task
 

@@ -20,7 +20,7 @@ from tersenet import models
 from tersenet.deploy.machine import machine
 from tersenet.graph.capture import export
 from tersenet.graph.costs import totals
-from tersenet.prune.prune_channels import PruneChannels
+from tersenet.pruning.prune_channels import PruneChannels
 from tersenet.sources import example_of
 from tersenet.task import Task
 

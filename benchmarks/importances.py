@@ -29,10 +29,10 @@ from tersenet import open_model, open_task
 from tersenet.atomic import writing
 from tersenet.deploy.machine import machine
 from tersenet.graph.coupling import Bundle
-from tersenet.prune.channel_scores import SCORES, ranked
-from tersenet.prune.known import known_coupling
-from tersenet.prune.prune_channels import PruneChannels
-from tersenet.prune.subject import Subject, readers
+from tersenet.pruning.channel_scores import SCORES, ranked
+from tersenet.pruning.known import known_coupling
+from tersenet.pruning.prune_channels import PruneChannels
+from tersenet.pruning.subject import Subject, readers
 from tersenet.task import Task, score_model
 
 

@@ -41,7 +41,7 @@ from tersenet.deploy.left_in_float import left_in_float
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.runtimes import open_file
 from tersenet.deploy.verify import score_file, verify
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.sources import open_model, open_task
 from tersenet.task import Task, batch_input
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tersenet.bricks.settle import settle
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.runtimes import open_file
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.task import Task
 
 LARGEST_LOSS = 0.5  # points, of each file against the simulation

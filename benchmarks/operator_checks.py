@@ -40,7 +40,7 @@ from tersenet.errors import TersenetError
 from tersenet.graph.coupling import coupling
 from tersenet.graph.recut import recut
 from tersenet.graph.trace import fixed_batch, trace
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.task import Task
 
 RUNTIMES = ("onnxruntime", "openvino")

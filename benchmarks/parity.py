@@ -32,7 +32,7 @@ from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.pt2 import export_pt2
 from tersenet.deploy.runtimes import open_file
 from tersenet.deploy.tensorrt import broken_rules, export_tensorrt, symmetric
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.sources import open_model, open_task
 from tersenet.task import batch_input, batch_target
 

@@ -28,7 +28,7 @@ from tersenet.deploy.onnx import export_onnx  # noqa: E402
 from tersenet.deploy.reference import Reference  # noqa: E402
 from tersenet.deploy.verify import compare_file  # noqa: E402
 from tersenet.errors import TersenetError  # noqa: E402
-from tersenet.quantize.quantize import Quantize  # noqa: E402
+from tersenet.quantization.quantize import Quantize  # noqa: E402
 
 
 def judge(path: Path, runtime: str, reference: Reference) -> dict[str, Any]:

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from tersenet.bricks.shortcut import PadShortcut
 from tersenet.distill.soft_targets import SoftTargets
-from tersenet.prune.drop_blocks import DropBlocks
-from tersenet.prune.prune_activations import PruneActivations
-from tersenet.prune.prune_channels import PruneChannels
-from tersenet.prune.prune_weights import PruneWeights
-from tersenet.prune.ramp import Ramp
-from tersenet.prune.rewind import Rewind
-from tersenet.quantize.binarise import Binarise
-from tersenet.quantize.quantize import Quantize
-from tersenet.quantize.quantize_aware import QuantizeAware
-from tersenet.quantize.ternarise import Ternarise
+from tersenet.pruning.drop_blocks import DropBlocks
+from tersenet.pruning.prune_activations import PruneActivations
+from tersenet.pruning.prune_channels import PruneChannels
+from tersenet.pruning.prune_weights import PruneWeights
+from tersenet.pruning.ramp import Ramp
+from tersenet.pruning.rewind import Rewind
+from tersenet.quantization.binarise import Binarise
+from tersenet.quantization.quantize import Quantize
+from tersenet.quantization.quantize_aware import QuantizeAware
+from tersenet.quantization.ternarise import Ternarise
 from tersenet.repeat import Repeat
 from tersenet.resize import Resize
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm

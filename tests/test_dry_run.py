@@ -17,8 +17,8 @@ from cases import task_for, tiny
 from tersenet.dry_run import _verdict, dry_run, dry_run_table, without_training
 from tersenet.errors import SettingsError
 from tersenet.graph.costs import totals
-from tersenet.prune.prune_channels import PruneChannels
-from tersenet.quantize.quantize import Quantize
+from tersenet.pruning.prune_channels import PruneChannels
+from tersenet.quantization.quantize import Quantize
 from tersenet.recipe import Recipe
 from tersenet.repeat import Repeat
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm

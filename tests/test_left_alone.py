@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from cases import CASES, task_for, tiny
 from residual_net import residual_net, residual_task
 from tersenet.left_alone import LEFT_OUT, LeftAlone, Reason, gathered, lines, listening, some, trying, weights_of
-from tersenet.prune.drop_blocks import DropBlocks
-from tersenet.prune.prune_activations import PruneActivations
-from tersenet.prune.prune_channels import PruneChannels
-from tersenet.prune.prune_weights import PruneWeights
-from tersenet.quantize.quantize import Quantize
+from tersenet.pruning.drop_blocks import DropBlocks
+from tersenet.pruning.prune_activations import PruneActivations
+from tersenet.pruning.prune_channels import PruneChannels
+from tersenet.pruning.prune_weights import PruneWeights
+from tersenet.quantization.quantize import Quantize
 from tersenet.repeat import Repeat
 from tersenet.report.card import write_card
 from tersenet.report.page import write_html

@@ -16,7 +16,7 @@ from tersenet.gate import gate
 from tersenet.job import compress
 from tersenet.metrics import Metric, metric_of
 from tersenet.numerics.scale import ACCURACY, Scale
-from tersenet.prune.prune_channels import PruneChannels
+from tersenet.pruning.prune_channels import PruneChannels
 from tersenet.recipe import Recipe
 from tersenet.repeat import _judge
 from tersenet.scored_on import scored_on

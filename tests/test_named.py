@@ -11,8 +11,8 @@ from tersenet.bricks.mask import attach
 from tersenet.errors import SettingsError
 from tersenet.left_alone import weights_of
 from tersenet.named import check_names, is_layer
-from tersenet.prune.prune_channels import PruneChannels
-from tersenet.prune.prune_weights import PruneWeights
+from tersenet.pruning.prune_channels import PruneChannels
+from tersenet.pruning.prune_weights import PruneWeights
 from tersenet.step import Chain, Step
 from tersenet.task import Task
 

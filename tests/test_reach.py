@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tersenet
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.task import Task
 
 ROOT = str(Path(tersenet.__file__).parent)

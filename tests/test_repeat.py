@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from cases import task_for, tiny
 from tersenet.errors import DataError, NoEffect, SettingsError
-from tersenet.prune.prune_channels import PruneChannels
-from tersenet.prune.prune_weights import PruneWeights
-from tersenet.prune.rewind import Rewind
+from tersenet.pruning.prune_channels import PruneChannels
+from tersenet.pruning.prune_weights import PruneWeights
+from tersenet.pruning.rewind import Rewind
 from tersenet.recipe import Recipe
 from tersenet.repeat import Repeat
 from tersenet.step import Companion, Plan, Step

@@ -21,8 +21,8 @@ from tersenet.graph.costs import totals
 from tersenet.job import compress
 from tersenet.numerics.divergence import divergence
 from tersenet.numerics.resizing import resized
-from tersenet.prune.drop_blocks import DropBlocks
-from tersenet.prune.prune_channels import PruneChannels
+from tersenet.pruning.drop_blocks import DropBlocks
+from tersenet.pruning.prune_channels import PruneChannels
 from tersenet.recipe import Recipe
 from tersenet.resize import Resize, Resized, at_size, size_in
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm

@@ -24,14 +24,14 @@ from torch import nn
 from cases import on_grids, task_for, tiny
 from residual_net import residual_net
 from tersenet.errors import SettingsError
-from tersenet.prune.activation_penalty import KINDS
-from tersenet.prune.channel_scores import SCORES
-from tersenet.prune.prune_activations import SHARES
-from tersenet.prune.prune_weights import PruneWeights
-from tersenet.prune.ramp import FROM_WEIGHTS
-from tersenet.prune.weight_scores import IMPORTANCES
-from tersenet.quantize.quantize import RANGES, ROUNDING
-from tersenet.quantize.quantize_aware import QuantizeAware
+from tersenet.pruning.activation_penalty import KINDS
+from tersenet.pruning.channel_scores import SCORES
+from tersenet.pruning.prune_activations import SHARES
+from tersenet.pruning.prune_weights import PruneWeights
+from tersenet.pruning.ramp import FROM_WEIGHTS
+from tersenet.pruning.weight_scores import IMPORTANCES
+from tersenet.quantization.quantize import RANGES, ROUNDING
+from tersenet.quantization.quantize_aware import QuantizeAware
 from tersenet.recipe import COMPANIONS, STEPS, step_class
 from tersenet.step import Companion, Step
 from tersenet.train import Train, loop
@@ -127,7 +127,7 @@ ROWS: dict[str, dict[str, Row | tuple[Row, ...] | str]] = {
         "equalise": Row((True,)),
         "formats": Row(({"conv2": "int4"}, {"conv2": "float"})),
         "spare": Row((1,)),
-        "offer": "choices of a search, see tests/quantize/test_mixed_precision.py",
+        "offer": "choices of a search, see tests/quantization/test_mixed_precision.py",
         "granularity": Row(("tensor", 4), {"activations": None}),
         "symmetric": Row((False,), {"activations": None}),
         "piece": Row((2,), {"activations": None, "weights": "pq"}),
@@ -148,7 +148,7 @@ ROWS: dict[str, dict[str, Row | tuple[Row, ...] | str]] = {
         "images": "how surely the drop is known",
     },
     "resize": {"sizes": Row((("8",),))},
-    "rewind": {"to": "a file of the run, see tests/prune/test_rewind.py"},
+    "rewind": {"to": "a file of the run, see tests/pruning/test_rewind.py"},
     "search": {
         "steps": PARTS,
         **dict.fromkeys(("latency", "bytes", "macs", "memory"), "the budget, see tests/search"),
@@ -187,7 +187,7 @@ ROWS: dict[str, dict[str, Row | tuple[Row, ...] | str]] = {
     "activation_penalty": {"kind": Row(tuple(set(KINDS) - {"hoyer"})), "weight": Row((0.5,))},
     "freeze": {"begin": Row((0.0,)), "end": Row((0.6,)), "order": Row(("back",), {"begin": 0.0, "end": 0.9})},
     "group_lasso": {"strength": Row((1e-3,)), "growing": Row((True,)), "groups": Row(("channels", "kernels"))},
-    "keep_early": {"at": "when the file is written, see tests/prune/test_rewind.py", "path": "where it is written"},
+    "keep_early": {"at": "when the file is written, see tests/pruning/test_rewind.py", "path": "where it is written"},
     "ramp": {
         "sparsity": Row((0.8,)),
         "start": Row((0.2,), {"end": 0.9, "updates": 1}),

@@ -16,9 +16,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tersenet.errors import MadePermanent, ModelError, NoEffect, SettingsError
 from tersenet.left_alone import LeftAlone, listening
-from tersenet.prune.penalties import GroupLasso
-from tersenet.prune.prune_channels import PruneChannels
-from tersenet.prune.ramp import Ramp
+from tersenet.pruning.penalties import GroupLasso
+from tersenet.pruning.prune_channels import PruneChannels
+from tersenet.pruning.ramp import Ramp
 from tersenet.repeat import Repeat
 from tersenet.search.search import Search
 from tersenet.step import Chain, Plan, Step, layers, replace, snake_case

@@ -23,14 +23,14 @@ from tersenet.deploy.pt2 import export_pt2, read_pt2
 from tersenet.deploy.runtimes import open_file
 from tersenet.errors import DataError, SettingsError
 from tersenet.job import compress
-from tersenet.prune.channel_scores import SCORES
-from tersenet.prune.drop_blocks import DropBlocks
-from tersenet.prune.importance import gate_gradients
-from tersenet.prune.known import known_coupling
-from tersenet.prune.prune_activations import PruneActivations
-from tersenet.prune.prune_channels import PruneChannels
-from tersenet.prune.prune_weights import PruneWeights
-from tersenet.quantize.quantize import Quantize
+from tersenet.pruning.channel_scores import SCORES
+from tersenet.pruning.drop_blocks import DropBlocks
+from tersenet.pruning.importance import gate_gradients
+from tersenet.pruning.known import known_coupling
+from tersenet.pruning.prune_activations import PruneActivations
+from tersenet.pruning.prune_channels import PruneChannels
+from tersenet.pruning.prune_weights import PruneWeights
+from tersenet.quantization.quantize import Quantize
 from tersenet.recipe import Recipe
 from tersenet.size.shrink_file import ShrinkFile
 from tersenet.step import Step

@@ -13,8 +13,8 @@ from tersenet import models
 from tersenet.distill.soft_targets import SoftTargets
 from tersenet.job import compress
 from tersenet.models.weights import load_weights, save_weights
-from tersenet.prune.prune_channels import PruneChannels
-from tersenet.quantize.quantize import Quantize
+from tersenet.pruning.prune_channels import PruneChannels
+from tersenet.quantization.quantize import Quantize
 from tersenet.recipe import Recipe
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.run import Run

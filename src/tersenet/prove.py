@@ -20,7 +20,7 @@ from tersenet.deploy.timings import Measurement
 from tersenet.errors import RecipeError
 from tersenet.graph.costs import costs, totals
 from tersenet.numerics.scale import Scale
-from tersenet.prune.worth import table, worth
+from tersenet.pruning.worth import table, worth
 from tersenet.recipe import Recipe
 from tersenet.report.card import write_card
 from tersenet.report.page import write_html

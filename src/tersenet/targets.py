@@ -113,8 +113,8 @@ def recipe_of(
 def _cut_to(macs: float, epochs: int, where: dict[str, Any]) -> Recipe:
     """What reaches a share of the multiply-adds without a search."""
     from tersenet.distill.soft_targets import SoftTargets
-    from tersenet.prune.prune_channels import PruneChannels
-    from tersenet.quantize.quantize import Quantize
+    from tersenet.pruning.prune_channels import PruneChannels
+    from tersenet.quantization.quantize import Quantize
     from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
     from tersenet.train import Train
 
@@ -127,9 +127,9 @@ def _cut_to(macs: float, epochs: int, where: dict[str, Any]) -> Recipe:
 def _choices(sizes: tuple[str, ...], epochs: int, noise: bool, where: dict[str, Any]) -> tuple[Step, ...]:
     """The steps that a target searches over, and the training that mends what they did."""
     from tersenet.distill.soft_targets import SoftTargets
-    from tersenet.prune.drop_blocks import DropBlocks
-    from tersenet.prune.prune_channels import PruneChannels
-    from tersenet.quantize.quantize import Quantize
+    from tersenet.pruning.drop_blocks import DropBlocks
+    from tersenet.pruning.prune_channels import PruneChannels
+    from tersenet.quantization.quantize import Quantize
     from tersenet.resize import Resize
     from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
     from tersenet.train import Train

@@ -10,7 +10,7 @@ from torch import nn
 
 from tersenet.bricks.coded import RoundedLayer, StoredLayer, rounded_kind
 from tersenet.bricks.mask import Mask
-from tersenet.quantize.nearest import fit_code
+from tersenet.quantization.nearest import fit_code
 
 LAYERS = {
     "conv": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 8, 8)),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tersenet.bricks.codes import CODES, BasesCode, BookCode, Code, PowerCode, TernaryCode, make_code
-from tersenet.quantize.nearest import fit_code
+from tersenet.quantization.nearest import fit_code
 
 SHAPE = (6, 4, 3, 3)
 KINDS = [

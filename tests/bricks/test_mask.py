@@ -13,7 +13,7 @@ from tersenet.bricks.mask import Mask, attach, mask_of, masks, only_masked, rele
 from tersenet.bricks.settle import settle
 from tersenet.graph.fold import fold_all
 from tersenet.graph.trace import trace
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.task import Task
 from tersenet.train import Train

@@ -14,7 +14,7 @@ from tersenet.bricks.mask import attach
 from tersenet.bricks.settle import attached, settle
 from tersenet.errors import MadePermanent, NoEffect
 from tersenet.graph.capture import export
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.rewrite.settle import Settle
 from tersenet.task import Task
 

@@ -15,7 +15,7 @@ from tersenet.bricks.settle import settle
 from tersenet.deploy.merged_additions import as_openvino_adds
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.runtimes import open_file
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.task import Task
 
 # Padded windows of OpenVINO are rounded once more, on the grid of what they average.

@@ -22,7 +22,7 @@ from tersenet.deploy.left_in_float import integer_operators, left_in_float
 from tersenet.deploy.litert import export_litert
 from tersenet.deploy.runtimes import open_file
 from tersenet.errors import SettingsError
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporters warn about their own insides
 EXPORTERS = {

@@ -15,7 +15,7 @@ from tersenet.bricks.settle import settle
 from tersenet.deploy.checked import checked
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.reference import Reference
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.task import Task
 
 

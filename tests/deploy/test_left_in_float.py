@@ -15,7 +15,7 @@ from tersenet.deploy.onnx import export_onnx
 from tersenet.errors import SettingsError
 from tersenet.models.cifar_resnet import resnet20
 from tersenet.models.mobilenet_v2 import MobileNetV2
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.task import Task
 
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))

@@ -14,7 +14,7 @@ from tersenet.bricks.quantizer import Quantizer
 from tersenet.deploy.merged_additions import as_openvino_adds
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.runtimes import open_file
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 
 
 def quantized(model: nn.Module) -> nn.Module:

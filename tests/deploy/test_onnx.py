@@ -16,7 +16,7 @@ from tersenet.bricks.quantizer import Quantizer
 from tersenet.deploy.left_in_float import left_in_float
 from tersenet.deploy.onnx import export_onnx
 from tersenet.errors import TersenetError, TraceError
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.rewrite.settle import Settle
 from tersenet.task import Preparation
 

@@ -12,7 +12,7 @@ from torch import nn
 from tersenet.deploy.left_in_float import left_in_float
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.runtimes import open_file
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.task import Task
 
 onnx = pytest.importorskip("onnx")

@@ -18,7 +18,7 @@ from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.pt2 import export_pt2
 from tersenet.deploy.reference import Reference
 from tersenet.errors import ExportError
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.task import Task
 
 X = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(2))

@@ -21,7 +21,7 @@ from tersenet.deploy.profile_table import ProfileTable
 from tersenet.errors import SettingsError
 from tersenet.graph.costs import costs
 from tersenet.graph.trace import trace
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.task import Task
 
 onnx = pytest.importorskip("onnx")

@@ -22,7 +22,7 @@ from tersenet.deploy.work import Work, works_of
 from tersenet.errors import FileError, SettingsError
 from tersenet.graph.costs import costs
 from tersenet.graph.trace import trace
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.task import Task
 
 onnx = pytest.importorskip("onnx")

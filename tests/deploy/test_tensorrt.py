@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.deploy.tensorrt import SymmetricQuantizer, broken_rules, export_tensorrt, symmetric
 from tersenet.errors import ExportError
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

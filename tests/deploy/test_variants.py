@@ -19,9 +19,9 @@ from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.variants import Variants
 from tersenet.errors import ExportError
 from tersenet.graph.costs import totals
-from tersenet.prune.drop_blocks import DropBlocks
-from tersenet.prune.prune_channels import PruneChannels
-from tersenet.quantize.quantize import Quantize
+from tersenet.pruning.drop_blocks import DropBlocks
+from tersenet.pruning.prune_channels import PruneChannels
+from tersenet.quantization.quantize import Quantize
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.search.weigh import count_macs
 from tersenet.step import Chain, Step

@@ -17,7 +17,7 @@ from tersenet.deploy.runtimes import Runner, open_file, open_module
 from tersenet.deploy.stepwise import SLACK, Steps, stepwise
 from tersenet.deploy.verify import Agreement, check, compare, score_file, verify
 from tersenet.errors import DataError, ExportError
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.task import Task, score_model
 
 

@@ -15,8 +15,8 @@ from tersenet.deploy.checked import checked
 from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.reference import Reference
 from tersenet.graph.trace import trace
-from tersenet.prune.prune_channels import PruneChannels
-from tersenet.quantize.quantize import Quantize
+from tersenet.pruning.prune_channels import PruneChannels
+from tersenet.quantization.quantize import Quantize
 from tersenet.step import Step
 from tersenet.task import Task
 

@@ -20,11 +20,11 @@ from tersenet.errors import NoEffect
 from tersenet.graph.blocks import residual_blocks
 from tersenet.graph.outside_reads import Read, keep_reads, outside_reads, read_by_graph, used_outside
 from tersenet.graph.trace import trace
-from tersenet.prune.prune_weights import PruneWeights
-from tersenet.quantize.binarise import Binarise
-from tersenet.quantize.quantize import Quantize
-from tersenet.quantize.quantize_aware import QuantizeAware
-from tersenet.quantize.ternarise import Ternarise
+from tersenet.pruning.prune_weights import PruneWeights
+from tersenet.quantization.binarise import Binarise
+from tersenet.quantization.quantize import Quantize
+from tersenet.quantization.quantize_aware import QuantizeAware
+from tersenet.quantization.ternarise import Ternarise
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.rewrite.settle import Settle
 from tersenet.step import Step

@@ -16,7 +16,7 @@ from tersenet.deploy.onnx import export_onnx
 from tersenet.deploy.reference import Reference
 from tersenet.graph.fold import fold_all
 from tersenet.graph.trace import trace
-from tersenet.quantize.quantize import Quantize
+from tersenet.quantization.quantize import Quantize
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.task import Task
 

@@ -16,8 +16,8 @@ import yaml
 from cases import task_for, tiny
 from tersenet.job import compress
 from tersenet.numerics.scale import Scale
-from tersenet.prune.prune_channels import PruneChannels
-from tersenet.quantize.quantize import Quantize
+from tersenet.pruning.prune_channels import PruneChannels
+from tersenet.quantization.quantize import Quantize
 from tersenet.recipe import Recipe
 from tersenet.report.next_box import _WEAKER, advice, between, bought, deploy, fastest_runtime, stored
 from tersenet.report.page import write_html

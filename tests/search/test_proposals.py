@@ -10,8 +10,8 @@ import torch
 from made_up import block, every, instance, summed, width
 from residual_net import residual_net, residual_task
 from tersenet.numerics.divergence import divergence
-from tersenet.prune.drop_blocks import DropBlocks
-from tersenet.prune.prune_channels import PruneChannels
+from tersenet.pruning.drop_blocks import DropBlocks
+from tersenet.pruning.prune_channels import PruneChannels
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.search.proposals import Proposal, cheapest, compare, propose, structure
 from tersenet.search.sites import Picks, find_sites

@@ -18,11 +18,11 @@ from tersenet.deploy.onnx import export_onnx
 from tersenet.errors import FileError, RecipeError, SettingsError
 from tersenet.graph.costs import totals
 from tersenet.numerics.sparse_bytes import foretold
-from tersenet.prune.drop_blocks import DropBlocks
-from tersenet.prune.prune_channels import PruneChannels
-from tersenet.prune.prune_weights import PruneWeights
-from tersenet.prune.worth import worth
-from tersenet.quantize.quantize import Quantize
+from tersenet.pruning.drop_blocks import DropBlocks
+from tersenet.pruning.prune_channels import PruneChannels
+from tersenet.pruning.prune_weights import PruneWeights
+from tersenet.pruning.worth import worth
+from tersenet.quantization.quantize import Quantize
 from tersenet.recipe import Recipe
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.search.bench import Bench, memory_line

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from made_up import block, width
 from residual_net import residual_net, residual_task
 from tersenet.numerics.divergence import divergence
-from tersenet.prune.drop_blocks import DropBlocks
-from tersenet.prune.prune_channels import PruneChannels
+from tersenet.pruning.drop_blocks import DropBlocks
+from tersenet.pruning.prune_channels import PruneChannels
 from tersenet.search.sensitivity import find_losses, outputs_of
 from tersenet.search.sites import find_sites
 from tersenet.step import Step

@@ -11,9 +11,9 @@ from torch import nn
 
 from made_up import block, width
 from residual_net import residual_net, residual_task
-from tersenet.prune.drop_blocks import DropBlocks
-from tersenet.prune.prune_channels import PruneChannels
-from tersenet.quantize.quantize import Quantize
+from tersenet.pruning.drop_blocks import DropBlocks
+from tersenet.pruning.prune_channels import PruneChannels
+from tersenet.quantization.quantize import Quantize
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.search.sites import complete, configured, describe, find_sites, fingerprint, touched
 from tersenet.step import Step

@@ -13,7 +13,7 @@ from tersenet.bricks.grid import Grid, grids, put_under
 from tersenet.bricks.mask import masked_layers
 from tersenet.codec.values import grid_of
 from tersenet.errors import NoEffect
-from tersenet.prune.prune_weights import PruneWeights
+from tersenet.pruning.prune_weights import PruneWeights
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.rewrite.settle import Settle
 from tersenet.size.keep_grids import KeepGrids

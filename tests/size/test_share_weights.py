@@ -13,7 +13,7 @@ from tersenet.bricks.shared import Shared, shared_layers, shared_of
 from tersenet.codec import container
 from tersenet.errors import ModelError, SettingsError
 from tersenet.numerics.codebooks import optimal_codebook
-from tersenet.prune.prune_weights import PruneWeights
+from tersenet.pruning.prune_weights import PruneWeights
 from tersenet.rewrite.settle import Settle
 from tersenet.size.share_weights import ShareWeights
 from tersenet.step import Chain

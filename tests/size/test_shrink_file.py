@@ -13,8 +13,8 @@ from cases import batches, task_for, tiny
 from tersenet.codec import container
 from tersenet.errors import DataError, SettingsError
 from tersenet.numerics.divergence import divergence
-from tersenet.prune.prune_weights import PruneWeights
-from tersenet.quantize.quantize_aware import QuantizeAware
+from tersenet.pruning.prune_weights import PruneWeights
+from tersenet.quantization.quantize_aware import QuantizeAware
 from tersenet.rewrite.fold_batch_norm import FoldBatchNorm
 from tersenet.rewrite.settle import Settle
 from tersenet.size import rounding

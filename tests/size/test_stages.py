@@ -9,7 +9,7 @@ import torch
 
 from cases import task_for, tiny
 from tersenet.codec.estimate import coded_bytes
-from tersenet.prune.prune_weights import PruneWeights
+from tersenet.pruning.prune_weights import PruneWeights
 from tersenet.size.share_weights import ShareWeights
 from tersenet.size.stages import as_dicts, stages, table
 

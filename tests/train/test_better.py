@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tersenet.distill.soft_targets import SoftTargets
 from tersenet.findings import collecting
-from tersenet.prune.activation_penalty import ActivationPenalty
+from tersenet.pruning.activation_penalty import ActivationPenalty
 from tersenet.task import Task
 from tersenet.train import Train
 from tersenet.train.better import Standing, is_worse, said, standing
