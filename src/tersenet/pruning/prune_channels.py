@@ -1,8 +1,8 @@
 """Takes whole channels out, with everything that is coupled to them.
 
-What is coupled: graph/coupling.py. What channels matter: prune/channel_scores.py, which names the papers. Repair
-without training: least squares (He et al., arXiv:1707.06168), in prune/repair.py. Plans that are edited by hand:
-prune/edited.py. Departures: channels that pass through a residual addition stay unless asked for, because one of them
+What is coupled: graph/coupling.py. What channels matter: pruning/channel_scores.py, which names the papers. Repair
+without training: least squares (He et al., arXiv:1707.06168), in pruning/repair.py. Plans that are edited by hand:
+pruning/edited.py. Departures: channels that pass through a residual addition stay unless asked for, because one of them
 lives in every block of a stage.
 """
 
@@ -67,7 +67,7 @@ class PruneChannels(Step):
             coupled layers alike.
         importance: "l2" or "l1" magnitude of a channel's weights; "reconstruction", the error that is left in the
             layers that read it once they make up for it, which needs calibration data; "random" as the control; and
-            the others of prune/channel_scores.py: lamp, fpgm, batch_norm, activation, zeros, weighted, product,
+            the others of pruning/channel_scores.py: lamp, fpgm, batch_norm, activation, zeros, weighted, product,
             gradient, taylor, fisher, obd, obs, thinet, lasso. Where one says nothing about a layer, "l2" serves.
         balance: of importance "weighted": 1 counts the weights only, 0 the activations only.
         multiple_of: keep numbers of channels that are multiples of this, rounded to the nearest, at least one
@@ -157,7 +157,7 @@ class PruneChannels(Step):
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"keep": {first layer of a bundle: indices}, "kept": {layer path: {role: indices}}, ...}.
 
-        `keep` is for reading and editing, prune/edited.py; `kept` is what follows, with the roles of graph/surgery.py.
+        `keep` is for reading and editing, pruning/edited.py; `kept` is what follows, with the roles of graph/surgery.py.
 
         Raises:
             SettingsError: when no sparsity leaves as few multiply-adds as `macs` asks for, or `widths` names what

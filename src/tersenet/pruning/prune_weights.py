@@ -1,9 +1,9 @@
 """Sets weights to zero, one by one or in patterns, and keeps them there by masks.
 
 Magnitude: Han et al., "Learning both weights and connections for efficient neural networks", arXiv:1506.02626. What
-else a weight can be judged by is in prune/weight_scores.py, what goes together in numerics/patterns.py, how much goes
-in prune/choose.py, and the repair without training in prune/refit.py. Zeros alone make no file faster, and only some
-make it smaller: prune/worth.py says what each pattern buys.
+else a weight can be judged by is in pruning/weight_scores.py, what goes together in numerics/patterns.py, how much goes
+in pruning/choose.py, and the repair without training in pruning/refit.py. Zeros alone make no file faster, and only some
+make it smaller: pruning/worth.py says what each pattern buys.
 """
 
 from __future__ import annotations

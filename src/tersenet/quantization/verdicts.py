@@ -3,7 +3,7 @@
 Judged on calibration images, by running the float network and the quantized one side by side. A layer's own error is
 what rounding its weights, or the value that it reads, adds to its output, as a share of the variance of each channel;
 what a range cuts off is a share of the squared values. Neither says what the score will be: that is for the test set.
-What to do against it is tried in quantize/remedies.py.
+What to do against it is tried in quantization/remedies.py.
 """
 
 from __future__ import annotations
