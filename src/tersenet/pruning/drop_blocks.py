@@ -2,9 +2,9 @@
 
 That a residual network bears it: Veit et al., arXiv:1605.06431. Which go: those that change what passes through them
 the least, as in ShortGPT (Men et al., arXiv:2403.03853), with a relative distance in place of a cosine. Departure:
-the layers that are left make up for the lost blocks by least squares, in pruning/repair.py. A ResNet-56 without 8 of its
-blocks scored 45.9 % of 2,048 CIFAR-10 test images, 81.1 % with its norms measured anew, and 90.1 % so repaired (92.8 %
-before).
+the layers that are left make up for the lost blocks by least squares, in pruning/repair.py. A ResNet-56 without 8 of
+its blocks scored 45.9 % of 2,048 CIFAR-10 test images, 81.1 % with its norms measured anew, and 90.1 % so repaired
+(92.8 % before).
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ class PruneChannels(Step):
     def plan(self, model: nn.Module, task: Task) -> Plan:
         """{"keep": {first layer of a bundle: indices}, "kept": {layer path: {role: indices}}, ...}.
 
-        `keep` is for reading and editing, pruning/edited.py; `kept` is what follows, with the roles of graph/surgery.py.
+        `keep` is for reading and editing, pruning/edited.py; `kept` is what follows, in roles of graph/surgery.py.
 
         Raises:
             SettingsError: when no sparsity leaves as few multiply-adds as `macs` asks for, or `widths` names what

@@ -2,8 +2,8 @@
 
 Magnitude: Han et al., "Learning both weights and connections for efficient neural networks", arXiv:1506.02626. What
 else a weight can be judged by is in pruning/weight_scores.py, what goes together in numerics/patterns.py, how much goes
-in pruning/choose.py, and the repair without training in pruning/refit.py. Zeros alone make no file faster, and only some
-make it smaller: pruning/worth.py says what each pattern buys.
+in pruning/choose.py, and the repair without training in pruning/refit.py. Zeros alone make no file faster, and only
+some make it smaller: pruning/worth.py says what each pattern buys.
 """
 
 from __future__ import annotations

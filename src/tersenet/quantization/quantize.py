@@ -3,8 +3,8 @@
 With activations, the scheme is that of Jacob et al., "Quantization and training of neural networks for efficient
 integer-arithmetic-only inference", arXiv:1712.05877, with symmetric weights per channel as in Krishnamoorthi,
 arXiv:1806.08342, which is what ONNX Runtime and OpenVINO have kernels for. What PyTorch simulates afterwards is what
-those runtimes compute, up to ties in rounding. Formats are in quantization/formats.py, how activations are calibrated in
-quantization/calibrate.py, how rounding is repaired in quantization/refine.py.
+those runtimes compute, up to ties in rounding. Formats are in quantization/formats.py, how activations are calibrated
+in quantization/calibrate.py, how rounding is repaired in quantization/refine.py.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One network rounded for one price of a bit: layer by layer, each making up for what the layers before it do.
 
 One pass over the graph with all images at once. Each layer is first fitted to what it gave in the original, from what
-the rounded layers before it give now (as in pruning/refit.py), then put on a grid (numerics/rated_rounding.py); the mean
-that it still misses goes into its bias (Nagel et al., arXiv:1906.04721) or into the mean of the norm behind it.
+the rounded layers before it give now (as in pruning/refit.py), then put on a grid (numerics/rated_rounding.py); the
+mean that it still misses goes into its bias (Nagel et al., arXiv:1906.04721) or into the mean of the norm behind it.
 Without images all inputs are taken as equally strong and independent.
 """
 
