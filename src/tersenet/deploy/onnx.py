@@ -34,6 +34,7 @@ from tersenet.deploy.int8_rewrites import rewrite_for_int8
 from tersenet.deploy.kept_in_float import keep_in_float
 from tersenet.deploy.onnx_decompositions import decompose, replace_resizes
 from tersenet.deploy.onnx_packing import make_floats_once, pack_constants
+from tersenet.deploy.onnx_pads import fold_pads
 from tersenet.deploy.onnx_weights import StoredAsOnnx, unpack_weights
 from tersenet.errors import ExportError, require
 from tersenet.graph.capture import Example, export
@@ -316,6 +317,7 @@ def _dequantize_linear(q: Tensor, scale: Tensor, zero_point: Tensor | None = Non
 def _finish(onnx: Any, proto: Any, called: Sequence[str], metadata: Mapping[str, str], pack: bool) -> None:
     """Names, metadata, and one batch dimension called "batch"; what the exporter left for debugging is dropped."""
     graph = proto.graph
+    fold_pads(onnx, graph)
     own = [value.name for value in graph.output]
     others = {value.name for value in (*graph.input, *graph.initializer)}
     others |= {name for node in graph.node for name in node.output if name not in own}
