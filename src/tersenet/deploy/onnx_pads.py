@@ -37,7 +37,8 @@ def fold_pads(onnx: Any, graph: Any) -> None:
     for node in graph.node:
         if node.op_type != "Pad" or (added := _zeros_added(node, constants)) is None:
             continue
-        rounding, last = [], node.output[0]
+        rounding: list[Any] = []
+        last = node.output[0]
         while len(readers[last]) == 1 and last not in outputs and readers[last][0].op_type in _ROUNDINGS[-1]:
             rounding.append(readers[last][0])
             last = rounding[-1].output[0]
