@@ -16,7 +16,11 @@ import numpy as np
 from tersenet.deploy.onnx_nodes import replace
 
 # What may stand between: nothing, or a rounding, of fewer than 8 bits with a clip of the integers.
-_ROUNDINGS = ([], ["QuantizeLinear", "DequantizeLinear"], ["QuantizeLinear", "Clip", "DequantizeLinear"])
+_ROUNDINGS: tuple[list[str], ...] = (
+    [],
+    ["QuantizeLinear", "DequantizeLinear"],
+    ["QuantizeLinear", "Clip", "DequantizeLinear"],
+)
 
 
 def fold_pads(onnx: Any, graph: Any) -> None:
