@@ -1,4 +1,4 @@
-"""Rendered words and pages, as recognition and detection of PP-OCR take them: text in many fonts, sizes, angles, colors.
+"""Rendered words and pages, as recognition and detection of PP-OCR take them: many fonts, sizes, angles and colors.
 
 Text is that of Python's own help (`pydoc_data.topics`), fonts are the TrueType files of a folder that have Latin
 letters. All is drawn from a seed: words and pages of two seeds share no word, font sizes, angles and noise are drawn

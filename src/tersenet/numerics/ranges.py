@@ -31,9 +31,9 @@ _CENTRED = 1.2
 # The scale of a channel of zeros. An integer bias has the scale of its channel's weights, so it must not be coarse.
 ZEROS = 2.0**-20
 
-# Smaller scales are those of values that are zeros for every purpose. An integer bias has the product of two scales, its
-# input's and its weights', which must not underflow in float32: batch norms of channels that a training has switched off
-# leave weights of 1e-40 when they are folded.
+# Smaller scales are those of values that are zeros for every purpose. The scale of an integer bias is the product of two,
+# its input's and its weights', which must not underflow in float32: batch norms of channels that a training has
+# switched off leave weights of 1e-40 when they are folded.
 LEAST = 2.0**-60
 
 
