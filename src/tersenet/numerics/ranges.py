@@ -31,8 +31,8 @@ _CENTRED = 1.2
 # The scale of a channel of zeros. An integer bias has the scale of its channel's weights, so it must not be coarse.
 ZEROS = 2.0**-20
 
-# Smaller scales are those of values that are zeros for every purpose. The scale of an integer bias is the product of two,
-# its input's and its weights', which must not underflow in float32: batch norms of channels that a training has
+# Smaller scales are those of values that are zeros for every purpose. The scale of an integer bias is the product of
+# two, its input's and its weights', which must not underflow in float32: batch norms of channels that a training has
 # switched off leave weights of 1e-40 when they are folded.
 LEAST = 2.0**-60
 
