@@ -7,7 +7,7 @@ its weights; and PP-OCRv6 (detection, recognition, orientation), whose files lie
 Jobs of a network:
 - dynamo, torchscript: the export of torch's current exporter with an open batch, and of its older one with a batch of
   1, imported. "right" means that all outputs for three samples are those of the file in ONNX Runtime to 1e-4 of the
-  largest; "of_pytorch" is how far they are from the network that was exported.
+  largest; "of_pytorch" is how far they are from the network that was exported. "not exported": torch makes no file.
 - int8, half: the imported model (of the first job) compressed with examples/int8.yaml, and with half of its channels
   pruned; files are held to it in ONNX Runtime and OpenVINO as in benchmarks/timm_networks.py. Half is for classifiers.
 
@@ -71,6 +71,10 @@ JOBS = ("dynamo", "torchscript", "int8", "half")
 TOLERANCE = 1e-4  # of an output's largest entry
 
 
+class NotExported(Exception):
+    """torch's own exporter makes no file."""
+
+
 def one(name: str, jobs: list[str], ocr: str | None) -> dict[str, Any]:
     """{job: {"verdict", "said", "seconds", figures}} of one network."""
     warnings.simplefilter("ignore")
@@ -86,6 +90,8 @@ def one(name: str, jobs: list[str], ocr: str | None) -> dict[str, Any]:
                 row = {"verdict": "refused", "said": str(error).replace(folder, "")}
             except Wrong as error:
                 row = {"verdict": "wrong", "said": str(error)}
+            except NotExported as error:
+                row = {"verdict": "not exported", "said": str(error)}
             except Exception as error:  # noqa: BLE001 - what users would see as a traceback
                 row = {"verdict": "crash", "said": f"{type(error).__name__}: {error}"[:400]}
             found[job] = {**row, "seconds": round(time.perf_counter() - started, 1)}
@@ -93,15 +99,14 @@ def one(name: str, jobs: list[str], ocr: str | None) -> dict[str, Any]:
 
 
 def _job(job: str, name: str, folder: Path, ocr: str | None) -> dict[str, Any]:
-    exporter = "torchscript" if job == "torchscript" else "dynamo"
-    path, size, network, x = _file(name, exporter, folder, ocr)
     if job in ("int8", "half"):
-        return {"int8": int8, "half": half}[job](lambda: _opened(path, size, x))
+        return _compressed(job, name, folder, ocr)
+    path, size, network, x = _file(name, job, folder, ocr)
     started = time.perf_counter()
     imported, _ = open_onnx(path, size)
     seconds = round(time.perf_counter() - started, 1)
     outputs = _outputs(imported, x)
-    differs = _differs(outputs, _onnxruntime(path, x, 1 if exporter == "torchscript" and network else len(x)))
+    differs = _differs(outputs, _onnxruntime(path, x, 1 if job == "torchscript" else len(x)))
     if differs > TOLERANCE:
         raise Wrong(f"differs by {differs:.3g} of the largest output from ONNX Runtime; {TOLERANCE:g} is allowed")
     figures: dict[str, Any] = {"import_seconds": seconds, "differs": float(f"{differs:.2g}")}
@@ -111,10 +116,23 @@ def _job(job: str, name: str, folder: Path, ocr: str | None) -> dict[str, Any]:
     return figures
 
 
+def _compressed(job: str, name: str, folder: Path, ocr: str | None) -> dict[str, Any]:
+    """The job on the file of the current exporter, else of the older one."""
+    try:
+        path, size, _, x = _file(name, "dynamo", folder, ocr)
+    except NotExported:
+        path, size, _, x = _file(name, "torchscript", folder, ocr)
+    return {"int8": int8, "half": half}[job](lambda: _opened(path, size, x))
+
+
 def _file(
     name: str, exporter: str, folder: Path, ocr: str | None
 ) -> tuple[Path, tuple[int, int] | None, nn.Module | None, torch.Tensor]:
-    """(the file, the size to open it with, the network that it was exported from, three inputs)."""
+    """(the file, the size to open it with, the network that it was exported from, three inputs).
+
+    Raises:
+        NotExported: in the exporter's words.
+    """
     generator = torch.Generator().manual_seed(7)
     if name.startswith("ocr:"):
         size = OCR[name[4:]]
@@ -127,11 +145,15 @@ def _file(
         with_random_numbers(network)
     x = torch.randn(3, preparation.channels, *preparation.size, generator=generator)
     path = folder / f"{exporter}.onnx"
-    if not path.exists() and exporter == "dynamo":
-        shapes = ({0: torch.export.Dim.DYNAMIC},)
-        torch.onnx.export(network, (x,), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
-    elif not path.exists():
-        torch.onnx.export(network, (x[:1],), path, dynamo=False)
+    try:
+        if not path.exists() and exporter == "dynamo":
+            shapes = ({0: torch.export.Dim.DYNAMIC},)
+            torch.onnx.export(network, (x,), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
+        elif not path.exists():
+            torch.onnx.export(network, (x[:1],), path, dynamo=False)
+    except Exception as error:  # exporters raise many kinds
+        cause = error.__cause__ or error
+        raise NotExported(f"{type(cause).__name__}: {cause}"[:300]) from error
     return path, None, network, x
 
 

@@ -31,6 +31,11 @@ _CENTRED = 1.2
 # The scale of a channel of zeros. An integer bias has the scale of its channel's weights, so it must not be coarse.
 ZEROS = 2.0**-20
 
+# Smaller scales are those of values that are zeros for every purpose. The scale of an integer bias is the product of
+# two, its input's and its weights', which must not underflow in float32: batch norms of channels that a training has
+# switched off leave weights of 1e-40 when they are folded.
+LEAST = 2.0**-60
+
 
 def weight_scales(weight: Tensor, bits: int = 8, method: str = "mse") -> Tensor:
     """Symmetric scales, one per output channel.
@@ -44,8 +49,7 @@ def weight_scales(weight: Tensor, bits: int = 8, method: str = "mse") -> Tensor:
     high = 2 ** (bits - 1) - 1
     rows = weight.detach().reshape(len(weight), -1)  # (O, I H W)
     full = rows.abs().amax(dim=1) / high
-    # A scale that underflows to 0 would divide by 0; such weights are zeros for every purpose.
-    full = torch.where(full > torch.finfo(full.dtype).tiny, full, torch.full_like(full, ZEROS))
+    full = torch.where(full > LEAST, full, torch.full_like(full, ZEROS))
     if method != "mse":
         return full
     shares = SHARES if bits > 4 else FEW_BITS_SHARES
@@ -114,8 +118,7 @@ def affine(low: float, high: float, bits: int = 8) -> tuple[float, int]:
     low, high = min(low, 0.0), max(high, 0.0)
     bottom, top = grid(bits, signed=False)
     scale = (high - low) / top
-    # Values this near to zero are zeros for every purpose, and their scale would underflow in float32.
-    if scale < torch.finfo(torch.float32).tiny:
+    if scale < LEAST:
         return 1.0, bottom
     return scale, min(max(round(-low / scale), bottom), top)
 
@@ -132,7 +135,7 @@ def centred(low: float, high: float) -> tuple[float, int] | None:
     True
     """
     reach = max(-low / 128, high / 127)
-    if not reach > torch.finfo(torch.float32).tiny or reach > _CENTRED * affine(low, high)[0]:
+    if not reach > LEAST or reach > _CENTRED * affine(low, high)[0]:
         return None
     return reach, 128
 

@@ -7,6 +7,9 @@ will see, up to the rounding of activations.
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -83,9 +86,20 @@ class _Seen(Extremes):
     def __call__(self, x: Tensor) -> None:
         super().__call__(x)
         if self.each:
-            # Every so many values; an odd number, or all would come from the same columns of the images.
-            step = x.numel() // (self.each * len(x)) | 1
+            size = x.numel() // len(x)
+            step = _coprime(max(1, size // self.each), size)
             self.kept.append(x.detach().flatten()[::step].clone())
+
+
+def _coprime(step: int, size: int) -> int:
+    """The number nearest to `step` that has no factor in common with `size`, the values of one sample: steps with one
+    would see some columns of the images, or some channels of (N, T, C), and never the others.
+
+    >>> _coprime(3, 40 * 120), _coprime(8, 3 * 32 * 32)
+    (1, 7)
+    """
+    away = itertools.count()
+    return next(each for k in away for each in (step + k, step - k) if each > 0 and math.gcd(each, size) == 1)
 
 
 def set_input_scales(model: nn.Module) -> None:
