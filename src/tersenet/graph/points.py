@@ -319,15 +319,17 @@ def centred_quantizers(graph: fx.GraphModule) -> dict[str, bool]:
     return {path: normed[path] for path, centred in good.items() if centred}
 
 
-def signed_quantizers(graph: fx.GraphModule) -> set[str]:
-    """Paths of the quantizers that are written as int8 where they lie around 0: of `centred_quantizers` those that one
-    operator reads at each call.
+def signed_quantizers(graph: fx.GraphModule, shared: bool = False) -> set[str]:
+    """Paths of the quantizers that are written as int8 where they lie around 0, of `centred_quantizers`.
 
-    ONNX Runtime makes uint8 of such a value, for which it has the kernels, only where one operator reads it; with more
-    of them, their convolution would stay float. Elsewhere uint8 serves better.
+    OpenVINO takes int8 for all of them. ONNX Runtime makes uint8 of such a value, for which it has the kernels, only
+    where one operator reads it; with more of them, their convolution would stay float.
+
+    Args:
+        shared: whether those that several operators read are among them.
     """
     signed = set(centred_quantizers(graph))
-    return signed - {path for path, node in _quantizer_calls(graph) if len(node.users) > 1}
+    return signed - {path for path, node in _quantizer_calls(graph) if len(node.users) > 1 and not shared}
 
 
 def _quantizer_calls(graph: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
