@@ -1,4 +1,4 @@
-"""Pre-activation networks in int8 against NNCF in OpenVINO and ONNX Runtime's own quantizer: speed and outputs, one run.
+"""Pre-activation networks in int8 against NNCF and ONNX Runtime's own quantizer: speed and outputs, in one run.
 
 In these a batch norm and a ReLU stand in front of each convolution, so that no norm is folded and the residual sums are
 read by norms (He et al., arXiv:1603.05027). A Wide ResNet for CIFAR-10 (arXiv:1605.07146), trained for a few epochs and
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -43,7 +44,7 @@ RUNTIMES = ("onnxruntime", "openvino")
 
 
 class Block(nn.Module):
-    """Two convolutions, each behind a norm and a ReLU; the shortcut of a block that changes size starts behind those."""
+    """Two convolutions, each behind a norm and a ReLU; a shortcut that changes the size starts behind those."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class WideResNet(nn.Module):
         sizes = [16, 16 * width, 32 * width, 64 * width]
         self.conv1 = nn.Conv2d(3, sizes[0], 3, 1, 1, bias=False)
         blocks = []
-        for group, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for group, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
             for place in range((depth - 4) // 6):
                 first = place == 0
                 blocks.append(Block(inputs if first else outputs, outputs, 2 if first and group else 1))
