@@ -39,6 +39,7 @@ from torch import nn
 from tersenet.deploy.apart import Entry, measure_apart
 from tersenet.deploy.left_in_float import left_in_float
 from tersenet.deploy.onnx import export_onnx
+from tersenet.deploy.openvino import export_openvino
 from tersenet.deploy.runtimes import open_file
 from tersenet.deploy.verify import score_file, verify
 from tersenet.quantization.quantize import Quantize
@@ -61,6 +62,8 @@ def ours(model: nn.Module, task: Task, images: np.ndarray, path: Path) -> float:
     quantized, _ = step.run(twin, task)
     seconds = time.perf_counter() - start
     export_onnx(quantized.eval(), task.example, path, task.preparation)
+    if importlib.util.find_spec("openvino"):
+        export_openvino(quantized.eval(), task.example, path.with_suffix(".xml"), task.preparation)
     return seconds
 
 
@@ -129,7 +132,7 @@ def make(model: nn.Module, task: Task, samples: int, folder: Path) -> dict[str, 
         seconds["nncf int8"] = shorter(nncfs, float_file, images, folder / "nncf.xml")
         seconds["nncf int8 (onnx)"] = shorter(nncfs, float_file, images, folder / "nncf.onnx")
     if importlib.util.find_spec("openvino"):
-        for name in ("float", "ours", "onnxruntime"):
+        for name in ("float", "onnxruntime"):
             for_openvino(folder / f"{name}.onnx")
     return seconds
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,13 +21,14 @@ from tersenet.deploy.made_inputs import made_example
 from tersenet.deploy.measure import measure_files as measure_in_runtimes
 from tersenet.deploy.measure import serving
 from tersenet.deploy.onnx import export_onnx
+from tersenet.deploy.openvino import export_openvino
 from tersenet.deploy.pt2 import export_pt2
 from tersenet.deploy.reference import Reference
 from tersenet.deploy.runtimes import Runner, open_file, runtime_for
 from tersenet.deploy.stand_in import StandIn
 from tersenet.deploy.tensorrt import broken_rules, export_tensorrt, symmetric
 from tersenet.deploy.verify import score_file
-from tersenet.errors import InputWarning, SettingsError, require
+from tersenet.errors import InputWarning, SettingsError
 from tersenet.graph.costs import totals
 from tersenet.numerics.scale import ACCURACY
 from tersenet.preparations import AS_SAID, Preparing, preparation_of
@@ -320,12 +320,8 @@ def _write(
         from tersenet.deploy.executorch import export_executorch
 
         export_executorch(model, example[:1], path, preparation)
-    else:  # OpenVINO's own .xml and .bin
-        openvino = require("openvino", "openvino", "write OpenVINO files")
-        with tempfile.TemporaryDirectory() as scratch:
-            onnx = export_onnx(model, example, Path(scratch) / "model.onnx", preparation, floats=floats)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            openvino.save_model(openvino.convert_model(str(onnx)), str(path), compress_to_fp16=False)
+    else:
+        export_openvino(model, example, path, preparation, floats)
 
 
 def pack(

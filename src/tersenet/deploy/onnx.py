@@ -54,6 +54,7 @@ def export_onnx(
     metadata: Mapping[str, str] | None = None,
     pack: bool = True,
     floats: Collection[str] = (),
+    shared_int8: bool = False,
 ) -> Path:
     """Writes a model as one ONNX file with a dynamic batch; the model is left as it was.
 
@@ -69,6 +70,7 @@ def export_onnx(
         pack: whether weights that have few values take few bytes, and those of layers with float input are made at
             loading (onnx_packing). Without, integers stay int8 behind DequantizeLinear.
         floats: names of nodes of the captured graph that no runtime is to compute in integers; what they compute stays.
+        shared_int8: as `shared` of `signed_quantizers`: for OpenVINO alone.
     Raises:
         TraceError: when the forward cannot be captured.
         ExportError: when the exporter fails, or the file would be larger than 2 GiB.
@@ -81,7 +83,7 @@ def export_onnx(
     rewrite_average_pools(graph, quantized)
     if quantized:
         rewrite_for_int8(graph)
-    to_onnx_operators(graph)
+    to_onnx_operators(graph, shared_int8)
     return write_onnx(graph, example, path, preparation, metadata, type(model).__name__, pack)
 
 
@@ -165,9 +167,10 @@ def drop_repeated_clips(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def to_onnx_operators(graph: fx.GraphModule) -> None:
+def to_onnx_operators(graph: fx.GraphModule, shared_int8: bool = False) -> None:
     """Puts what becomes ONNX's own operators in place of our bricks, of global pools and of hard activations, which
-    torch would trace through their parts, a sixth of a second for each; only for the exporter."""
+    torch would trace through their parts, a sixth of a second for each; only for the exporter. Arguments as in
+    `export_onnx`."""
     for node in list(graph.graph.nodes):
         made: Any = _hard_activation(graph, node)
         arguments = node.args[:1]
@@ -181,7 +184,7 @@ def to_onnx_operators(graph: fx.GraphModule) -> None:
         node.replace_all_uses_with(new)
         graph.graph.erase_node(node)
     replace_resizes(graph)
-    signed = signed_quantizers(graph)
+    signed = signed_quantizers(graph, shared_int8)
     for name, module in list(graph.named_modules()):
         if isinstance(module, Quantizer):
             graph.add_submodule(name, QuantizeDequantize.of(module, name in signed))

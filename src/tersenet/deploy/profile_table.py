@@ -136,8 +136,9 @@ def _below(found: Mapping[str, Any], hidden: int) -> Any:
         f"{count_text(found['totals']['params'])} parameters",
         f"latency of the model {_span(found['latency_ms'])} ms, under the profiler "
         f"{_span(found['profiled_latency_ms'])} ms; sum of the rows {found['totals']['ms']:.3f} ms",
-        "MACs, bytes moved and FLOPs per byte are for one sample, without a cache",
     ]
+    lines += [found["disagreement"]] if found.get("disagreement") else []
+    lines.append("MACs, bytes moved and FLOPs per byte are for one sample, without a cache")
     if hidden:
         lines.append(
             f"left out: {hidden} {'row' if hidden == 1 else 'rows'} without MACs or time of their own (folded, fused)"

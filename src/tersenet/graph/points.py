@@ -3,7 +3,8 @@
 A runtime fuses an operator into int8 when every input and the output of it are quantized. So a value is rounded where
 - a quantized layer reads it (the model's input among them), or
 - it leaves a quantized convolution, because no runtime here has an int8 convolution with a float output, or
-- it leaves an addition, multiplication, pooling or concatenation whose result is rounded further on;
+- it leaves an addition, multiplication, pooling or concatenation whose result is rounded further on, or
+- it is a sum, or comes out of a convolution, and a batch norm reads it whose result is rounded (`graph/norms.py`);
 always after the ReLU or clip that follows directly, never between (the clip is then part of the rounding). The model's
 outputs stay float. Operators that only move or choose values keep the grid of their input, and so do the inputs of a
 concatenation if they are bounded alike (a ReLU cannot be part of a rounding that reaches below zero); values that share
@@ -15,13 +16,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 
 from tersenet.bricks.quantizer import Quantizer
+from tersenet.graph.norms import fits_one_grid, is_fixed_norm
 
 aten = torch.ops.aten
 
@@ -163,7 +165,7 @@ class _Walk:
     def _must_round(self, node: fx.Node) -> bool:
         if self._end(node) is not node:
             return False
-        if any(self._reads_rounded(user) for user in node.users):
+        if any(self._reads_rounded(user) for user in node.users) or self._is_normed(node):
             return True
         start = node
         if self.kinds[node] == "clip" and self._end(node.args[0]) is node:  # type: ignore[arg-type]
@@ -177,6 +179,23 @@ class _Walk:
         if kind in ("add", "mul", "concat", "pool"):
             return self._end(user) in self.rounded
         return kind == "same" and user in self.rounded
+
+    def _is_normed(self, node: fx.Node) -> bool:
+        """Whether a sum, or what moves what is rounded anyway, is read by a norm that goes on to a grid."""
+        norms = [user for user in node.users if is_fixed_norm(self.graph, user) and self._end(user) in self.rounded]
+        if not norms:
+            return False
+        if self.kinds[node] == "same":
+            return self.kinds[self._source(node)] == "convolution"
+        return self.kinds[node] == "add" and all(
+            fits_one_grid(self.graph.get_submodule(str(norm.target))) for norm in norms
+        )
+
+    def _source(self, node: fx.Node) -> fx.Node:
+        """What a value is moved, chosen or clipped from."""
+        while self.kinds[node] in ("same", "clip"):
+            node = node.args[0]  # type: ignore[assignment]
+        return node
 
     def _only_leaves(self, node: fx.Node) -> bool:
         """Whether a value goes to the model's outputs and nowhere else."""
@@ -279,20 +298,44 @@ def is_addition(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _ADDS and len(node.all_input_nodes) == 2 and not node.kwargs
 
 
-def signed_quantizers(graph: fx.GraphModule) -> set[str]:
-    """Paths of the quantizers that are better as int8 around 0: those that read an input, and those only added up.
+def centred_quantizers(graph: fx.GraphModule) -> dict[str, bool]:
+    """Paths of the quantizers that are better with a grid around 0: those of an input, of what is only added up, and of
+    what batch norms read; and whether norms read them.
 
     A convolution that pads its input needs no correction then, and one that takes over an addition (OpenVINO) none for
-    what it adds. Elsewhere uint8 serves better: ONNX Runtime has faster kernels for it.
+    what it adds; in front of a norm OpenVINO converts to float what does not lie around 0.
     """
     good: dict[str, bool] = {}
+    normed: dict[str, bool] = {}
+    for path, node in _quantizer_calls(graph):
+        source = node.args[0]
+        first = isinstance(source, fx.Node) and source.op == "placeholder"
+        norms = [is_fixed_norm(graph, user) for user in node.users]
+        added = bool(node.users) and all(
+            norm or is_addition(user) for user, norm in zip(node.users, norms, strict=True)
+        )
+        good[path] = good.get(path, True) and (first or added)
+        normed[path] = normed.get(path, False) or any(norms)
+    return {path: normed[path] for path, centred in good.items() if centred}
+
+
+def signed_quantizers(graph: fx.GraphModule, shared: bool = False) -> set[str]:
+    """Paths of the quantizers that are written as int8 where they lie around 0, of `centred_quantizers`.
+
+    OpenVINO takes int8 for all of them. ONNX Runtime makes uint8 of such a value, for which it has the kernels, only
+    where one operator reads it; with more of them, their convolution would stay float.
+
+    Args:
+        shared: whether those that several operators read are among them.
+    """
+    signed = set(centred_quantizers(graph))
+    return signed - {path for path, node in _quantizer_calls(graph) if len(node.users) > 1 and not shared}
+
+
+def _quantizer_calls(graph: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
     for node in graph.graph.nodes:
         if node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), Quantizer):
-            source = node.args[0]
-            first = isinstance(source, fx.Node) and source.op == "placeholder"
-            added = bool(node.users) and all(is_addition(user) for user in node.users)
-            good[str(node.target)] = good.get(str(node.target), True) and (first or added)
-    return {path for path, signed in good.items() if signed}
+            yield str(node.target), node
 
 
 def is_concatenation(node: fx.Node) -> bool:
