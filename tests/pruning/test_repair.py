@@ -13,6 +13,7 @@ from tersenet.pruning import repair as repairing
 from tersenet.pruning.prune_channels import PruneChannels
 from tersenet.pruning.prune_weights import PruneWeights
 from tersenet.pruning.repair import refit, repair
+from tersenet.pruning.sound import UNDONE
 from tersenet.task import Task
 
 
@@ -201,7 +202,7 @@ def test_a_repair_that_blows_up_is_undone_and_said(
     monkeypatch.setattr(repairing, "refit", blowing)
     with collecting() as found:
         repaired, _ = step.run(copy.deepcopy(model), task)
-    assert found == [repairing.UNDONE]
+    assert found == [UNDONE]
     state = cut.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in repaired.state_dict().items())
     monkeypatch.setattr(repairing, "refit", real)

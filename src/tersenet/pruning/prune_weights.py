@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,19 @@ from torch.nn.modules.conv import _ConvNd
 
 from tersenet.bricks.mask import attach, masked_layers, stored_weight
 from tersenet.bricks.plain import is_kind
-from tersenet.errors import ModelError, SettingsError
+from tersenet.errors import ModelError, SettingsError, TraceError
+from tersenet.findings import tell
 from tersenet.left_alone import LEFT_OUT, LeftAlone, another_kind, by_layer
 from tersenet.numerics.patterns import Pattern, can_lose, parse
 from tersenet.numerics.sparse_bytes import foretold
 from tersenet.pruning.choose import Cutoff, ScopeSetting, Scored, choose, output_first, scope_of
+from tersenet.pruning.sound import NOTHING_TO_RECONSTRUCT_ON, UNDONE
 from tersenet.pruning.weight_scores import DATA, IMPORTANCES, scores_of
 from tersenet.step import Plan, Step
 from tersenet.task import Task
+
+if TYPE_CHECKING:
+    from tersenet.pruning.refit import Refit
 
 # Choices of a search: shares of zeros; layers of fewer weights save next to nothing.
 _SHARES, _LEAST = (0.5, 0.7, 0.8, 0.9), 256
@@ -57,7 +62,8 @@ class PruneWeights(Step):
         layers: in place of all of these, layer by layer: path -> a sparsity and, where it is another than `pattern`, a
             pattern ({"layer1.0.conv1": "0.8", "fc": "0.7 16x1"}); the others stay whole.
         refit: move the weights that stay to where the layer's output is nearest to what it was, on calibration data,
-            and measure the norms anew (optimal brain surgeon, layer by layer).
+            and measure the norms anew (optimal brain surgeon, layer by layer). None does so where there are such data,
+            True refuses to run without, False leaves the weights.
         samples: how many calibration samples importance and refit may read.
     """
 
@@ -74,7 +80,7 @@ class PruneWeights(Step):
     scope: ScopeSetting = "auto"
     percentile: float | None = None
     threshold: float | None = None
-    refit: bool = False
+    refit: bool | None = None
     samples: int = 512
     layers: Mapping[str, str] | None = None
 
@@ -103,7 +109,8 @@ class PruneWeights(Step):
         if self.threshold is not None and self.scope == "global":
             raise SettingsError("scope is 'global', which changes nothing beside threshold, the same bar everywhere")
         reads = "refit, and importances that read data"
-        super().__post_init__(**({"samples": reads} if self.data_needed() == "nothing" else {}))
+        reading = self.refit is not False or self.data_needed() != "nothing"
+        super().__post_init__(**({} if reading else {"samples": reads}))
 
     def data_needed(self) -> str:
         needed = DATA[self.importance]
@@ -223,16 +230,28 @@ class PruneWeights(Step):
                 path: Scored(output_first(layer, scores[path]), output_first(layer, mask.mask), parse(mask.pattern))
                 for path, (layer, mask) in found.items()
             }
-            refit = None
-            if self.refit:
-                from tersenet.pruning.refit import Refit
-
-                refit = Refit(model, found, task, self.samples)
+            refit = self._refit(model, found, task)
             for path, kept in self._kept(scored).items():
                 layer, mask = found[path]
                 mask.mask.copy_(output_first(layer, kept))
-            if refit is not None:
-                refit.run()
+            if refit is not None and not refit.run():
+                tell([UNDONE], task.quiet)
+
+    def _refit(self, model: nn.Module, paths: Collection[str], task: Task) -> Refit | None:
+        """What moves the weights that stay, once the masks are chosen; None where they are left as they are."""
+        if self.refit is None and not task.has_inputs:
+            tell([NOTHING_TO_RECONSTRUCT_ON], task.quiet)
+        if not (task.has_inputs if self.refit is None else self.refit):
+            return None
+        from tersenet.pruning.refit import Refit
+
+        try:
+            return Refit(model, paths, task, self.samples)
+        except TraceError as error:
+            if self.refit:
+                raise
+            tell([f"the layers cannot be reconstructed, so the weights that stay are as they were: {error}"], task.quiet)
+        return None
 
     def _kept(self, scored: dict[str, Scored]) -> dict[str, Tensor]:
         """Path -> (O, I, ...) bool, what stays."""
