@@ -17,6 +17,7 @@ from cases import task_for, tiny
 from tersenet.bricks.mask import attach, masks, stored_weight
 from tersenet.errors import DataError, ModelError, NoEffect, SettingsError, TraceError
 from tersenet.findings import collecting
+from tersenet.numerics.divergence import divergence
 from tersenet.numerics.patterns import parse
 from tersenet.pruning import refit as refit_module
 from tersenet.pruning.choose import Cutoff, Scored, choose
@@ -412,3 +413,17 @@ def test_bad_layers(layers: dict[str, str], said: str) -> None:
         PruneWeights(layers=layers).plan(tiny(), task_for(tiny()))
     with pytest.raises(SettingsError, match="layers and sparsity are both set"):
         PruneWeights(layers={"conv2": "0.5"}, sparsity=0.5)
+
+
+def test_a_search_weighs_shares_without_moving_what_stays_unless_asked_to() -> None:
+    model = tiny()
+    task = task_for(model)
+    images = task.inputs_like(model, 32)
+    found = PruneWeights().sensitivities(model, task, images)
+    assert {path: list(row) for path, row in found.items()} == PruneWeights().choices(model, task)
+    made, _ = PruneWeights(layers={"conv2": "0.8"}, refit=False).run(copy.deepcopy(model), task)
+    with torch.no_grad():
+        assert found["conv2"]["0.8"] == pytest.approx(divergence(model(*images), made(*images)), rel=1e-4)
+    assert found["conv2"]["0"] == 0.0
+    assert found["conv2"]["0.5"] < found["conv2"]["0.9"]
+    assert PruneWeights(refit=True).sensitivities(model, task, images) == {}

@@ -18,13 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.mask import attach, masked_layers, stored_weight
+from tersenet.bricks.opened import copied
 from tersenet.bricks.plain import is_kind
 from tersenet.errors import ModelError, SettingsError, TraceError
 from tersenet.findings import tell
 from tersenet.left_alone import LEFT_OUT, LeftAlone, another_kind, by_layer
+from tersenet.numerics.divergence import divergence
+from tersenet.numerics.outputs import joined
 from tersenet.numerics.patterns import Pattern, can_lose, parse
+from tersenet.numerics.samples import Inputs, in_parts
 from tersenet.numerics.sparse_bytes import foretold
+from tersenet.progress import progressing
 from tersenet.pruning.choose import Cutoff, ScopeSetting, Scored, choose, output_first, scope_of
 from tersenet.pruning.sound import NOTHING_TO_RECONSTRUCT_ON, UNDONE
 from tersenet.pruning.weight_scores import DATA, IMPORTANCES, scores_of
@@ -158,6 +164,30 @@ class PruneWeights(Step):
                 found[path] = ["0", *(f"{share:g}" for share in shares)]
         return found
 
+    def sensitivities(self, model: nn.Module, task: Task, images: Inputs) -> dict[str, dict[Any, float]]:
+        """path -> share of zeros -> divergence of the outputs when this layer alone is masked.
+
+        By default nothing is moved to make up for it, which would take as long as the whole step for each share, makes
+        all of them better and changes little in their order. With `refit: true` they are found by trying.
+        """
+        if self.refit:
+            return {}
+        quick = dataclasses.replace(self, refit=False, samples=type(self).samples)
+        found: dict[str, dict[Any, float]] = {}
+        choices = self.choices(model, task)
+        with evaluating(model), torch.no_grad():
+            wanted = outputs_of(model, images)
+            with progressing(f"sensitivities of {self.name}", len(choices), not task.quiet) as advance:
+                for path, shares in choices.items():
+                    found[path] = dict.fromkeys(shares, 0.0)
+                    for share in shares[1:]:
+                        alone = quick.chosen({path: share})
+                        assert alone is not None, "a share above 0"
+                        made, _ = alone.run(copied(model), dataclasses.replace(task, quiet=True))
+                        found[path][share] = divergence(wanted, outputs_of(made, images))
+                    advance(1)
+        return found
+
     def foretold_bytes(self, setting: Any, shape: tuple[int, ...], bits: int) -> float:
         sparsity, pattern = self._each(setting)
         return foretold(math.prod(shape), bits, sparsity, math.prod(pattern.unit(shape)))
@@ -271,6 +301,11 @@ class PruneWeights(Step):
         if share is None:
             share = 0.5 if pattern.group is None else pattern.highest
         return Cutoff(share=share)
+
+
+def outputs_of(model: nn.Module, images: Inputs) -> list[Tensor]:
+    """All outputs of floating point, (N, ...) each, in pieces of 64."""
+    return [each.float() for each in joined([model(*part) for part in in_parts(images, 64)])]
 
 
 def check_sparsity(sparsity: float | None, pattern: Pattern) -> None:
