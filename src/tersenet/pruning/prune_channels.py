@@ -48,8 +48,8 @@ from tersenet.pruning.edited import cut_of, plan_of, removed_by
 from tersenet.pruning.known import known_coupling
 from tersenet.pruning.reconstruction import folded
 from tersenet.pruning.repair import repair
-from tersenet.pruning.sound import NOTHING_TO_RECONSTRUCT_ON, UNDONE
 from tersenet.pruning.sensitivity import compared, divergences
+from tersenet.pruning.sound import NOTHING_TO_RECONSTRUCT_ON, UNDONE
 from tersenet.pruning.standing import RESIDUAL, standing
 from tersenet.pruning.subject import Subject
 from tersenet.step import Plan, Step

@@ -280,7 +280,9 @@ class PruneWeights(Step):
         except TraceError as error:
             if self.refit:
                 raise
-            tell([f"the layers cannot be reconstructed, so the weights that stay are as they were: {error}"], task.quiet)
+            tell(
+                [f"the layers cannot be reconstructed, so the weights that stay are as they were: {error}"], task.quiet
+            )
         return None
 
     def _kept(self, scored: dict[str, Scored]) -> dict[str, Tensor]:

@@ -26,7 +26,6 @@ from tersenet.quantization.repair import Inputs, repaired
 from tersenet.quantization.side_by_side import SideBySide
 from tersenet.task import Task
 
-
 # Layers of fewer bits are repaired by default: at 8, rounding to nearest lost nothing in an eighth of the time.
 COARSE = 8
 
