@@ -30,7 +30,7 @@ from tersenet.pruning.prune_activations import SHARES
 from tersenet.pruning.prune_weights import PruneWeights
 from tersenet.pruning.ramp import FROM_WEIGHTS
 from tersenet.pruning.weight_scores import IMPORTANCES
-from tersenet.quantization.quantize import RANGES
+from tersenet.quantization.quantize import RANGES, ROUNDING
 from tersenet.quantization.quantize_aware import QuantizeAware
 from tersenet.recipe import COMPANIONS, STEPS, step_class
 from tersenet.step import Companion, Step
@@ -124,7 +124,9 @@ ROWS: dict[str, dict[str, Row | tuple[Row, ...] | str]] = {
         "samples": Row((16,)),
         "rounding": (
             Row(
-                ("nearest", "learned"), {"weights": "int4"}, {"repaired": "of few bits, with inputs, it is the default"}
+                tuple(set(ROUNDING) - {"auto", "repaired"}),
+                {"weights": "int4"},
+                {"repaired": "of few bits, with inputs, it is the default"},
             ),
             Row(("repaired",), {}, {"nearest": "of 8 bits it is the default"}),
         ),

@@ -282,7 +282,7 @@ class Task:
 
     @property
     def has_inputs(self) -> bool:
-        """Whether there are inputs to calibrate or reconstruct on; the training data serve where there are no others."""
+        """Whether there are inputs to calibrate or reconstruct on; training data serve where there are no others."""
         return self.calibrate is not None or self.train is not None
 
     @property

@@ -21,8 +21,8 @@ UNDONE = (
 )
 # Said where the settings leave it to the data, and there are none.
 NOTHING_TO_RECONSTRUCT_ON = (
-    "there are no calibration inputs to reconstruct the layers on, so what stays is as it was; give some, which need no "
-    "labels, or refit: false"
+    "there are no calibration inputs to reconstruct the layers on, so what stays is as it was; give some, which need "
+    "no labels, or refit: false"
 )
 # A repair that leaves an error so many times that of the cut, and of giving nothing but zeros, has blown up.
 _BLOWN_UP, _LOOKED_AT = 100.0, 8

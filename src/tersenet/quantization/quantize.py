@@ -41,8 +41,8 @@ RANGES = ("mse", "minmax", "percentile", "divergence")
 ROUNDING = ("auto", "nearest", "repaired", "learned")
 # Said where the settings leave it to the data, and there are none.
 NOTHING_TO_REPAIR_ON = (
-    "there are no calibration inputs to repair the rounding of weights on, so each went to the nearest; give some, which "
-    "need no labels, or rounding: nearest"
+    "there are no calibration inputs to repair the rounding of weights on, so each went to the nearest; give some, "
+    "which need no labels, or rounding: nearest"
 )
 _INTEGERS = {f"int{bits}": bits for bits in range(2, 9)}
 
