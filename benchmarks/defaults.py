@@ -97,7 +97,6 @@ CASES = (
     Case("prune_weights", {"sparsity": 0.5, "pattern": "16x1"}, {"refit": False}),
     Case("quantize", {"weights": "int4"}, {"rounding": "nearest"}, fold=True),
     Case("quantize", {"weights": "int4"}, {"correct_bias": False}, fold=True),
-    Case("quantize", {"weights": "int6"}, {"rounding": "nearest"}, fold=True),
     Case("quantize", {"weights": "int4", "activations": None}, {"rounding": "nearest"}, fold=True),
     Case("quantize", {"weights": "kmeans4", "activations": None}, {"rounding": "nearest"}, fold=True),
     Case("quantize", {}, {"rounding": "repaired"}, fold=True),
@@ -108,8 +107,6 @@ CASES = (
     Case("prune_channels", {"sparsity": 0.3}, {"importance": "reconstruction"}),
     Case("drop_blocks", {"count": 1}, {"refit": False}),
     Case("prune_activations", {}, {"refit": False}),
-    Case("prune_activations", {}, {"share": "sensitivity"}),
-    Case("shrink_file", {"price": 3e-7}, {"augmented": True}),
 )
 
 
