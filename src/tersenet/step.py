@@ -227,7 +227,8 @@ class Step(Part):
             if any(getattr(self, setting, None) for setting in (*self.naming, "companions")):
                 for gone in check_names(self, model):
                     warnings.warn(gone, NoEffect, stacklevel=2)
-            look_back = self.watch(model, task) if self.looks_back and task.has_inputs else None
+            has_data = task.calibrate is not None or task.train is not None
+            look_back = self.watch(model, task) if self.looks_back and has_data else None
             token = HEARD.set(SILENT)  # what a step only tries is not said
             try:
                 plan = self.plan(model, task)

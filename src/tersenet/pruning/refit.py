@@ -3,8 +3,8 @@
 Optimal brain surgeon on each layer's own output (Frantar and Alistarh, arXiv:2208.11580), in one pass over the graph
 with all calibration images at once: a layer is fitted to what it gave before the masks were chosen, from what the
 layers before it give now. Batch norms on the way follow what their input's mean and variance do, relative to what they
-were, so that statistics of other data than the calibration images stay. The result does not depend on chance. Cost, on
-one core: two forwards of the images and the least squares, which for a layer of 512 x 512 x 3 x 3 are 15 seconds.
+were, so that statistics of other data than the calibration images stay. The result does not depend on chance. Cost: two
+forwards of the images and the least squares, a ResNet-18 at 224x224 and 64 images 110 seconds of one core in all.
 """
 
 from __future__ import annotations

@@ -313,7 +313,9 @@ class Quantize(Step):
         quantized = self.activations is not None and any(
             isinstance(brick, QuantizedLayer) and brick.input_quantized for brick in bricks.values()
         )
-        rounding, correct_bias = self._refining(bricks.values(), task)
+        rounding, correct_bias = "nearest", bool(self.correct_bias)  # the default where all is int8
+        if self.rounding != "auto" or self.weights != "int8" or self.formats:
+            rounding, correct_bias = self._refining(bricks.values(), task)
         refined = bool(bricks) and (rounding != "nearest" or correct_bias)
         if quantized or refined or (bricks and self.spare):
             warn_of_calibration(task, self.samples)
