@@ -281,6 +281,11 @@ class Task:
         return ACCURACY if self.metric is None else metric_of(self.metric).scale
 
     @property
+    def has_inputs(self) -> bool:
+        """Whether there are inputs to calibrate or reconstruct on; training data serve where there are no others."""
+        return self.calibrate is not None or self.train is not None
+
+    @property
     def run_folder(self) -> Path | None:
         """The folder of the run that a step belongs to, which holds the step's own; None where nothing is kept."""
         return None if self.folder is None else Path(self.folder).parent

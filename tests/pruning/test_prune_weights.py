@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from typing import Any
 
@@ -14,10 +15,14 @@ from torch.nn import functional as F
 
 from cases import task_for, tiny
 from tersenet.bricks.mask import attach, masks, stored_weight
-from tersenet.errors import DataError, ModelError, NoEffect, SettingsError
+from tersenet.errors import DataError, ModelError, NoEffect, SettingsError, TraceError
+from tersenet.findings import collecting
+from tersenet.numerics.divergence import divergence
 from tersenet.numerics.patterns import parse
+from tersenet.pruning import refit as refit_module
 from tersenet.pruning.choose import Cutoff, Scored, choose
 from tersenet.pruning.prune_weights import PruneWeights
+from tersenet.pruning.sound import NOTHING_TO_RECONSTRUCT_ON, UNDONE
 from tersenet.pruning.weight_scores import IMPORTANCES, scores_of
 from tersenet.recipe import Recipe
 from tersenet.task import Task
@@ -174,11 +179,79 @@ def test_refit_brings_the_outputs_back(pattern: str) -> None:
     def error(found: nn.Module) -> float:
         return float((found(X).detach() - wanted).norm() / wanted.norm())
 
-    bare = error(pruned(copy.deepcopy(model), sparsity=0.6, pattern=pattern))
+    bare = error(pruned(copy.deepcopy(model), sparsity=0.6, pattern=pattern, refit=False))
     repaired = pruned(copy.deepcopy(model), sparsity=0.6, pattern=pattern, refit=True)
     assert error(repaired) < 0.6 * bare
     assert share(repaired) == pytest.approx(0.6, abs=0.02)
     assert not any(module.training for module in repaired.modules())
+
+
+def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    first, second = numbers(one), numbers(other)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_layers_are_reconstructed_by_default_where_there_are_inputs() -> None:
+    by_default, wanted = pruned(sparsity=0.8), pruned(sparsity=0.8, refit=True)
+    assert same(by_default, wanted)
+    assert not same(by_default, pruned(sparsity=0.8, refit=False))
+    unlabelled = dataclasses.replace(TASK, train=None, calibrate=[(x,) for x, _ in DATA])
+    assert same(PruneWeights(sparsity=0.8).run(network(), unlabelled)[0], wanted)
+    assert same(pruned(sparsity=0.0), pruned(sparsity=0.0, refit=False))  # masks for a ramp cost nothing
+
+
+def test_without_inputs_the_weights_that_stay_are_as_they_were_and_it_is_said() -> None:
+    bare = Task(example=X[:2], quiet=True)
+    with collecting() as said:
+        found, _ = PruneWeights(sparsity=0.8).run(network(), bare)
+    assert said == [NOTHING_TO_RECONSTRUCT_ON]
+    with collecting() as said:
+        assert same(PruneWeights(sparsity=0.8, refit=False).run(network(), bare)[0], found)
+        PruneWeights(sparsity=0.0).run(network(), bare)
+    assert said == []
+    assert PruneWeights(sparsity=0.8).data_needed() == "nothing"
+
+
+class Branching(nn.Module):
+    """Cannot be captured: what it computes depends on the values that it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) if float(x.detach().sum()) > 0 else -self.linear(x)
+
+
+def test_a_model_that_cannot_be_captured_is_pruned_by_default_and_not_when_reconstruction_is_asked_for() -> None:
+    x = torch.rand(8, 6)
+    task = Task(example=x[:2], calibrate=[(x,)], quiet=True)
+    with collecting() as said:
+        found, _ = PruneWeights(sparsity=0.5).run(Branching(), task)
+    assert masks(found)["linear"].sparsity == 0.5
+    assert len(said) == 1
+    assert said[0].startswith("the layers cannot be reconstructed, so the weights that stay are as they were: ")
+    with pytest.raises(TraceError):
+        PruneWeights(sparsity=0.5, refit=True).run(Branching(), task)
+
+
+@pytest.mark.parametrize("factor", [1e6, float("nan")])
+def test_a_reconstruction_that_blows_up_is_undone_and_said(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = refit_module._fit
+
+    def blowing(layer: Any, *args: Any) -> None:
+        real(layer, *args)
+        stored_weight(layer).mul_(factor)
+
+    monkeypatch.setattr(refit_module, "_fit", blowing)
+    with collecting() as said:
+        found = pruned(sparsity=0.5)
+    assert said == [UNDONE]
+    assert same(found, pruned(sparsity=0.5, refit=False))
 
 
 def test_refit_leaves_a_model_alone_that_loses_nothing() -> None:
@@ -275,7 +348,7 @@ def test_the_root_itself_can_be_masked() -> None:
 
 def test_numbers_under_the_mask_stay() -> None:
     model = network()
-    found = pruned(copy.deepcopy(model), sparsity=0.9)
+    found = pruned(copy.deepcopy(model), sparsity=0.9, refit=False)
     assert torch.equal(stored_weight(found[3]), model[3].weight)
 
 
@@ -340,3 +413,17 @@ def test_bad_layers(layers: dict[str, str], said: str) -> None:
         PruneWeights(layers=layers).plan(tiny(), task_for(tiny()))
     with pytest.raises(SettingsError, match="layers and sparsity are both set"):
         PruneWeights(layers={"conv2": "0.5"}, sparsity=0.5)
+
+
+def test_a_search_weighs_shares_without_moving_what_stays_unless_asked_to() -> None:
+    model = tiny()
+    task = task_for(model)
+    images = task.inputs_like(model, 32)
+    found = PruneWeights().sensitivities(model, task, images)
+    assert {path: list(row) for path, row in found.items()} == PruneWeights().choices(model, task)
+    made, _ = PruneWeights(layers={"conv2": "0.8"}, refit=False).run(copy.deepcopy(model), task)
+    with torch.no_grad():
+        assert found["conv2"]["0.8"] == pytest.approx(divergence(model(*images), made(*images)), rel=1e-4)
+    assert found["conv2"]["0"] == 0.0
+    assert found["conv2"]["0.5"] < found["conv2"]["0.9"]
+    assert PruneWeights(refit=True).sensitivities(model, task, images) == {}

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from cases import tiny
 from tersenet.bricks.mask import masked_layers, stored_weight
 from tersenet.findings import collecting
 from tersenet.models.cifar_resnet import CifarResNet
 from tersenet.pruning import repair as repairing
+from tersenet.pruning.drop_blocks import DropBlocks
 from tersenet.pruning.prune_channels import PruneChannels
 from tersenet.pruning.prune_weights import PruneWeights
 from tersenet.pruning.repair import refit, repair
+from tersenet.pruning.sound import NOTHING_TO_RECONSTRUCT_ON, UNDONE
 from tersenet.task import Task
 
 
@@ -201,7 +205,7 @@ def test_a_repair_that_blows_up_is_undone_and_said(
     monkeypatch.setattr(repairing, "refit", blowing)
     with collecting() as found:
         repaired, _ = step.run(copy.deepcopy(model), task)
-    assert found == [repairing.UNDONE]
+    assert found == [UNDONE]
     state = cut.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in repaired.state_dict().items())
     monkeypatch.setattr(repairing, "refit", real)
@@ -225,3 +229,15 @@ def test_outputs_without_floats_are_repaired(model: nn.Module) -> None:
     )
     assert plan["kept"]
     assert changed(OTHERS).shape == (256,)
+
+
+@pytest.mark.parametrize("step", [PruneChannels(sparsity=0.5), DropBlocks(count=1)], ids=lambda step: step.name)
+def test_without_inputs_nothing_is_reconstructed_and_it_is_said(step: PruneChannels | DropBlocks) -> None:
+    bare = Task(example=torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)), quiet=True)
+    with collecting() as said:
+        found, _ = step.run(tiny(), bare)
+    assert said == [NOTHING_TO_RECONSTRUCT_ON]
+    with collecting() as said:
+        plain, _ = dataclasses.replace(step, refit=False).run(tiny(), bare)
+    assert said == []
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), plain.parameters(), strict=True))

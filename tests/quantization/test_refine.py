@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from torch.nn.utils import parametrize
 from tersenet.bricks.mask import Mask, mask_of
 from tersenet.bricks.quantized import QuantizedLayer
 from tersenet.bricks.quantizer import Quantizer
-from tersenet.errors import InputWarning
+from tersenet.errors import InputWarning, TraceError
+from tersenet.findings import collecting
 from tersenet.graph.trace import trace
 from tersenet.quantization.equalise import equalise, find_pairs
-from tersenet.quantization.quantize import Quantize
+from tersenet.quantization.quantize import NOTHING_TO_REPAIR_ON, Quantize
 from tersenet.quantization.verdicts import look
 from tersenet.task import Task
 
@@ -58,14 +60,14 @@ def error(step: Quantize, model: nn.Module) -> float:
 @pytest.mark.parametrize("weights", ["int3", "int4"])
 @pytest.mark.parametrize("rounding", ["repaired", "learned"])
 def test_better_than_rounding_to_nearest(weights: str, rounding: str) -> None:
-    plain = error(Quantize(weights=weights), chain())
+    plain = error(Quantize(weights=weights, rounding="nearest"), chain())
     assert error(Quantize(weights=weights, rounding=rounding, correct_bias=True), chain()) < 0.6 * plain
 
 
 @pytest.mark.parametrize("weights", ["int3", "kmeans3", "pot4", "binary3", "ternary", "fp8_e5m2"])
 def test_repaired_codes_are_better_too(weights: str) -> None:
     settings = {"weights": weights, "activations": None}
-    plain = error(Quantize(**settings), chain())
+    plain = error(Quantize(**settings, rounding="nearest"), chain())
     assert error(Quantize(**settings, rounding="repaired", correct_bias=True), chain()) < plain
 
 
@@ -74,9 +76,8 @@ def test_means_are_kept(activations: str | None) -> None:
     model = chain()
     shifts = []
     for correct in (False, True):
-        made, _ = Quantize(weights="int3", activations=activations, correct_bias=correct).run(
-            copy.deepcopy(model), TASK
-        )
+        step = Quantize(weights="int3", activations=activations, rounding="nearest", correct_bias=correct)
+        made, _ = step.run(copy.deepcopy(model), TASK)
         shifts.append(float((made.eval()(X).detach().mean(0) - model(X).detach().mean(0)).abs().max()))
     assert shifts[1] < 0.3 * shifts[0]
 
@@ -88,10 +89,93 @@ def test_norms_follow_where_they_are() -> None:
     model.eval()
     shifts = []
     for correct in (False, True):
-        step = Quantize(weights="ternary", activations=None, correct_bias=correct)
+        step = Quantize(weights="ternary", activations=None, rounding="nearest", correct_bias=correct)
         made, _ = step.run(copy.deepcopy(model), TASK)
         shifts.append(float((made[:2](X) - model[:2](X)).detach().mean((0, 2, 3)).abs().max()))
     assert shifts[1] < 0.05 * shifts[0]
+
+
+def numbers(model: nn.Module) -> list[Tensor]:
+    return [value.detach() for value in model.state_dict().values()]
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    pairs = list(zip(numbers(one), numbers(other), strict=True))
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+
+def made_of(task: Task = TASK, **settings: Any) -> nn.Module:
+    return Quantize(**settings).run(chain(), task)[0]
+
+
+@pytest.mark.parametrize("activations", ["int8", None])
+@pytest.mark.parametrize(
+    ("weights", "rounding", "correct_bias"), [("int8", "nearest", False), ("int7", "repaired", True)]
+)
+def test_few_bits_are_repaired_by_default(
+    weights: str, rounding: str, correct_bias: bool, activations: str | None
+) -> None:
+    settings = {"weights": weights, "activations": activations}
+    wanted = made_of(**settings, rounding=rounding, correct_bias=correct_bias)
+    assert same(made_of(**settings), wanted)
+    for other in ("nearest", "repaired"):
+        assert same(made_of(**settings, rounding=other), wanted) == (other == rounding)
+    assert not same(made_of(**settings, correct_bias=not correct_bias), wanted)
+
+
+@pytest.mark.parametrize("weights", ["fp8_e4m3", "bf16", "kmeans8", "pot8"])
+def test_codes_of_eight_bits_and_more_go_to_the_nearest_by_default(weights: str) -> None:
+    plain = made_of(weights=weights, activations=None, rounding="nearest")
+    assert same(made_of(weights=weights, activations=None), plain)
+
+
+@pytest.mark.parametrize("weights", ["kmeans3", "ternary", "binary2", "pq", "pot4"])
+def test_codes_of_few_bits_are_repaired_by_default(weights: str) -> None:
+    settings = {"weights": weights, "activations": None}
+    assert same(made_of(**settings), made_of(**settings, rounding="repaired"))
+    assert not same(made_of(**settings), made_of(**settings, rounding="nearest"))
+
+
+def test_by_default_only_the_layers_of_few_bits_are_repaired() -> None:
+    mixed = {"weights": "int8", "formats": {"last": "int3"}}
+    by_default = dict(made_of(**mixed).named_modules())["last"]
+    assert torch.equal(by_default.weight, by_default.rounded_weight())  # type: ignore[operator]
+    first = dict(made_of(**mixed).named_modules())["first"]
+    plain = dict(made_of(weights="int8", rounding="nearest").named_modules())["first"]
+    assert torch.equal(first.weight, plain.weight)  # type: ignore[arg-type]
+
+
+def test_without_inputs_weights_go_to_the_nearest_and_it_is_said() -> None:
+    bare = Task(example=X[:2], quiet=True)
+    settings = {"weights": "int4", "activations": None}
+    assert Quantize(**settings).data_needed() == "nothing"
+    assert Quantize(**settings, rounding="repaired").data_needed() == "inputs"
+    with collecting() as said:
+        by_default = made_of(bare, **settings)
+    assert said == [NOTHING_TO_REPAIR_ON]
+    with collecting() as said:
+        assert same(made_of(bare, **settings, rounding="nearest"), by_default)
+        made_of(bare, weights="int8", activations=None)
+    assert said == []
+
+
+class Branching(Chain3):
+    """Cannot be captured: what it computes depends on the values that it reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if float(x.detach().sum()) > 0 else -x)
+
+
+def test_a_model_that_cannot_be_captured_goes_to_the_nearest_by_default_alone() -> None:
+    settings = {"weights": "int4", "activations": None}
+    torch.manual_seed(0)
+    model = Branching()
+    with collecting() as said:
+        made, _ = Quantize(**settings).run(copy.deepcopy(model), TASK)
+    assert any(text.startswith("the rounding of weights cannot be repaired, so each went to") for text in said), said
+    assert same(made, Quantize(**settings, rounding="nearest").run(copy.deepcopy(model), TASK)[0])
+    with pytest.raises(TraceError):
+        Quantize(**settings, rounding="repaired").run(model, TASK)
 
 
 @pytest.mark.parametrize("weights", ["int4", "kmeans3", "ternary"])
@@ -170,7 +254,7 @@ def test_a_ruined_layer_and_a_cut_range_are_named() -> None:
         model.last.weight[:, 0] *= torch.sign(torch.randn(16, 1, 1))
         model.deep.weight[0] *= 1e-3
         model.deep.bias[0] = 0
-    made, _ = Quantize(weights="int3").run(model, TASK)
+    made, _ = Quantize(weights="int3", rounding="nearest").run(model, TASK)
     said = look(made, TASK).verdicts()
     assert any(text.startswith("last") and "rounding of its weights to 3 bits" in text for text in said), said
     made, _ = Quantize().run(chain(), TASK)

@@ -31,7 +31,8 @@ from tersenet.numerics.divergence import divergence
 from tersenet.numerics.samples import Inputs, side_by_side
 from tersenet.progress import progressing
 from tersenet.pruning.known import known_blocks
-from tersenet.pruning.repair import UNDONE, repair
+from tersenet.pruning.repair import repair
+from tersenet.pruning.sound import NOTHING_TO_RECONSTRUCT_ON, UNDONE
 from tersenet.step import Plan, Step, replace
 from tersenet.task import Task, to_device
 
@@ -136,7 +137,10 @@ class DropBlocks(Step):
         Least squares need the model as it was, which is `task.original` in `run`. Where the original is another one, or
         the model was changed since, only the norms behind the lost blocks are measured; without original, all norms.
         """
-        if not self.refit or not (self.blocks or self.count) or (task.calibrate is None and task.train is None):
+        if not self.refit or not (self.blocks or self.count):
+            return
+        if not task.has_inputs:
+            tell([NOTHING_TO_RECONSTRUCT_ON], task.quiet)
             return
         kept: Cut = {}
         if task.original is not None:
@@ -196,7 +200,7 @@ def importance(model: nn.Module, blocks: Mapping[str, Any], task: Task) -> dict[
     Args:
         blocks: as in `Blocks.found`.
     """
-    if task.calibrate is None and task.train is None:
+    if not task.has_inputs:
         return {path: _weight_size(model.get_submodule(path)) for path in blocks}
     twin = drop(copy.deepcopy(model), blocks)
     shortcuts = {path: twin.get_submodule(path) for path in blocks}

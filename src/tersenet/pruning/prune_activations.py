@@ -29,7 +29,8 @@ from tersenet.numerics.divergence import divergence
 from tersenet.numerics.magnitudes import Magnitudes, equal_marginals
 from tersenet.numerics.samples import in_parts
 from tersenet.pruning.activation_sites import PLACES, READERS, activation_sites, insert_thresholds, thresholds_at
-from tersenet.pruning.repair import UNDONE, repair
+from tersenet.pruning.repair import repair
+from tersenet.pruning.sound import UNDONE
 from tersenet.step import Plan, Step
 from tersenet.task import Task, to_device
 

@@ -47,8 +47,9 @@ from tersenet.pruning.choose import scope_of
 from tersenet.pruning.edited import cut_of, plan_of, removed_by
 from tersenet.pruning.known import known_coupling
 from tersenet.pruning.reconstruction import folded
-from tersenet.pruning.repair import UNDONE, repair
+from tersenet.pruning.repair import repair
 from tersenet.pruning.sensitivity import compared, divergences
+from tersenet.pruning.sound import NOTHING_TO_RECONSTRUCT_ON, UNDONE
 from tersenet.pruning.standing import RESIDUAL, standing
 from tersenet.pruning.subject import Subject
 from tersenet.step import Plan, Step
@@ -331,7 +332,10 @@ class PruneChannels(Step):
         Least squares need the layers as they were, so they happen where `task.original` is the model before the cut,
         as in `run`; else only the norms are measured.
         """
-        if not self.refit or (task.calibrate is None and task.train is None):
+        if not self.refit:
+            return
+        if not task.has_inputs:
+            tell([NOTHING_TO_RECONSTRUCT_ON], task.quiet)
             return
         kept = None if task.original is None else self._kept(model, task.original, task)
         if kept == {}:

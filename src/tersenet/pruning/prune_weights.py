@@ -10,24 +10,35 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from tersenet.bricks.evaluating import evaluating
 from tersenet.bricks.mask import attach, masked_layers, stored_weight
+from tersenet.bricks.opened import copied
 from tersenet.bricks.plain import is_kind
-from tersenet.errors import ModelError, SettingsError
+from tersenet.errors import ModelError, SettingsError, TraceError
+from tersenet.findings import tell
 from tersenet.left_alone import LEFT_OUT, LeftAlone, another_kind, by_layer
+from tersenet.numerics.divergence import divergence
+from tersenet.numerics.outputs import joined
 from tersenet.numerics.patterns import Pattern, can_lose, parse
+from tersenet.numerics.samples import Inputs, in_parts
 from tersenet.numerics.sparse_bytes import foretold
+from tersenet.progress import progressing
 from tersenet.pruning.choose import Cutoff, ScopeSetting, Scored, choose, output_first, scope_of
+from tersenet.pruning.sound import NOTHING_TO_RECONSTRUCT_ON, UNDONE
 from tersenet.pruning.weight_scores import DATA, IMPORTANCES, scores_of
 from tersenet.step import Plan, Step
 from tersenet.task import Task
+
+if TYPE_CHECKING:
+    from tersenet.pruning.refit import Refit
 
 # Choices of a search: shares of zeros; layers of fewer weights save next to nothing.
 _SHARES, _LEAST = (0.5, 0.7, 0.8, 0.9), 256
@@ -57,7 +68,8 @@ class PruneWeights(Step):
         layers: in place of all of these, layer by layer: path -> a sparsity and, where it is another than `pattern`, a
             pattern ({"layer1.0.conv1": "0.8", "fc": "0.7 16x1"}); the others stay whole.
         refit: move the weights that stay to where the layer's output is nearest to what it was, on calibration data,
-            and measure the norms anew (optimal brain surgeon, layer by layer).
+            and measure the norms anew (optimal brain surgeon, layer by layer). None does so where there are such data,
+            True refuses to run without, False leaves the weights.
         samples: how many calibration samples importance and refit may read.
     """
 
@@ -74,7 +86,7 @@ class PruneWeights(Step):
     scope: ScopeSetting = "auto"
     percentile: float | None = None
     threshold: float | None = None
-    refit: bool = False
+    refit: bool | None = None
     samples: int = 512
     layers: Mapping[str, str] | None = None
 
@@ -103,7 +115,8 @@ class PruneWeights(Step):
         if self.threshold is not None and self.scope == "global":
             raise SettingsError("scope is 'global', which changes nothing beside threshold, the same bar everywhere")
         reads = "refit, and importances that read data"
-        super().__post_init__(**({"samples": reads} if self.data_needed() == "nothing" else {}))
+        reading = self.refit is not False or self.data_needed() != "nothing"
+        super().__post_init__(**({} if reading else {"samples": reads}))
 
     def data_needed(self) -> str:
         needed = DATA[self.importance]
@@ -149,6 +162,30 @@ class PruneWeights(Step):
             shares = [share for share in _SHARES if share <= pattern.highest] or [pattern.highest]
             if _can_lose(layer, pattern) and layer.weight.numel() >= _LEAST:
                 found[path] = ["0", *(f"{share:g}" for share in shares)]
+        return found
+
+    def sensitivities(self, model: nn.Module, task: Task, images: Inputs) -> dict[str, dict[Any, float]]:
+        """path -> share of zeros -> divergence of the outputs when this layer alone is masked.
+
+        By default nothing is moved to make up for it, which would take as long as the whole step for each share, makes
+        all of them better and changes little in their order. With `refit: true` they are found by trying.
+        """
+        if self.refit:
+            return {}
+        quick = dataclasses.replace(self, refit=False, samples=type(self).samples)
+        found: dict[str, dict[Any, float]] = {}
+        choices = self.choices(model, task)
+        with evaluating(model), torch.no_grad():
+            wanted = outputs_of(model, images)
+            with progressing(f"sensitivities of {self.name}", len(choices), not task.quiet) as advance:
+                for path, shares in choices.items():
+                    found[path] = dict.fromkeys(shares, 0.0)
+                    for share in shares[1:]:
+                        alone = quick.chosen({path: share})
+                        assert alone is not None, "a share above 0"
+                        made, _ = alone.run(copied(model), dataclasses.replace(task, quiet=True))
+                        found[path][share] = divergence(wanted, outputs_of(made, images))
+                    advance(1)
         return found
 
     def foretold_bytes(self, setting: Any, shape: tuple[int, ...], bits: int) -> float:
@@ -223,16 +260,30 @@ class PruneWeights(Step):
                 path: Scored(output_first(layer, scores[path]), output_first(layer, mask.mask), parse(mask.pattern))
                 for path, (layer, mask) in found.items()
             }
-            refit = None
-            if self.refit:
-                from tersenet.pruning.refit import Refit
-
-                refit = Refit(model, found, task, self.samples)
+            refit = self._refit(model, found, task)
             for path, kept in self._kept(scored).items():
                 layer, mask = found[path]
                 mask.mask.copy_(output_first(layer, kept))
-            if refit is not None:
-                refit.run()
+            if refit is not None and not refit.run():
+                tell([UNDONE], task.quiet)
+
+    def _refit(self, model: nn.Module, paths: Collection[str], task: Task) -> Refit | None:
+        """What moves the weights that stay, once the masks are chosen; None where they are left as they are."""
+        if self.refit is None and not task.has_inputs:
+            tell([NOTHING_TO_RECONSTRUCT_ON], task.quiet)
+        if not (task.has_inputs if self.refit is None else self.refit):
+            return None
+        from tersenet.pruning.refit import Refit
+
+        try:
+            return Refit(model, paths, task, self.samples)
+        except TraceError as error:
+            if self.refit:
+                raise
+            tell(
+                [f"the layers cannot be reconstructed, so the weights that stay are as they were: {error}"], task.quiet
+            )
+        return None
 
     def _kept(self, scored: dict[str, Scored]) -> dict[str, Tensor]:
         """Path -> (O, I, ...) bool, what stays."""
@@ -252,6 +303,11 @@ class PruneWeights(Step):
         if share is None:
             share = 0.5 if pattern.group is None else pattern.highest
         return Cutoff(share=share)
+
+
+def outputs_of(model: nn.Module, images: Inputs) -> list[Tensor]:
+    """All outputs of floating point, (N, ...) each, in pieces of 64."""
+    return [each.float() for each in joined([model(*part) for part in in_parts(images, 64)])]
 
 
 def check_sparsity(sparsity: float | None, pattern: Pattern) -> None:

@@ -3,7 +3,8 @@
 Optimal brain surgeon on each layer's own output (Frantar and Alistarh, arXiv:2208.11580), in one pass over the graph
 with all calibration images at once: a layer is fitted to what it gave before the masks were chosen, from what the
 layers before it give now. Batch norms on the way follow what their input's mean and variance do, relative to what they
-were, so that statistics of other data than the calibration images stay. The result does not depend on chance.
+were, so that statistics of other data than the calibration images stay. The result does not depend on chance. Cost: two
+forwards of the images and the least squares, a ResNet-18 at 224x224 and 64 images 110 seconds of one core in all.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from tersenet.graph.trace import trace
 from tersenet.numerics import saliency
 from tersenet.numerics.masked_squares import masked_least_squares
 from tersenet.numerics.samples import first
+from tersenet.pruning.sound import Soundness
 from tersenet.task import Task
 
 _RIDGE = 1e-4
+_ROWS = 2048  # whose products are taken in float32, which is several times faster, and summed in float64
+# Rounds of the least squares: as many multiply-adds as these buy a layer, but never fewer or more rounds than this.
+_WORK, _LEAST, _MOST = 3e11, 20, 200
 
 
 class Refit:
@@ -47,12 +52,14 @@ class Refit:
         self.targets: dict[str, Tensor] = {}  # path -> (R, O), without the bias
         self.norms: dict[fx.Node, tuple[Tensor, Tensor]] = {}  # mean and variance of what they read
         with evaluating(model), torch.no_grad():
+            self.sound = Soundness(model, self.images)
             _Remember(self).run(*self.images)
 
-    def run(self) -> None:
-        """Changes the weights, biases and norm statistics of the model."""
+    def run(self) -> bool:
+        """Changes the weights, biases and norm statistics of the model; whether it did: where its outputs blow up, all
+        is put back (pruning/sound.py)."""
         with evaluating(self.model), torch.no_grad():
-            _Fit(self).run(*self.images)
+            return self.sound.kept(self.model, lambda: _Fit(self).run(*self.images))
 
 
 class _Remember(fx.Interpreter):
@@ -106,23 +113,40 @@ def _fit(layer: Any, inputs: Tensor, target: Tensor, norm: bool) -> None:
     assert mask is not None
     weight = stored_weight(layer)
     centred = norm or layer.bias is not None
-    inputs, target = inputs.double(), target.double()
-    mean, offset = inputs.mean(dim=0) * centred, target.mean(dim=0) * centred
+    mean, offset = (each.double().mean(dim=0) * centred for each in (inputs, target))
+    parts = zip(
+        inputs.chunk(groups, dim=1), mean.chunk(groups), target.chunk(groups, dim=1), offset.chunk(groups),
+        weight.flatten(1).chunk(groups), mask.mask.flatten(1).chunk(groups), strict=True,
+    )  # fmt: skip
     fitted = torch.cat(
         [
-            masked_least_squares(part.T @ part, wanted.T @ part, old, stays, _RIDGE)
-            for part, wanted, old, stays in zip(
-                (inputs - mean).chunk(groups, dim=1), (target - offset).chunk(groups, dim=1),
-                weight.flatten(1).chunk(groups), mask.mask.flatten(1).chunk(groups), strict=True,
-            )
+            masked_least_squares(*_products(x, middle, t, centre), old, stays, _RIDGE, _rounds(old))
+            for x, middle, t, centre, old, stays in parts
         ]
-    )  # fmt: skip
+    )
     weight.copy_(torch.where(mask.mask, fitted.view_as(weight), weight))
     if layer.bias is not None:
         given = torch.cat(
             [new.double() @ part for new, part in zip(fitted.chunk(groups), mean.chunk(groups), strict=True)]
         )
         layer.bias.add_((offset - given).to(layer.bias.dtype))
+
+
+def _products(inputs: Tensor, mean: Tensor, target: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """x x' (I, I) and t x' (O, I), summed over the rows of (R, I) and (R, O), around their means."""
+    width = len(mean)
+    gram = torch.zeros(width, width, dtype=torch.float64, device=inputs.device)
+    cross = torch.zeros(len(offset), width, dtype=torch.float64, device=inputs.device)
+    for x, t in zip(inputs.split(_ROWS), target.split(_ROWS), strict=True):
+        x, t = x - mean.to(x.dtype), t - offset.to(t.dtype)
+        gram += (x.T @ x).double()
+        cross += (t.T @ x).double()
+    return gram, cross
+
+
+def _rounds(weight: Tensor) -> int:
+    """How many rounds of the least squares a weight (O, I) gets; each lowers the error."""
+    return int(min(max(_WORK / (weight.numel() * weight.shape[1]), _LEAST), _MOST))
 
 
 def surgeon_scores(model: nn.Module, paths: Collection[str], task: Task, samples: int) -> dict[str, Tensor]:

@@ -28,19 +28,10 @@ from tersenet.graph.trace import trace
 from tersenet.numerics.compensation import least_squares
 from tersenet.numerics.masked_squares import masked_least_squares
 from tersenet.numerics.samples import Inputs, first
+from tersenet.pruning.sound import Soundness
 
 aten = torch.ops.aten
 _ADDITIONS = (operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor)
-
-
-# Said where `repair` changed nothing in the end.
-UNDONE = (
-    "the repair took the outputs further away than the cut did, as in a network whose norms do not fit what they read; "
-    "it was undone, so train afterwards"
-)
-# A repair that leaves an error so many times that of the cut, and of giving nothing but zeros, has blown up; looked at
-# on so many inputs, and on noise of their range: norms that saw hardly any variance blow up what is new to them.
-_BLOWN_UP, _LOOKED_AT = 100.0, 8
 
 
 def repair(
@@ -67,41 +58,8 @@ def repair(
             jobs = {} if before is None else _jobs(graph, before, images, kept, sequential)
             poorer = {path for path in kept if "in" in kept[path]}
             dropped = before is not None and _layers(before) != _layers(model)
-            state = {name: value.clone() for name, value in model.state_dict().items()}
-            few = tuple(torch.cat([x, _noise_like(x)]) for x in first(images, _LOOKED_AT))
-            cut = None if before is None else _outputs_of(model, few)
-            try:
-                _Pass(graph, jobs, poorer, ridge, dropped or not poorer).run(*images)
-                blown = before is not None and cut is not None and _blew_up(_outputs_of(before, few), cut, model, few)
-            except torch.linalg.LinAlgError:  # of values that are not finite any more
-                blown = True
-            if blown:
-                model.load_state_dict(state)
-                return False
-    return True
-
-
-def _noise_like(x: Tensor) -> Tensor:
-    """Noise between the lowest and the highest value; of integers the samples in another order."""
-    if not x.is_floating_point():
-        return x.flip(0)
-    low, high = x.amin(), x.amax()
-    return low + (high - low) * torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-
-
-def _outputs_of(model: nn.Module, inputs: Inputs) -> Tensor:
-    """All outputs that are floats, flat."""
-    found = torch.utils._pytree.tree_leaves(model(*inputs) if isinstance(inputs, tuple) else model(inputs))
-    return torch.cat(
-        [torch.zeros(0), *(x.float().cpu().flatten() for x in found if isinstance(x, Tensor) and x.is_floating_point())]
-    )
-
-
-def _blew_up(wanted: Tensor, cut: Tensor, model: nn.Module, inputs: Inputs) -> bool:
-    """Whether the outputs of the repaired model are far worse than those of the cut one, or no numbers."""
-    error = (_outputs_of(model, inputs) - wanted).square().mean()
-    least = torch.maximum((cut - wanted).square().mean(), wanted.square().mean())
-    return not bool(error <= _BLOWN_UP * least) and bool(least.isfinite())
+            passing = _Pass(graph, jobs, poorer, ridge, dropped or not poorer)
+            return Soundness(before, images).kept(model, lambda: passing.run(*images))
 
 
 def _layers(model: nn.Module) -> set[str]:

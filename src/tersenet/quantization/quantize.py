@@ -10,7 +10,7 @@ in quantization/calibrate.py, how rounding is repaired in quantization/refine.py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from torch import nn
 from tersenet.bricks.coded import RoundedLayer
 from tersenet.bricks.opened import copied
 from tersenet.bricks.quantized import QuantizedLayer, quantized_kind
-from tersenet.errors import ModelError, SettingsError
+from tersenet.errors import ModelError, SettingsError, TraceError
 from tersenet.findings import is_asked, tell
 from tersenet.graph.outside_reads import used_outside
 from tersenet.graph.trace import trace
@@ -33,12 +33,17 @@ from tersenet.quantization.calibration_data import warn_of_calibration
 from tersenet.quantization.equalise import equalise
 from tersenet.quantization.formats import Format, Storage, for_storage
 from tersenet.quantization.nearest import fit_code
-from tersenet.quantization.refine import refine
+from tersenet.quantization.refine import COARSE, is_coarse, refine
 from tersenet.step import Plan, Step, replace
 from tersenet.task import Task
 
 RANGES = ("mse", "minmax", "percentile", "divergence")
-ROUNDING = ("nearest", "repaired", "learned")
+ROUNDING = ("auto", "nearest", "repaired", "learned")
+# Said where the settings leave it to the data, and there are none.
+NOTHING_TO_REPAIR_ON = (
+    "there are no calibration inputs to repair the rounding of weights on, so each went to the nearest; give some, "
+    "which need no labels, or rounding: nearest"
+)
 _INTEGERS = {f"int{bits}": bits for bits in range(2, 9)}
 
 
@@ -63,9 +68,10 @@ class Quantize(Step):
         percentile: share of the values inside the range, in percent; only for ranges="percentile".
         samples: how many calibration samples.
         rounding: "nearest"; "repaired", column by column with the layer's inputs in view (second order); "learned", up
-            or down by gradients (AdaRound; codes without a grid are repaired).
+            or down by gradients (AdaRound; codes without a grid are repaired); "auto", repaired in layers of fewer than
+            8 bits where there are calibration inputs, else nearest.
         correct_bias: whether the shift of each layer's mean output is taken back: by its bias, or where a batch norm
-            follows by the norm's statistics.
+            follows by the norm's statistics. None does so where layers are repaired or learned.
         equalise: whether channels are evened out between layers first (cross-layer equalisation), where only ReLUs
             lie between; with activations a clip at 6 becomes a ReLU for it. Norms in between prevent it: fold them.
         formats: other formats for single layers: pattern, as in `only` -> format, or "float" to leave them.
@@ -91,8 +97,8 @@ class Quantize(Step):
     ranges: str = "mse"
     percentile: float = 99.99
     samples: int = 512
-    rounding: str = "nearest"
-    correct_bias: bool = False
+    rounding: str = "auto"
+    correct_bias: bool | None = None
     equalise: bool = False
     formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
     spare: int = 0
@@ -154,8 +160,8 @@ class Quantize(Step):
         return self.weights
 
     def data_needed(self) -> str:
-        looks = self.activations is not None or self.rounding != "nearest" or self.correct_bias or self.spare > 0
-        return "inputs" if looks else "nothing"
+        asked = self.rounding not in ("auto", "nearest") or self.correct_bias
+        return "inputs" if self.activations is not None or asked or self.spare > 0 else "nothing"
 
     def choices(self, model: nn.Module, task: Task) -> dict[str, list[Any]]:
         """Path -> its format, then those of `offer`; of a layer that reads the model's input "float" as well.
@@ -273,7 +279,9 @@ class Quantize(Step):
 
     def watch(self, model: nn.Module, task: Task) -> Callable[[nn.Module], None] | None:
         """Where it costs much, says where and what helps against it, tried (quantization/remedies.py)."""
-        looks = self.data_needed() == "inputs" or self.granularity != "channel"
+        named = (self.weights, *self.formats.values())
+        coarse = any(name != "float" and Format.named(name).bits < COARSE for name in named)
+        looks = self.data_needed() == "inputs" or self.granularity != "channel" or (self.rounding == "auto" and coarse)
         if not looks or not is_asked(task.quiet):
             return None
         from tersenet.quantization.remedies import diagnose
@@ -305,15 +313,37 @@ class Quantize(Step):
         quantized = self.activations is not None and any(
             isinstance(brick, QuantizedLayer) and brick.input_quantized for brick in bricks.values()
         )
-        refined = bool(bricks) and (self.rounding != "nearest" or self.correct_bias)
+        rounding, correct_bias = "nearest", bool(self.correct_bias)  # the default where all is int8
+        if self.rounding != "auto" or self.weights != "int8" or self.formats:
+            rounding, correct_bias = self._refining(bricks.values(), task)
+        refined = bool(bricks) and (rounding != "nearest" or correct_bias)
         if quantized or refined or (bricks and self.spare):
             warn_of_calibration(task, self.samples)
         if quantized:
             calibrate(model, task, self.ranges, self.percentile, self.samples)
-        if refined:
-            refine(model, task, self.rounding, self.correct_bias, self.samples)
-            if quantized:  # the layers give other values now
-                calibrate(model, task, self.ranges, self.percentile, self.samples)
+        if refined and self._refine(model, task, rounding, correct_bias) and quantized:  # layers give other values now
+            calibrate(model, task, self.ranges, self.percentile, self.samples)
+
+    def _refining(self, bricks: Collection[nn.Module], task: Task) -> tuple[str, bool]:
+        """(rounding, whether biases are corrected) for these layers and data: what "auto" and None stand for."""
+        rounding = self.rounding
+        if rounding == "auto" and not any(map(is_coarse, bricks)):
+            rounding = "nearest"
+        elif rounding == "auto" and not task.has_inputs:
+            tell([NOTHING_TO_REPAIR_ON], task.quiet)
+            rounding = "nearest"
+        return rounding, rounding != "nearest" if self.correct_bias is None else self.correct_bias
+
+    def _refine(self, model: nn.Module, task: Task, rounding: str, correct_bias: bool) -> bool:
+        """Whether it was done: by default a model of weights alone need not be one that can be captured."""
+        try:
+            refine(model, task, rounding, correct_bias, self.samples)
+        except TraceError as error:
+            if self.data_needed() == "inputs":
+                raise
+            tell([f"the rounding of weights cannot be repaired, so each went to the nearest: {error}"], task.quiet)
+            return False
+        return True
 
 
 def _refuse_half(model: nn.Module) -> None:

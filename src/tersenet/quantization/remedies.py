@@ -106,7 +106,7 @@ def remedies(step: Quantize, findings: Findings) -> list[tuple[str, Quantize]]:
         plain = {name: getattr(type(step), name) for name in ("ranges", "percentile", "granularity", "symmetric")}
         add(
             "weights: fp16 with activations: null, for a file of half the bytes,",
-            weights="fp16", activations=None, rounding="nearest", correct_bias=False, formats={}, **plain,
+            weights="fp16", activations=None, rounding="auto", correct_bias=None, formats={}, **plain,
         )  # fmt: skip
     return found
 

@@ -257,7 +257,8 @@ def _less_pruned(settings: Mapping[str, Any]) -> list[str]:
 
 def _rounded_better(settings: Mapping[str, Any]) -> list[str]:
     said = []
-    if settings.get("rounding", "nearest") == "nearest":
+    rounding = settings.get("rounding", "auto")
+    if rounding == "nearest" or (rounding == "auto" and settings.get("weights", "int8") == "int8"):
         said.append("choose the rounding by its error: quantize: {rounding: repaired, correct_bias: true}")
     bits = re.fullmatch(r"int([2-7])", str(settings.get("weights")))
     if bits:
