@@ -19,7 +19,7 @@ from tersenet.bricks.opened import copied, need_float32, unwrapped
 from tersenet.errors import DataError, RecipeError
 from tersenet.findings import collecting
 from tersenet.graph.taken_apart import opened
-from tersenet.inputs_said import say_inputs
+from tersenet.inputs_said import near_chance, say_inputs
 from tersenet.left_alone import lines, listening
 from tersenet.named import foresee_names, remembering
 from tersenet.prove import prove, say_not_written
@@ -29,7 +29,7 @@ from tersenet.scored_on import data_digest, scored_on
 from tersenet.ship import Shipped, check_runtimes, foresee_files, ship
 from tersenet.step import Chain, Step
 from tersenet.targets import NO_TARGET, Target, aim_of, keep_search, recipe_of, searched
-from tersenet.task import Score, Task, inputs_of, score_model, what_is_scored
+from tersenet.task import Task, inputs_of, score_model, what_is_scored
 
 
 def compress(
@@ -51,7 +51,7 @@ def compress(
 
     Args:
         model: is left as it was.
-        recipe: a Recipe, steps, a YAML file, or a share of the latency such as "0.5x".
+        recipe: a Recipe, steps, a YAML file, "int8", or a share of the latency such as "0.5x".
         out: the run folder.
         runtimes: of "onnxruntime", "openvino", "pytorch"; the first one's score and latency count.
         threads, batch: for latency.
@@ -91,7 +91,7 @@ def compress(
         say(f"{out} is finished already")
         return Run(out)
     shipped = {"original": _shipped(original, task, journal.folder / "files", runtimes, say)}
-    if (near := _near_chance(next(iter(shipped["original"].scores.values()), None), task)) is not None:
+    if (near := near_chance(next(iter(shipped["original"].scores.values()), None), original, task)) is not None:
         say(near, markup=False)
     _run_steps(journal, original, task, say, settings["scored_on"])
     settings["seconds"] = round(time.monotonic() - started, 1)
@@ -113,18 +113,6 @@ def _shipped(
     found = ship(original, task, folder, "00-original", runtimes)
     say_not_written(found, say)
     return found
-
-
-def _near_chance(score: Score | None, task: Task) -> str | None:
-    """That the original does not tell the classes apart, where its interval holds what guessing would score."""
-    classes = len(task.preparation.labels)
-    if task.metric is not None or classes < 2 or score is None or score.low is None or score.low > 1 / classes:
-        return None
-    return (
-        f"WARNING: THE ORIGINAL SCORES NO BETTER THAN GUESSING: {100 * score.value:.1f} %, and guessing among "
-        f"{classes} classes scores {100 / classes:.1f} %; check its weights, how its inputs are prepared (--mean, "
-        "--std, --image-size) and the order of its classes before anything is made of these figures"
-    )
 
 
 def _is_finished(journal: Journal, settings: dict[str, Any]) -> bool:
