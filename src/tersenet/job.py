@@ -16,7 +16,7 @@ from torch import nn
 
 from tersenet import __version__
 from tersenet.bricks.opened import copied, need_float32, unwrapped
-from tersenet.errors import DataError, RecipeError
+from tersenet.errors import DataError, RecipeError, SettingsError
 from tersenet.findings import collecting
 from tersenet.graph.taken_apart import opened
 from tersenet.inputs_said import near_chance, say_inputs
@@ -67,7 +67,8 @@ def compress(
     if isinstance(recipe, str) and recipe.endswith("x"):
         target = Target(latency=recipe)
         recipe = recipe_of(target=target, runtime=runtimes[0], threads=threads, batch=batch)
-    steps = _steps(recipe, recover)
+    steps = _steps(recipe)
+    _with_loop(steps, recover)
     foresee_names(steps, model)
     _check_data(steps, task, max_drop)
     need_float32(unwrapped(model), task.example)
@@ -85,6 +86,7 @@ def compress(
     settings["scored_on"] = scored_on(task)
     started = time.monotonic()
     steps, said = searched(steps, original, task, Path(out))
+    steps = _with_loop(steps, recover)
     journal = Journal(Path(out), steps, _identity(original, task, steps))
     settings["search"] = keep_search(said, Path(out))
     if _is_finished(journal, settings):
@@ -123,17 +125,42 @@ def _is_finished(journal: Journal, settings: dict[str, Any]) -> bool:
     return Run(journal.folder).report["settings"].items() >= asked.items()
 
 
-def _steps(recipe: Recipe | Sequence[Step] | str | Path, recover: Any) -> tuple[Step, ...]:
+def _steps(recipe: Recipe | Sequence[Step] | str | Path) -> tuple[Step, ...]:
     if isinstance(recipe, str | Path):
         recipe = Recipe.read(recipe)
     steps = tuple(recipe.steps) if isinstance(recipe, Recipe) else tuple(recipe)
     if not steps:
         raise RecipeError("the recipe has no steps; give at least one")
-    if recover is not None:
-        from tersenet.train import Recover
-
-        steps = tuple(Recover(recover=recover) if step.family == "train" else step for step in steps)
     return steps
+
+
+def _with_loop(steps: Sequence[Step], recover: Callable[[nn.Module, Task], None] | None) -> tuple[Step, ...]:
+    """The steps with the caller's own loop in place of each that trains, also inside of others.
+
+    Raises:
+        SettingsError: when none of them trains, so that the loop would never be called.
+    """
+    if recover is None:
+        return tuple(steps)
+    from tersenet.train import Recover
+
+    trainings = 0
+
+    def replaced(step: Step) -> Step:
+        nonlocal trainings
+        if step.family == "train":
+            trainings += 1
+            return Recover(recover=recover)
+        inner = getattr(step, "steps", None)
+        return step if inner is None else dataclasses.replace(step, steps=tuple(map(replaced, inner)))  # type: ignore[call-arg]
+
+    found = tuple(map(replaced, steps))
+    if not trainings:
+        raise SettingsError(
+            "recover is given, and no step of the recipe trains; add a train step where your loop is to run, such as "
+            "tersenet.Train()"
+        )
+    return found
 
 
 def _check_data(steps: Sequence[Step], task: Task, max_drop: float | None) -> None:
