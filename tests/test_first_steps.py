@@ -53,19 +53,15 @@ def typed(line: str, folder: Path) -> str:
 def compared(shown: str, printed: str, points: float) -> list[float]:
     """Holds what is printed to what the page shows, line by line: "..." stands for anything, sizes are within a tenth
     and percentages within so many points. The percentages that were printed, in the order of the page."""
-    left, scores = printed.splitlines(), []
-    anywhere = False
+    left, scores, anywhere = printed.splitlines(), [], False
     for line in shown.splitlines():
         if line == "...":
             anywhere = True
             continue
-        for at, real in enumerate(left):
-            if (found := _agrees(line, real, points)) is not None:
-                break
-            assert anywhere, f"the page says {line!r}, and {real!r} is printed"
-        else:
-            raise AssertionError(f"the page says {line!r}, and nothing like it is printed:\n{printed}")
-        scores += found
+        matched = [_agrees(line, real, points) for real in (left if anywhere else left[:1])]
+        at = next((at for at, found in enumerate(matched) if found is not None), None)
+        assert at is not None, f"the page says {line!r}, and nothing like it is printed here:\n" + "\n".join(left)
+        scores += matched[at] or []
         left, anywhere = left[at + 1 :], False
     return scores
 
