@@ -37,13 +37,29 @@ def test_examples_in_docstrings(path: Path) -> None:
 def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert code is not None
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
     done = subprocess.run(
         [sys.executable, "-c", code.group(1)],
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "smaller" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"small.onnx", "half.onnx", "runs"}
+
+
+@pytest.mark.minutes
+def test_the_python_page_runs(tmp_path: Path) -> None:
+    """Its blocks in order, as one script."""
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    verdicts = [line for line in done.stdout.splitlines() if "smaller" in line]
+    assert ["accuracy" in line for line in verdicts] == [True, False, True]
+    assert "macro F1" in verdicts[1]
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"int8", "f1", "loop"}
 
 
 def test_the_python_of_the_report_page_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,9 @@ TOP = {
     "options",
     "outcome",
     "demo",
+    "exports",
+    "functions",
+    "loaders",
     "__init__",
 }
 

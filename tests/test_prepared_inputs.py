@@ -15,7 +15,7 @@ from tersenet import models
 from tersenet.deploy.artifact import save_terse
 from tersenet.errors import DataError, InputWarning, ModelError, SettingsError
 from tersenet.files import measure_files
-from tersenet.job import _near_chance
+from tersenet.inputs_said import near_chance
 from tersenet.models.sources import open_model
 from tersenet.preparations import Preparing
 from tersenet.sources import example_of, open_task
@@ -164,9 +164,13 @@ def test_labels_of_a_reference_model_do_not_win(tmp_path: Path) -> None:
 def test_an_original_at_chance_level_is_said(low: float, classes: int, said: bool) -> None:
     labels = tuple(map(str, range(classes)))
     task = Task(example=torch.zeros(2, 1, 8, 8), preparation=Preparation((8, 8), (0.5,), (0.5,), labels))
-    sentence = _near_chance(Score(low + 0.02, low, low + 0.05, 1000), task)
+    model = classifier(max(classes, 1), channels=1)
+    score = Score(low + 0.02, low, low + 0.05, 1000)
+    sentence = near_chance(score, model, task)
     assert (sentence is not None) == said
-    assert _near_chance(None, task) is None
+    assert near_chance(None, model, task) is None
+    unnamed = Task(example=task.example)  # then the outputs tell how many classes there are
+    assert near_chance(score, model, unnamed) == sentence
     if sentence is not None:
         assert "THE ORIGINAL SCORES NO BETTER THAN GUESSING" in sentence
         assert f"guessing among {classes} classes scores {100 / classes:.1f} %" in sentence

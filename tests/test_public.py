@@ -9,11 +9,13 @@ import tersenet
 PROMISED = {
     "ActivationPenalty", "Chain", "Companion", "DropBlocks", "FoldBatchNorm", "GroupLasso", "KeepEarly", "KeepGrids",
     "Metric", "NoEffect",
-    "Plan", "Preparation", "PruneActivations", "PruneChannels", "PruneWeights", "Quantize", "Ramp", "Recipe", "Recover",
+    "Plan", "Preparation", "PruneActivations", "PruneChannels", "PruneWeights", "Quantize", "QuantizeAware", "Ramp",
+    "Recipe", "Recover",
     "Repeat", "Resize", "Rewind", "Run", "ScalePenalty", "Score", "Search", "Settle", "ShareWeights", "ShrinkFile",
     "SoftTargets", "Step", "Target",
-    "Task", "TersenetError", "Train", "__version__", "compress", "costs", "dry_run", "load", "measure",
-    "open_model", "open_task", "trace",
+    "Task", "TersenetError", "Train", "__version__", "compress", "costs", "dry_run", "export", "load",
+    "measure",
+    "open_model", "open_task", "prune", "quantize", "trace",
 }  # fmt: skip
 
 

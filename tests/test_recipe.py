@@ -93,3 +93,12 @@ def test_own_steps_are_passed_in_python() -> None:
 
     recipe = Recipe.parse("steps: [{widen: {by: 3}}]", steps={"widen": Widen})
     assert recipe.steps == (Widen(by=3.0),)
+
+
+def test_a_named_recipe_needs_no_file_and_is_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.read("int8") == Recipe.read(Path(__file__).parents[1] / "examples" / "int8.yaml")
+    with pytest.raises(RecipeError, match=r"the recipe int9 cannot be read: .*; recipes that need no file: int8"):
+        Recipe.read("int9")
+    Path("int8").write_text("steps: [fold_batch_norm]", encoding="utf-8")
+    assert len(Recipe.read("int8").steps) == 1  # a file of that name goes first

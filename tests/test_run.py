@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cases import Tiny, task_for, tiny
-from tersenet.errors import DataError, ModelError, RunError, TersenetError
+from tersenet.errors import DataError, ModelError, RunError, SettingsError, TersenetError
 from tersenet.job import compress
 from tersenet.recipe import Recipe
 from tersenet.run import Journal, Run
 from tersenet.step import Plan, Step
 from tersenet.targets import Target
 from tersenet.task import Task
+from tersenet.train import Recover
 
 pytestmark = pytest.mark.minutes
 
@@ -220,6 +221,39 @@ def test_recovery_by_the_users_own_loop(tmp_path: Path) -> None:
     assert [row["step"] for row in run.rows][-1] == "2. recover"
     assert len(seen) == 1
     assert bool((numbers(tmp_path / "run")["linear.bias"] == 0).all())
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "search: {macs: 0.9x, steps: [prune_channels: {}, train: {epochs: 3}]}",
+        "repeat: {until_drop: null, at_most: 1, steps: [prune_channels: {}, train: {epochs: 3}]}",
+    ],
+    ids=["search", "repeat"],
+)
+def test_the_users_own_loop_takes_the_place_of_trainings_inside_of_steps(recipe: str, tmp_path: Path) -> None:
+    calls = []
+    model = tiny()
+    compress(
+        model, task_for(model), Recipe.parse(f"steps: [{recipe}]"), out=tmp_path / "run",
+        recover=lambda model, task: calls.append(model),
+    )  # fmt: skip
+    assert len(calls) == 1
+
+
+def test_a_loop_that_would_never_be_called_is_refused(tmp_path: Path) -> None:
+    model = tiny()
+    with pytest.raises(SettingsError, match="no step of the recipe trains; add a train step"):
+        compress(model, task_for(model), "int8", out=tmp_path / "run", recover=lambda model, task: None)
+
+
+def test_the_users_own_loop_is_known_again_by_its_code() -> None:
+    def made(rate: float) -> Recover:
+        return Recover(recover=eval(f"lambda model, task: {rate}"))
+
+    assert repr(made(0.1)) == repr(made(0.1))
+    assert repr(made(0.1)) != repr(made(0.2))
+    assert " at 0x" not in repr(made(0.1))
 
 
 def test_a_target_that_is_missed_is_reported_as_missed(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ _HOME = {
     "Quantize": "tersenet.quantization.quantize",
     "Ramp": "tersenet.pruning.ramp",
     "Recipe": "tersenet.recipe",
+    "QuantizeAware": "tersenet.quantization.quantize_aware",
     "Recover": "tersenet.train",
     "Repeat": "tersenet.repeat",
     "Resize": "tersenet.resize",
@@ -51,10 +52,13 @@ _HOME = {
     "compress": "tersenet.job",
     "costs": "tersenet.graph.costs",
     "dry_run": "tersenet.dry_run",
+    "export": "tersenet.exports",
     "load": "tersenet.deploy.artifact",
     "measure": "tersenet.deploy.measure",
     "open_model": "tersenet.sources",
     "open_task": "tersenet.sources",
+    "prune": "tersenet.functions",
+    "quantize": "tersenet.functions",
     "trace": "tersenet.graph.trace",
 }
 # Where the promised name differs from the name at home.

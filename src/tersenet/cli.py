@@ -339,7 +339,9 @@ def export(
     source: Annotated[Path, typer.Argument(metavar="RUN|FILE.terse|FILE.onnx", show_default=False)],
     to: Annotated[
         str,
-        typer.Option(help="onnx, openvino, tensorrt, torch, litert, litert-fp16 or executorch; several with commas"),
+        typer.Option(
+            help="onnx, openvino, tensorrt, torch, terse, litert, litert-fp16 or executorch; several with commas"
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="the folder to write to (default: beside the source)")] = None,
     image_size: ImageSize = None,

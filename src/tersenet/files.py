@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,22 +12,16 @@ from torch import Tensor, nn
 from tersenet.data import open_data
 from tersenet.data.checks import check_same_classes
 from tersenet.deploy.artifact import load_terse, save_terse, terse_preparation
-from tersenet.deploy.checked import CHECKED, checked, held
-from tersenet.deploy.decomposed import rounds_activations
-from tersenet.deploy.folded import with_half_weights
-from tersenet.deploy.left_in_float import left_in_float
+from tersenet.deploy.checked import CHECKED, checked
 from tersenet.deploy.made_inputs import made_example
 from tersenet.deploy.measure import measure_files as measure_in_runtimes
 from tersenet.deploy.measure import serving
-from tersenet.deploy.onnx import export_onnx
-from tersenet.deploy.openvino import export_openvino
-from tersenet.deploy.pt2 import export_pt2
 from tersenet.deploy.reference import Reference
 from tersenet.deploy.runtimes import Runner, open_file, runtime_for
 from tersenet.deploy.stand_in import StandIn
-from tersenet.deploy.tensorrt import broken_rules, export_tensorrt, symmetric
 from tersenet.deploy.verify import score_file
 from tersenet.errors import InputWarning, SettingsError
+from tersenet.exports import WRITTEN, write_checked
 from tersenet.graph.costs import totals
 from tersenet.numerics.scale import ACCURACY
 from tersenet.preparations import AS_SAID, Preparing, preparation_of
@@ -42,17 +35,6 @@ from tersenet.report.words import (
 from tersenet.run import Run
 from tersenet.sources import example_for, example_of, open_model, takes_image
 from tersenet.task import Preparation, Score, Task, scored_output
-
-# What `export --to` can name: the ending, and the runtime that checks it.
-_WRITTEN = {
-    "onnx": (".onnx", "onnxruntime"),
-    "openvino": (".xml", "openvino"),
-    "tensorrt": (".tensorrt.onnx", "onnxruntime"),
-    "torch": (".pt2", "pytorch"),
-    "litert": (".tflite", "litert"),
-    "litert-fp16": (".fp16.tflite", "litert"),
-    "executorch": (".pte", "executorch"),
-}
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -235,8 +217,8 @@ def export_to(
 
     Args:
         source: a run folder, a .terse or a float .onnx file.
-        targets: of "onnx", "openvino", "tensorrt", "torch", "litert", "litert-fp16", "executorch"; the last three have
-            a fixed batch of 1.
+        targets: of "onnx", "openvino", "tensorrt", "torch", "terse", "litert", "litert-fp16", "executorch"; the last
+            three have a fixed batch of 1.
         out: the folder to write to; beside the source when None. What a run folder has already is kept and checked:
             its report tells the checksums of its files. One of those that is wrong is said, never removed.
         image_size: (H, W), for an .onnx file that takes images of any size.
@@ -247,9 +229,9 @@ def export_to(
         SettingsError: on another target.
         ExportError: when a file cannot be written, or is wrong.
     """
-    unknown = sorted(set(targets) - set(_WRITTEN))
+    unknown = sorted(set(targets) - set(WRITTEN))
     if unknown or not targets:
-        raise SettingsError(f"--to is {', '.join(unknown) or 'empty'}; allowed: {', '.join(_WRITTEN)}")
+        raise SettingsError(f"--to is {', '.join(unknown) or 'empty'}; allowed: {', '.join(WRITTEN)}")
     model, preparation, stem = _source(source, image_size)
     own = set(Run(source).report["files"]) if out is None and source.is_dir() else set()
     folder = out if out is not None else (source if source.is_dir() else source.parent)
@@ -258,31 +240,11 @@ def export_to(
         _need_one_float(model, name)
     found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(targets):
-        suffix, runtime = _WRITTEN[name]
-        path = folder / f"{stem}{suffix}"
+        path = folder / f"{stem}{WRITTEN[name][0]}"
         if path.resolve() == source.resolve():
             raise SettingsError(f"{path} would be written over the file that it is made from; name a folder with --out")
         kept = path.name in own and path.is_file()
-        if not kept:
-            _write(model, example, preparation, path, name)
-        meant = symmetric(model, example) if name == "tensorrt" else model
-        reference = Reference(meant, example, [(example, None)])
-        if name == "tensorrt":  # its quantizers have other grids, and rounding errs alike on them
-            reference.tolerances = Reference(model, example, [(example, None)]).tolerances
-        if name == "litert-fp16":
-            reference.allow(with_half_weights(model, example))
-        if kept:
-            agreement = held(path, [runtime], reference)[runtime]
-        else:
-            plain = name in ("onnx", "openvino")
-            again = functools.partial(_write, model, example, preparation, path, name) if plain else None
-            agreement = checked(path, [runtime], reference, again)[runtime]
-        weights = path.with_suffix(".bin")
-        size = path.stat().st_size + (weights.stat().st_size if suffix == ".xml" else 0)
-        found[str(path)] = {"bytes": size, **agreement.to_json()}
-        if rounds_activations(model) and name not in ("torch", "litert-fp16"):
-            left = broken_rules(path) if name == "tensorrt" else left_in_float(path, runtime)
-            found[str(path)]["left_in_float"] = left
+        found[str(path)] = write_checked(model, example, preparation, path, name, kept=kept)
     return found
 
 
@@ -295,33 +257,6 @@ def _need_one_float(model: Any, target: str) -> None:
             f"files for {target} are written of models that take one input of float32, and this one takes {listed}; "
             "choose onnx, openvino or torch"
         )
-
-
-def _write(
-    model: nn.Module,
-    example: Any,
-    preparation: Preparation | None,
-    path: Path,
-    target: str,
-    floats: Sequence[str] = (),
-) -> None:
-    """Writes one file; `floats` as in `export_onnx`."""
-    if target == "tensorrt":
-        export_tensorrt(model, example, path, preparation)
-    elif path.suffix == ".pt2":
-        export_pt2(model, example, path, None if preparation is None else preparation.metadata())
-    elif path.suffix == ".onnx":
-        export_onnx(model, example, path, preparation, {CHECKED: "onnxruntime"}, floats=floats)
-    elif path.suffix == ".tflite":
-        from tersenet.deploy.litert import export_litert
-
-        export_litert(model, example[:1], path, preparation, half=target == "litert-fp16")
-    elif path.suffix == ".pte":
-        from tersenet.deploy.executorch import export_executorch
-
-        export_executorch(model, example[:1], path, preparation)
-    else:
-        export_openvino(model, example, path, preparation, floats)
 
 
 def pack(

@@ -1,4 +1,5 @@
-"""What a run works with, said before it begins: how images become inputs, and how many samples there are of what."""
+"""What a run works with, said before it begins: how images become inputs, how many samples there are of what, and
+whether the model can do anything with them."""
 
 from __future__ import annotations
 
@@ -6,9 +7,13 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+from torch import nn
+
+from tersenet.bricks.evaluating import evaluating
 from tersenet.data.classes import listed
 from tersenet.preparations import shown
-from tersenet.task import Task, inputs_of
+from tersenet.task import Score, Task, inputs_of
 
 _SETS = {"train": "training", "calibrate": "calibration", "validate": "validation", "test": "test"}
 
@@ -19,7 +24,9 @@ def inputs_said(task: Task) -> list[str]:
     Images that a Task brings prepared are known by their shape alone.
     """
     preparation, given = task.preparation, inputs_of((task.example, None))
-    if [tuple(x.shape[1:]) for x in given] == [(preparation.channels, *preparation.size)]:
+    if preparation.is_of_data:
+        inputs = "inputs: " + "x".join(map(str, given[0].shape[1:])) + ", prepared by the task"
+    elif [tuple(x.shape[1:]) for x in given] == [(preparation.channels, *preparation.size)]:
         resized = preparation.interpolation + (f", crop {preparation.crop:.4g}" if preparation.crop < 1 else "")
         source = preparation.source or "the task"
         assumed = f"; {', '.join(preparation.assumed)} assumed" if preparation.assumed else ""
@@ -51,3 +58,27 @@ def samples(data: Iterable[Any] | None) -> int | None:
         return len(data.dataset)  # type: ignore[attr-defined]
     except (AttributeError, TypeError):
         return None
+
+
+def near_chance(score: Score | None, model: nn.Module, task: Task) -> str | None:
+    """That a model does not tell the classes apart, where the score's interval holds what guessing would score.
+
+    Args:
+        score: the model's accuracy; None where it was not scored.
+    """
+    if task.metric is not None or score is None or score.low is None:
+        return None
+    classes = len(task.preparation.labels) or _outputs(model, task)
+    if classes < 2 or score.low > 1 / classes:
+        return None
+    return (
+        f"WARNING: THE ORIGINAL SCORES NO BETTER THAN GUESSING: {100 * score.value:.1f} %, and guessing among "
+        f"{classes} classes scores {100 / classes:.1f} %; check its weights, how its inputs are prepared (--mean, "
+        "--std, --image-size) and the order of its classes before anything is made of these figures"
+    )
+
+
+def _outputs(model: nn.Module, task: Task) -> int:
+    """The number of class scores, where the task names no classes."""
+    with evaluating(model), torch.inference_mode():
+        return int(task.forward(model, (task.example, None)).shape[-1])

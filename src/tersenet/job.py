@@ -16,10 +16,10 @@ from torch import nn
 
 from tersenet import __version__
 from tersenet.bricks.opened import copied, need_float32, unwrapped
-from tersenet.errors import DataError, RecipeError
+from tersenet.errors import DataError, RecipeError, SettingsError
 from tersenet.findings import collecting
 from tersenet.graph.taken_apart import opened
-from tersenet.inputs_said import say_inputs
+from tersenet.inputs_said import near_chance, say_inputs
 from tersenet.left_alone import lines, listening
 from tersenet.named import foresee_names, remembering
 from tersenet.prove import prove, say_not_written
@@ -29,7 +29,7 @@ from tersenet.scored_on import data_digest, scored_on
 from tersenet.ship import Shipped, check_runtimes, foresee_files, ship
 from tersenet.step import Chain, Step
 from tersenet.targets import NO_TARGET, Target, aim_of, keep_search, recipe_of, searched
-from tersenet.task import Score, Task, inputs_of, score_model, what_is_scored
+from tersenet.task import Task, inputs_of, score_model, what_is_scored
 
 
 def compress(
@@ -51,7 +51,7 @@ def compress(
 
     Args:
         model: is left as it was.
-        recipe: a Recipe, steps, a YAML file, or a share of the latency such as "0.5x".
+        recipe: a Recipe, steps, a YAML file, "int8", or a share of the latency such as "0.5x".
         out: the run folder.
         runtimes: of "onnxruntime", "openvino", "pytorch"; the first one's score and latency count.
         threads, batch: for latency.
@@ -67,7 +67,8 @@ def compress(
     if isinstance(recipe, str) and recipe.endswith("x"):
         target = Target(latency=recipe)
         recipe = recipe_of(target=target, runtime=runtimes[0], threads=threads, batch=batch)
-    steps = _steps(recipe, recover)
+    steps = _steps(recipe)
+    _with_loop(steps, recover)
     foresee_names(steps, model)
     _check_data(steps, task, max_drop)
     need_float32(unwrapped(model), task.example)
@@ -85,13 +86,14 @@ def compress(
     settings["scored_on"] = scored_on(task)
     started = time.monotonic()
     steps, said = searched(steps, original, task, Path(out))
+    steps = _with_loop(steps, recover)
     journal = Journal(Path(out), steps, _identity(original, task, steps))
     settings["search"] = keep_search(said, Path(out))
     if _is_finished(journal, settings):
         say(f"{out} is finished already")
         return Run(out)
     shipped = {"original": _shipped(original, task, journal.folder / "files", runtimes, say)}
-    if (near := _near_chance(next(iter(shipped["original"].scores.values()), None), task)) is not None:
+    if (near := near_chance(next(iter(shipped["original"].scores.values()), None), original, task)) is not None:
         say(near, markup=False)
     _run_steps(journal, original, task, say, settings["scored_on"])
     settings["seconds"] = round(time.monotonic() - started, 1)
@@ -115,18 +117,6 @@ def _shipped(
     return found
 
 
-def _near_chance(score: Score | None, task: Task) -> str | None:
-    """That the original does not tell the classes apart, where its interval holds what guessing would score."""
-    classes = len(task.preparation.labels)
-    if task.metric is not None or classes < 2 or score is None or score.low is None or score.low > 1 / classes:
-        return None
-    return (
-        f"WARNING: THE ORIGINAL SCORES NO BETTER THAN GUESSING: {100 * score.value:.1f} %, and guessing among "
-        f"{classes} classes scores {100 / classes:.1f} %; check its weights, how its inputs are prepared (--mean, "
-        "--std, --image-size) and the order of its classes before anything is made of these figures"
-    )
-
-
 def _is_finished(journal: Journal, settings: dict[str, Any]) -> bool:
     """Whether the run is done and its report answers what is asked."""
     if len(journal.entries) < len(journal.steps) or not (journal.folder / "report.json").exists():
@@ -135,17 +125,42 @@ def _is_finished(journal: Journal, settings: dict[str, Any]) -> bool:
     return Run(journal.folder).report["settings"].items() >= asked.items()
 
 
-def _steps(recipe: Recipe | Sequence[Step] | str | Path, recover: Any) -> tuple[Step, ...]:
+def _steps(recipe: Recipe | Sequence[Step] | str | Path) -> tuple[Step, ...]:
     if isinstance(recipe, str | Path):
         recipe = Recipe.read(recipe)
     steps = tuple(recipe.steps) if isinstance(recipe, Recipe) else tuple(recipe)
     if not steps:
         raise RecipeError("the recipe has no steps; give at least one")
-    if recover is not None:
-        from tersenet.train import Recover
-
-        steps = tuple(Recover(recover=recover) if step.family == "train" else step for step in steps)
     return steps
+
+
+def _with_loop(steps: Sequence[Step], recover: Callable[[nn.Module, Task], None] | None) -> tuple[Step, ...]:
+    """The steps with the caller's own loop in place of each that trains, also inside of others.
+
+    Raises:
+        SettingsError: when none of them trains, so that the loop would never be called.
+    """
+    if recover is None:
+        return tuple(steps)
+    from tersenet.train import Recover
+
+    trainings = 0
+
+    def replaced(step: Step) -> Step:
+        nonlocal trainings
+        if step.family == "train":
+            trainings += 1
+            return Recover(recover=recover)
+        inner = getattr(step, "steps", None)
+        return step if inner is None else dataclasses.replace(step, steps=tuple(map(replaced, inner)))  # type: ignore[call-arg]
+
+    found = tuple(map(replaced, steps))
+    if not trainings:
+        raise SettingsError(
+            "recover is given, and no step of the recipe trains; add a train step where your loop is to run, such as "
+            "tersenet.Train()"
+        )
+    return found
 
 
 def _check_data(steps: Sequence[Step], task: Task, max_drop: float | None) -> None:

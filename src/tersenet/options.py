@@ -32,7 +32,7 @@ Data = Annotated[
     str | None, typer.Option(help="digits, parquet:DIR, folder:DIR, hf:NAME (downloads) or random:3x224x224")
 ]
 Validate = Annotated[str | None, typer.Option(help="a held-out set to choose by, in the form of --data")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="a YAML file with the steps")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="a YAML file with the steps, or int8")]
 Device = Annotated[str, typer.Option(help="where a target trains: auto, cpu, cuda or mps")]
 MaxHours = Annotated[
     float | None, typer.Option(help="refuse a training that would take longer (the estimate is printed)")

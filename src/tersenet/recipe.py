@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from tersenet import plain_yaml
-from tersenet.errors import RecipeError, TersenetError
+from tersenet.errors import RecipeError, SettingsError, TersenetError
 from tersenet.step import Chain, Companion, Step
 
 SCHEMA = 1
@@ -57,6 +57,8 @@ COMPANIONS = {
     "scale_penalty": "tersenet.pruning.penalties:ScalePenalty",
     "soft_targets": "tersenet.distill.soft_targets:SoftTargets",
 }
+# Recipes that can be named in place of a file.
+NAMED = {"int8": "schema: 1\nsteps:\n- fold_batch_norm: {}\n- quantize: {weights: int8, activations: int8}\n"}
 # YAML says `with`, which is a keyword in Python.
 _SPELLING = {"with": "companions"}
 # Words for truth values that YAML had once, where a truth value must stand.
@@ -80,6 +82,15 @@ def step_class(name: str, steps: Own | None = None) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def step_of(name: str, settings: Mapping[str, Any]) -> Any:
+    """A step by its name in recipes, from settings that are given in Python. Raises SettingsError as a recipe would."""
+    listed = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    try:
+        return _build({name: listed}, Step, None)
+    except RecipeError as error:
+        raise SettingsError(str(error)) from error
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A list of steps that can be written down."""
@@ -88,11 +99,15 @@ class Recipe:
 
     @classmethod
     def read(cls, path: str | Path, steps: Own | None = None) -> Recipe:
-        """Reads a YAML file. Raises RecipeError, naming the file."""
+        """Reads a YAML file, or one of the recipes in `NAMED` where there is no such file. Raises RecipeError, naming
+        the file."""
+        if str(path) in NAMED and not Path(path).exists():
+            return cls.parse(NAMED[str(path)])
         try:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
-            raise RecipeError(f"the recipe {path} cannot be read: {error.strerror or error}") from error
+            named = "" if Path(path).suffix else f"; recipes that need no file: {', '.join(NAMED)}"
+            raise RecipeError(f"the recipe {path} cannot be read: {error.strerror or error}{named}") from error
         except UnicodeDecodeError as error:
             raise RecipeError(f"the recipe {path} is no text in UTF-8; give a YAML file") from error
         try:

@@ -267,10 +267,12 @@ def sha256(path: Path) -> str:
 
 
 def preparation_dict(task: Task) -> dict[str, Any]:
-    """How an image becomes an input; where the model takes something else, its inputs: shapes of one sample, types."""
+    """How an image becomes an input; where nothing says it, or the model takes something else, its inputs: shapes of
+    one sample, types."""
     given = inputs_of((task.example, None))
     shapes = [[*x.shape[1:]] for x in given]
-    if shapes == [[task.preparation.channels, *task.preparation.size]] and given[0].is_floating_point():
+    is_image = shapes == [[task.preparation.channels, *task.preparation.size]] and given[0].is_floating_point()
+    if is_image and not task.preparation.is_of_data:
         return task.preparation.to_json()
     dtypes = [str(x.dtype).removeprefix("torch.") for x in given]
     listed = [{"shape": shape, "dtype": dtype} for shape, dtype in zip(shapes, dtypes, strict=True)]

@@ -7,6 +7,7 @@ also has `at(epoch, start)` can be resumed in the middle of an epoch without rea
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ from tersenet.numerics.scale import ACCURACY, Scale
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 _LISTS = ("size", "mean", "std", "labels")
+OF_DATA = "the task's data"  # the source of what is known from inputs that arrive prepared
 _USUAL: dict[str, Any] = {"interpolation": "bilinear", "crop": 1.0}
 
 
@@ -69,9 +71,23 @@ class Preparation:
         """What is assumed where nothing says how inputs are prepared: pixels from -1 to 1."""
         return cls(size, (0.5,) * channels, (0.5,) * channels, assumed=("size", "mean", "std"))
 
+    @classmethod
+    def of_inputs(cls, inputs: Tensor | tuple[Tensor, ...]) -> Preparation:
+        """What prepared inputs tell: the size of one image, (N, C, H, W); nothing where they are something else."""
+        x = inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else inputs
+        if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+            return cls.unknown()
+        unknown = cls.unknown((x.shape[2], x.shape[3]), x.shape[1])
+        return dataclasses.replace(unknown, source=OF_DATA, assumed=("mean", "std"))
+
     @property
     def channels(self) -> int:
         return len(self.mean)
+
+    @property
+    def is_of_data(self) -> bool:
+        """Whether inputs arrive prepared, and nothing says how."""
+        return self.source == OF_DATA
 
     def to_json(self) -> dict[str, Any]:
         """What files and reports keep of it: all but where it is known from, and what is as it is by default."""
@@ -250,7 +266,7 @@ class Task:
         loss: (outputs, batch) -> scalar.
         metric: a `Metric`, or (outputs, batch) -> (N,) scores of the samples, shares from 0 to 1, higher is better;
             None means top-1 accuracy.
-        preparation: how an image becomes an input.
+        preparation: how an image becomes an input, for files to say; without it they say the size of the example alone.
         seed: of everything that draws at random.
         folder: where a step that trains keeps its own state, so that it can go on after a cut; None means nowhere.
         quiet: no progress bars.
@@ -268,12 +284,16 @@ class Task:
     forward: Callable[[nn.Module, Any], Any] = default_forward
     loss: Callable[[Any, Any], Tensor] = default_loss
     metric: Metric | Callable[[Any, Any], Tensor] | None = None
-    preparation: Preparation = field(default_factory=Preparation)
+    preparation: Preparation = None  # type: ignore[assignment]  # filled in below
     seed: int = 0
     folder: Any = None
     quiet: bool = False
     reopen: Callable[[Preparation], Task] | None = None
     open_model: Callable[[str], nn.Module] | None = None
+
+    def __post_init__(self) -> None:
+        if self.preparation is None:
+            self.preparation = Preparation.of_inputs(self.example)
 
     @property
     def scale(self) -> Scale:

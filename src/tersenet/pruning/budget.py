@@ -142,13 +142,14 @@ def removed(candidates: Sequence[Candidate], counts: Sequence[int]) -> np.ndarra
 
 
 class LayerMacs:
-    """Multiply-adds for one sample as a function of how many classes each bundle keeps.
+    """Multiply-adds for one sample, or parameters, as a function of how many classes each bundle keeps.
 
     Args:
-        total: multiply-adds of the whole model; operators between its layers are in it and stay as they are.
+        total: of the whole model; operators between its layers, norms and biases are in it and stay as they are.
+        of: "macs" or "params", which a layer that is called twice holds once.
     """
 
-    def __init__(self, known: Coupling, candidates: Sequence[Candidate], total: int) -> None:
+    def __init__(self, known: Coupling, candidates: Sequence[Candidate], total: int, of: str = "macs") -> None:
         owner = np.full(1 + max(int(vector.max(initial=0)) for vector in known.slots.values()), len(candidates))
         self.sizes = np.array([len(candidate.order) for candidate in candidates])
         for i, candidate in enumerate(candidates):
@@ -168,23 +169,26 @@ class LayerMacs:
 
         alone = np.zeros(len(candidates) + 1)
         alone[-1] = 1.0
+        seen: set[str] = set()
         for node in known.graph.graph.nodes:
-            if node.op != "call_module":
+            if node.op != "call_module" or (of == "params" and node.target in seen):
                 continue
+            seen.add(node.target)
             module: Any = known.graph.get_submodule(str(node.target))
             roles = axes(module)
             if not hasattr(module, "weight") or not ("out" in roles or hasattr(module, "out_channels")):
                 continue
             source = node.args[0]
             if hasattr(module, "in_features"):
-                constants.append(math.prod(node.meta["shape"][1:-1]))
+                constants.append(math.prod(node.meta["shape"][1:-1]) if of == "macs" else 1)
                 inputs.append(spread(source, -1))
                 outputs.append(spread(node, -1))
                 continue
             depthwise = "channel" in roles
             where = source if getattr(module, "transposed", False) else node
             kernel = math.prod(module.kernel_size)
-            constants.append(math.prod(where.meta["shape"][2:]) * kernel / (1 if depthwise else module.groups))
+            places = math.prod(where.meta["shape"][2:]) if of == "macs" else 1
+            constants.append(places * kernel / (1 if depthwise else module.groups))
             inputs.append(alone if depthwise else spread(source, 1))
             outputs.append(spread(node, 1))
         self.constants = np.array(constants, dtype=float)
@@ -194,7 +198,7 @@ class LayerMacs:
         self.rest = total - self.at(self.sizes)
 
     def at(self, counts: Sequence[int] | np.ndarray) -> float:
-        """Multiply-adds when the bundles keep so many classes."""
+        """The count when the bundles keep so many classes."""
         kept = np.append(np.asarray(counts, dtype=float), 1.0)
         return self.rest + float(self.constants @ ((self.inputs @ kept) * (self.outputs @ kept)))
 

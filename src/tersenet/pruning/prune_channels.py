@@ -76,10 +76,11 @@ class PruneChannels(Step):
         scope: "layer" removes the same share everywhere; "global" the least important of the whole model; "auto" is
             global for lamp, which within one layer ranks as magnitudes do, else layer;
             "sensitivity" gives each bundle the width that keeps the sum of KL divergences small which the cuts cause
-            one at a time; it needs `macs` and calibration data.
+            one at a time; it needs `macs` or `params`, and calibration data.
         refit: repair the layers that lost inputs by least squares on calibration data, and measure the norms anew.
         macs: in place of `sparsity`, the share of multiply-adds to be left at most: the least sparsity that does.
-        widths: in place of `sparsity` and `macs`, the number of channels to keep by bundle, each named by the first
+        params: in place of `sparsity`, the share of parameters to be left at most.
+        widths: in place of `sparsity` and budgets, the number of channels to keep by bundle, each named by the first
             layer that makes it ({"layer1.0.conv1": 8}); the others stay whole.
         percentile: in place of `sparsity`: every channel goes whose score lies under this percentile (0 to 100) of
             the scores of its bundle, or with scope "global" of all; at least one multiple stays.
@@ -109,6 +110,7 @@ class PruneChannels(Step):
     percentile: float | None = None
     threshold: float | None = None
     keep: Mapping[str, Sequence[int]] | None = None
+    params: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -119,21 +121,21 @@ class PruneChannels(Step):
             raise SettingsError(f"importance must be one of {', '.join(SCORES)}, got {self.importance!r}")
         if self.scope not in ("auto", "layer", "global", "sensitivity"):
             raise SettingsError(f"scope must be auto, layer, global or sensitivity, got {self.scope!r}")
-        if self.scope == "sensitivity" and self.macs is None and self.widths is None:
+        if self.scope == "sensitivity" and self._budget is None and self.widths is None:
             raise SettingsError("scope is 'sensitivity', which needs a budget; set macs, such as macs: 0.5")
         if self.multiple_of < 1:
             raise SettingsError(f"multiple_of must be at least 1, got {self.multiple_of}; 1 allows every number")
-        if self.macs is not None and not 0 < self.macs <= 1:
-            raise SettingsError(
-                f"macs must lie in (0, 1], got {self.macs}; it is the share of multiply-adds to be left"
-            )
+        for name, what in (("macs", "multiply-adds"), ("params", "parameters")):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise SettingsError(f"{name} must lie in (0, 1], got {value}; it is the share of {what} to be left")
         if not 0 <= self.balance <= 1:
             raise SettingsError(f"balance must lie in [0, 1], got {self.balance}; 1 counts weights only")
         if self.percentile is not None and not 0 <= self.percentile < 100:
             raise SettingsError(f"percentile must lie in [0, 100), got {self.percentile}; what lies under it goes")
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise SettingsError(f"threshold must be a finite number, got {self.threshold}; what lies under it goes")
-        rivals = [name for name in ("macs", "percentile", "threshold") if getattr(self, name) is not None]
+        rivals = [name for name in ("macs", "params", "percentile", "threshold") if getattr(self, name) is not None]
         if len(rivals) > 1 and self.widths is None:
             raise SettingsError(f"{' and '.join(rivals)} each say how much to remove; give one of them")
         idle = {} if self.importance == "weighted" else {"balance": "importance: weighted"}
@@ -180,10 +182,10 @@ class PruneChannels(Step):
             counts = chosen_counts(candidates, self.widths)
         elif self.percentile is not None or self.threshold is not None:
             counts = above(candidates, self._scope, self.percentile, self.threshold or 0.0)
-        elif self.macs is None:
+        elif self._budget is None:
             counts = shares(candidates, self.sparsity, self._scope)
         else:
-            counts = self._within(self.macs, model, known, candidates, task, twin)
+            counts = self._within(*self._budget, model, known, candidates, task, twin)
         return plan_of(model, known, removed(candidates, counts), task.example)
 
     def choices(self, model: nn.Module, task: Task) -> dict[str, list[Any]]:
@@ -237,12 +239,24 @@ class PruneChannels(Step):
     def _ranked(self, model: nn.Module, known: Coupling, bundles: list[Bundle], task: Task) -> list[Candidate]:
         return rank(Subject(model, known, bundles, task, self.balance), self.importance, self.multiple_of)
 
+    @property
+    def _budget(self) -> tuple[str, float] | None:
+        """What is counted, "macs" or "params", and the share of it to be left at most."""
+        return next(((name, value) for name in ("macs", "params") if (value := getattr(self, name)) is not None), None)
+
     def _within(
-        self, share: float, model: nn.Module, known: Coupling, candidates: list[Candidate], task: Task, twin: Any
+        self,
+        name: str,
+        share: float,
+        model: nn.Module,
+        known: Coupling,
+        candidates: list[Candidate],
+        task: Task,
+        twin: Any,
     ) -> list[int]:
-        """How many classes each bundle keeps so that this share of the multiply-adds is left at most."""
-        total = totals(model, task.example).macs
-        macs = LayerMacs(known, candidates, total)
+        """How many classes each bundle keeps so that this share of the multiply-adds or parameters is left at most."""
+        total = getattr(totals(model, task.example), name)
+        macs = LayerMacs(known, candidates, total, name)
         counts: list[int] | None = None
         if self.scope == "sensitivity":
             if macs.at(macs.sizes) <= share * total:
@@ -265,7 +279,7 @@ class PruneChannels(Step):
                 else (f": the least is {macs.at(shares(candidates, 1.0, self._scope)) / total:.2g}")
             )
             raise SettingsError(
-                f"macs {share} cannot be reached by cutting channels{least}; ask for more{hint} or skip less"
+                f"{name} {share} cannot be reached by cutting channels{least}; ask for more{hint} or skip less"
             )
         return counts
 

@@ -6,6 +6,7 @@ when training starts and not before, because importing it costs more than a seco
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -184,6 +185,16 @@ class Recover(Step):
         super().__post_init__()
         if not callable(self.recover):
             raise SettingsError(f"recover must be a function of (model, task), got {self.recover!r}")
+
+    def __repr__(self) -> str:
+        """The loop by its name and code, by which a run knows it again in another process."""
+        code = getattr(self.recover, "__code__", None)
+        name = getattr(self.recover, "__qualname__", type(self.recover).__qualname__)
+        if code is None:
+            return f"Recover({name})"
+        constants = [each for each in code.co_consts if isinstance(each, str | int | float | bool | type(None))]
+        digest = hashlib.sha256(code.co_code + repr((constants, code.co_names)).encode()).hexdigest()
+        return f"Recover({name} {digest[:16]})"
 
     def fit(self, model: nn.Module, task: Task) -> None:
         """Calls the loop, and leaves the model in evaluation mode.
