@@ -125,7 +125,7 @@ ROWS: dict[str, dict[str, Row | tuple[Row, ...] | str]] = {
         "rounding": (
             Row(
                 tuple(set(ROUNDING) - {"auto", "repaired"}),
-                {"weights": "int4"},
+                {"weights": "int4", "activations": None},
                 {"repaired": "of few bits, with inputs, it is the default"},
             ),
             Row(("repaired",), {}, {"nearest": "of 8 bits it is the default"}),
