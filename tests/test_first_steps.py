@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -156,8 +157,8 @@ def test_own_data_loop_and_metric_in_python(trained: tuple[Path, float]) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
 def test_a_network_of_timm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("timm", exc_type=ImportError)
     monkeypatch.setenv("TERSENET_CACHE", str(folder / "cache"))
     own = train_timm(folder)
     original, int8 = follow("A network of timm", folder, points=8.0)
@@ -194,11 +195,11 @@ def train_timm(folder: Path) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
 def test_efficientnet_lite0(tmp_path: Path) -> None:
     weights, images = SHARED / "weights" / "imagenet_efficientnet_lite0.safetensors", SHARED / "imagenet1000"
     if not weights.exists() or not images.exists():
         pytest.skip(f"the weights and images of the page are not in {SHARED}")
-    pytest.importorskip("timm", exc_type=ImportError)
     shutil.copy(weights, tmp_path)
     shutil.copytree(images, tmp_path / "imagenet1000")
     original, int8 = follow("EfficientNet-Lite0", tmp_path, points=0.6)
