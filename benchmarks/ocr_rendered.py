@@ -39,11 +39,11 @@ def fonts_in(folder: Path) -> list[Path]:
 
 
 def vocabulary() -> list[str]:
-    """Distinct words of 3 to 12 letters, as they are written in Python's help."""
+    """Words of 3 to 12 letters from Python's help, each once, however it is capitalized there."""
     from pydoc_data.topics import topics
 
-    words = {word for text in topics.values() for word in re.findall(r"\b[A-Za-z]{3,12}\b", text)}
-    return sorted(words)
+    words = sorted(word for text in topics.values() for word in re.findall(r"\b[A-Za-z]{3,12}\b", text))
+    return list({word.lower(): word for word in words}.values())
 
 
 def words_of(share: slice, count: int, seed: int) -> list[str]:

@@ -65,7 +65,7 @@ def recognized(log: Row) -> list[str]:
             f"| int8 in {words} | {each['same_as_float']} | {_percent(each['characters_same'])} | {each['right']} "
             f"| {_percent(each['characters_right'])} |"
         )
-    return [*lines, ""]
+    return [*lines, "", _head(row), ""]
 
 
 def detected(log: Row) -> list[str]:
@@ -83,7 +83,18 @@ def detected(log: Row) -> list[str]:
             f"| int8 in {words} | {each['pixels_iou']:.3f} | {_percent(each['pixels_same'])} | {each['boxes']} "
             f"| {each['boxes_same_f1']:.3f} | {each['lines_found']} |"
         )
-    return [*lines, ""]
+    return [*lines, "", _head(row), ""]
+
+
+def _head(row: Row) -> str:
+    """What int8 costs, with the last quantized layer in int8 and in float, and what stays in float."""
+    lost = row["head"]["outputs_lost"]
+    floats = [layer for each in row["left_in_float"] for why in each["reasons"] for layer in why["layers"]]
+    kept = f"In float stay {', '.join(f'`{layer}`' for layer in floats)}." if floats else "No layer stays in float."
+    return (
+        f"int8 costs {_percent(lost['int8'])} of the outputs' variance, and {_percent(lost['float'])} with the last "
+        f"quantized layer (`{row['head']['layer']}`) in float. {kept}"
+    )
 
 
 def _sizes(row: Row) -> str:

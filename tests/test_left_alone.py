@@ -154,6 +154,14 @@ def test_reasons_of_the_other_steps() -> None:
     )
 
 
+def test_constants_of_an_import_are_called_so() -> None:
+    model, task = odd()
+    model.add_module("scale", nn.Module())
+    model.scale.register_parameter("constant", nn.Parameter(torch.ones(1, 4, 1, 1)))  # type: ignore[operator]
+    for step in (Quantize(activations=None), ShrinkFile(price=1e-9), PruneWeights(sparsity=0.5)):
+        assert reasons_of(left_by(step, model, task))["are parameters outside of layers"] == ("position", "scale")
+
+
 def test_blocks_that_cannot_go_are_named() -> None:
     model = residual_net()
     found = reasons_of(left_by(DropBlocks(count=1, skip=("last",)), model, residual_task(model)))

@@ -125,7 +125,9 @@ def by_layer(model: nn.Module, why: Callable[[str, nn.Module], str | None], advi
     modules, sizes = dict(model.named_modules()), weights_of(model)
     found: dict[str, str] = {}
     for path in sizes:
-        reason = why(path, modules[path]) if path in modules else "are parameters outside of layers"
+        module = modules.get(path)
+        plain = type(module) in (type(None), nn.Module)  # an nn.Module is what an import hangs its constants on
+        reason = "are parameters outside of layers" if plain else why(path, modules[path])
         if reason is not None:
             found[path] = reason
     return gathered(sizes, found, advice=advice)

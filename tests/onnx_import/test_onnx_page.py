@@ -23,19 +23,15 @@ def test_words_that_are_judged_were_not_calibrated_on() -> None:
     pytest.importorskip("PIL")
     import ocr_rendered
 
-    words = np.array(ocr_rendered.vocabulary())
-    order = np.random.default_rng(0).permutation(words)
-    assert not set(order[::2]) & set(order[1::2])
-    first, again = (ocr_rendered.words_of(slice(0, None, 2), 50, 1) for _ in range(2))
-    other = ocr_rendered.words_of(slice(1, None, 2), 50, 1)
+    first, again = (ocr_rendered.words_of(slice(0, None, 2), 800, 1) for _ in range(2))
+    other = ocr_rendered.words_of(slice(1, None, 2), 800, 2)
     assert first == again
-    assert not set(first) & set(other)
+    assert not {word.lower() for word in first} & {word.lower() for word in other}
 
 
 def test_recognized_texts_and_edits() -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("openvino")
-    pytest.importorskip("timm")
     import ocr
 
     places = np.array([[0, 1, 1, 0, 1, 2, 2, 0], [2, 2, 2, 2, 2, 2, 2, 1]])
@@ -48,7 +44,6 @@ def test_boxes_are_matched_once() -> None:
     pytest.importorskip("scipy")
     pytest.importorskip("onnxruntime")
     pytest.importorskip("openvino")
-    pytest.importorskip("timm")
     import ocr
 
     page = np.zeros((40, 60))
