@@ -65,6 +65,7 @@ class Quantize(Step):
         activations: int2 to int8, or None for weights only (smaller, not faster).
         ranges: how far a grid reaches: "mse" (least squared error), "minmax" (everything), or of activations
             "percentile" and "divergence" (least change of the distribution, after TensorRT); weights then take "mse".
+            Repaired rounding chooses the grids of weights by itself.
         percentile: share of the values inside the range, in percent; only for ranges="percentile".
         samples: how many calibration samples.
         rounding: "nearest"; "repaired", column by column with the layer's inputs in view (second order); "learned", up
@@ -141,6 +142,8 @@ class Quantize(Step):
         idle = {} if "pq" in named else dict.fromkeys(("piece", "pieces"), "pq weights")
         if self.ranges != "percentile":
             idle["percentile"] = "ranges: percentile"
+        if self.activations is None and self.rounding == "repaired":
+            idle["ranges"] = "activations, or rounding nearest or learned"
         super().__post_init__(**idle)
         if self.activations is None and self.ranges in ("percentile", "divergence"):
             raise SettingsError(
