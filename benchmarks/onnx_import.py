@@ -27,6 +27,7 @@ import fnmatch
 import functools
 import json
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -87,7 +88,7 @@ def one(name: str, jobs: list[str], ocr: str | None) -> dict[str, Any]:
             try:
                 row = {"verdict": "right", **_job(job, name, Path(folder), ocr)}
             except TersenetError as error:
-                row = {"verdict": "refused", "said": str(error).replace(folder, "")}
+                row = {"verdict": "refused", "said": re.sub(rf"{tempfile.gettempdir()}/\w+/", "", str(error))}
             except Wrong as error:
                 row = {"verdict": "wrong", "said": str(error)}
             except NotExported as error:
