@@ -91,6 +91,7 @@ ROWS: dict[str, dict[str, Row | tuple[Row, ...] | str]] = {
         "scope": (Row(("global",)), Row(("sensitivity",), {"macs": 0.7}), Row(("layer",), {"importance": "lamp"}, {})),
         "refit": Row((False,)),
         "macs": Row((0.8,)),
+        "params": Row((0.8,)),
         "residual": Row((True,)),
         "widths": Row(({"first.conv1": 12},)),
         "balance": Row((0.0, 1.0), {"importance": "weighted"}),
