@@ -348,7 +348,7 @@ def test_a_target_on_data_without_labels(here: Path) -> None:
         ("pack none -o a.terse", ("there is no model 'none'",)),
         ("export none --to onnx", ("none",)),
         ("export junk.terse --to onnx", ("junk.terse",)),
-        ("export junk.terse --to tpu", ("tpu", "onnx, openvino, tensorrt, torch, litert")),
+        ("export junk.terse --to tpu", ("tpu", "onnx, openvino, tensorrt, torch, terse, litert")),
         ("check none --max-drop 1", ("there is no folder none",)),
         ("check none.onnx --max-drop 1", ("there is no file none.onnx",)),
         ("check folder --max-drop 1", ("folder holds no run",)),

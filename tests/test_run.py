@@ -247,6 +247,11 @@ def test_a_loop_that_would_never_be_called_is_refused(tmp_path: Path) -> None:
         compress(model, task_for(model), "int8", out=tmp_path / "run", recover=lambda model, task: None)
 
 
+def test_a_loader_in_place_of_a_task_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="task is of type list; make a Task of it"):
+        compress(tiny(), [torch.zeros(2, 3, 8, 8)], "int8", out=tmp_path / "run")  # type: ignore[arg-type]
+
+
 def test_the_users_own_loop_is_known_again_by_its_code() -> None:
     def made(rate: float) -> Recover:
         return Recover(recover=eval(f"lambda model, task: {rate}"))

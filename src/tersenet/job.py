@@ -63,6 +63,11 @@ def compress(
     Raises:
         TersenetError: one of its kinds, when something is missing or wrong; finished steps stay finished.
     """
+    if not isinstance(task, Task):
+        raise SettingsError(
+            f"task is of type {type(task).__name__}; make a Task of it, tersenet.Task(example=inputs, train=loader, "
+            "test=other_loader), or open_task for data by name"
+        )
     check_runtimes(runtimes)
     if isinstance(recipe, str) and recipe.endswith("x"):
         target = Target(latency=recipe)
