@@ -174,7 +174,7 @@ def test_a_norm_of_nothing_or_of_nan_fits_no_grid() -> None:
 def test_a_concatenation_in_front_of_a_norm_stays_float() -> None:
     torch.manual_seed(0)
     _, plan = quantized(with_statistics(Dense()))
-    assert "cat" not in rounded(plan)
+    assert not [name for name in rounded(plan) if name.startswith("cat")]
 
 
 def test_an_input_that_several_layers_read_is_uint8(tmp_path: Path) -> None:
