@@ -18,6 +18,7 @@ from tersenet.deploy.decomposed import rounds_activations
 from tersenet.deploy.machine import machine
 from tersenet.deploy.timings import Measurement
 from tersenet.errors import RecipeError
+from tersenet.graph.agreement import compared_once
 from tersenet.graph.costs import costs, totals
 from tersenet.numerics.scale import Scale
 from tersenet.pruning.worth import table, worth
@@ -45,6 +46,7 @@ from tersenet.task import Score, Task, score_model
 _FEW = 0.02
 
 
+@compared_once()
 def prove(
     journal: Journal,
     original: nn.Module,
@@ -76,6 +78,11 @@ def prove(
         replayed = journal.replay(original, count)
         if count == len(names) - 1:
             settings = {**settings, **_zeros(replayed), **_stages(journal, original, tasks[name], say)}
+        before = names[count - 1]
+        same = name not in shipped and count > 0 and before in shipped and tasks[name] is tasks[before]
+        if same and journal.left_as_it_was(original, count):
+            say(f"files of {name}: those of {before}, for the step changed nothing")
+            shipped[name] = shipped[before]
         if name not in shipped:
             say(f"files of {name}")
             shipped[name] = ship(replayed, tasks[name], folder / "files", stem, runtimes)
@@ -83,7 +90,9 @@ def prove(
     latencies = _timed(shipped, tasks, settings, say)
     done = [{}, *(entry.row for entry in journal.entries)]
     rows = [
-        _row(name, shipped[name], row, latencies, tasks[name], names[0], settings["scored_on"])
+        _row(
+            name, _timed_as(name, shipped), shipped[name], row, latencies, tasks[name], names[0], settings["scored_on"]
+        )
         for name, row in zip(names, done, strict=True)
     ]
     task = tasks[names[-1]]
@@ -122,11 +131,18 @@ def _brief(recipe: str) -> str | None:
 def _timed(
     shipped: dict[str, Shipped], tasks: dict[str, Task], settings: dict[str, Any], say: Callable[..., None]
 ) -> dict[str, Measurement]:
-    """Runtime -> the times of all files that it reads; runtimes that can read none are left out."""
+    """Runtime -> the times of all files that it reads; runtimes that can read none are left out.
+
+    A file that several rows have is timed once, under the name of the first of them (`_timed_as`).
+    """
     found = {}
     for runtime in settings["runtimes"]:
         kind = READS[runtime]
-        files = {name: (shipped[name].files[kind], own) for name, own in tasks.items() if kind in shipped[name].files}
+        files = {
+            name: (shipped[name].files[kind], own)
+            for name, own in tasks.items()
+            if kind in shipped[name].files and _timed_as(name, shipped) == name
+        }
         if files:
             say(f"timing {len(files)} files in {runtime}")
             quiet = next(iter(tasks.values())).quiet
@@ -134,6 +150,11 @@ def _timed(
                 files, runtime, threads=settings["threads"], batch=settings["batch"], quiet=quiet
             )
     return found
+
+
+def _timed_as(name: str, shipped: dict[str, Shipped]) -> str:
+    """The first row that has the same files."""
+    return next((other for other, each in shipped.items() if each is shipped[name]), name)
 
 
 def say_not_written(shipped: Shipped, say: Callable[..., None]) -> None:
@@ -146,6 +167,7 @@ def _slower(shipped: dict[str, Shipped], latencies: dict[str, Measurement], name
     """What is said where a step made integers of floats, and time was lost by it."""
     if not rounds_activations(shipped[name].model) or rounds_activations(shipped[before].model):
         return []
+    name, before = _timed_as(name, shipped), _timed_as(before, shipped)
     both = {runtime: found for runtime, found in latencies.items() if {name, before} <= found.names}
     return slower_in_integers(both, name, before)
 
@@ -174,6 +196,7 @@ def _stages(journal: Journal, original: nn.Module, task: Task, say: Callable[...
 
 def _row(
     name: str,
+    timed_as: str,
     shipped: Shipped,
     recorded: dict[str, Any],
     latencies: dict[str, Measurement],
@@ -184,6 +207,7 @@ def _row(
     """The report row of one model.
 
     Args:
+        timed_as: the name of the row whose files these are.
         recorded: what the journal holds of the step; empty for the original.
         original: the name of the first row, which the others are timed against.
         basis: what scores rest on now.
@@ -201,9 +225,9 @@ def _row(
     for runtime, found in latencies.items():
         if READS[runtime] not in shipped.files:
             continue
-        latency[runtime] = found.latency(name)
-        if name != original and original in found.names:
-            ratio = found.ratio(name, original)
+        latency[runtime] = found.latency(timed_as)
+        if timed_as != original and original in found.names:
+            ratio = found.ratio(timed_as, original)
             latency[runtime]["left_interval"] = [ratio.low, ratio.high]
     return row(
         name,
@@ -217,7 +241,7 @@ def _row(
         param_bytes=cost.param_bytes,
         file_bytes=shipped.file_bytes,
         latency_ms=latency,
-        peak_bytes=peaks(latencies, name),
+        peak_bytes=peaks(latencies, timed_as),
         layers=[
             {
                 "path": layer.path,

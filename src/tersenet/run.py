@@ -138,6 +138,15 @@ class Journal:
             task = step.task_after(task, entry.plan)
         return task
 
+    def left_as_it_was(self, original: nn.Module, count: int) -> bool:
+        """Whether the last of `count` steps, 1 or more, changed neither structure nor numbers of the model."""
+        entry = self.entries[count - 1]
+        if entry.plan:
+            return False
+        if count > 1:
+            return _sha256(entry.numbers) == _sha256(self.entries[count - 2].numbers)
+        return identity_of(self.replay(original, 1)) == identity_of(original)
+
     def replay(self, original: nn.Module, count: int) -> nn.Module:
         """The model after `count` steps: their plans applied to a copy of the original, then the numbers loaded."""
         model = copy.deepcopy(original)

@@ -94,8 +94,11 @@ class Perturbed(fx.Interpreter):
         for start in range(0, len(given), PIECE):
             piece, into = given[start : start + PIECE], made[start : start + PIECE]
             at = int(torch.randint(PIECE, (), generator=self.generator))
-            size = torch.abs(piece, out=into).mul_(share).add_(more) if share else into.fill_(more)  # of infinity too
-            size.mul_(self.drawn[at : at + len(piece)]).add_(piece)
+            noise = self.drawn[at : at + len(piece)]
+            if share:
+                torch.addcmul(piece, torch.abs(piece, out=into), noise, value=share, out=into).add_(noise, alpha=more)
+            else:  # an infinity stays one
+                torch.add(piece, noise, alpha=more, out=into)
         return made.view(value.shape)
 
 

@@ -11,7 +11,7 @@ is compared at its outputs as well (`verify.compare`).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from tersenet.deploy.reference import Reference, difference, run
 from tersenet.deploy.runner import Array
 from tersenet.deploy.runtimes import open_file
 from tersenet.errors import ExportError, require
-from tersenet.graph.points import signed_quantizers
 
 # Beyond half a step: float32 sums of a few thousand products are off by less than a thousandth of a step.
 SLACK = 0.05
@@ -63,7 +62,7 @@ def stepwise(path: Path, runtime: str, reference: Reference) -> Steps | None:
     """
     onnx = require("onnx", "onnx", "read ONNX files")
     proto = onnx.load(str(path))
-    places = list(_integers(proto.graph))
+    places = _integers(proto.graph)
     graph = reference.graph
     nodes = _quantizers(graph)
     if len(places) != len(nodes):
@@ -78,8 +77,8 @@ def stepwise(path: Path, runtime: str, reference: Reference) -> Steps | None:
         copy.write_bytes(proto.SerializeToString())
         runner = open_file(copy, runtime)
         found = [runner.run_all(batch) for batch in reference.batches]
-    names = {node.name for node in nodes}
-    forced, noise = _Forced(graph, names), _Forced(graph, names, ROUNDING)
+    signed = {node.name: each for node, each in zip(nodes, places.values(), strict=True)}
+    forced, noise = _Forced(graph, signed), _Forced(graph, signed, ROUNDING)
     missed: list[bool] = []
     for batch, values in zip(reference.batches, found, strict=True):
         forced.give(values[outputs:])
@@ -93,12 +92,14 @@ def stepwise(path: Path, runtime: str, reference: Reference) -> Steps | None:
     beyond = max((each.beyond for each in forced.seen.values()), default=0.0)
     integers = [values[outputs:] for values in found]
     for node in nodes:  # in the order of the forward
-        if (seen := forced.seen[node.name]).beyond > SLACK and seen.beyond > _slack(reference, node, names, integers):
+        if (seen := forced.seen[node.name]).beyond > SLACK and seen.beyond > _slack(reference, node, signed, integers):
             return Steps(beyond, seen.share, node.name, len(nodes))
     return Steps(beyond, 0.0, "output" if any(missed) else "", len(nodes))
 
 
-def _slack(reference: Reference, quantizer: fx.Node, names: set[str], integers: Sequence[tuple[Array, ...]]) -> float:
+def _slack(
+    reference: Reference, quantizer: fx.Node, signed: Mapping[str, bool], integers: Sequence[tuple[Array, ...]]
+) -> float:
     """How far beyond half a step a right integer may be at a quantizer, in steps: what float32 noise since the integers
     before does there, as at the outputs. A chain of float operators, such as an attention, may enlarge it."""
     graph, source = reference.graph, quantizer.args[0]
@@ -107,7 +108,7 @@ def _slack(reference: Reference, quantizer: fx.Node, names: set[str], integers: 
     for batch, values in zip(reference.batches, integers, strict=True):
         kept = []
         for rounding in (0.0, ROUNDING):
-            forced = _Forced(graph, names, rounding, [source.name])
+            forced = _Forced(graph, signed, rounding, [source.name])
             forced.give(values)
             run(forced, batch)
             kept.append(forced.kept[source.name].numpy())
@@ -116,18 +117,22 @@ def _slack(reference: Reference, quantizer: fx.Node, names: set[str], integers: 
     return min(_MOST_SLACK, _OUTPUT_FACTOR * most / step)
 
 
-def _integers(graph: Any) -> Iterator[str]:
-    """Names of the rounded activations of a file, in order: of QuantizeLinear, or of the Clip behind it.
+def _integers(graph: Any) -> dict[str, bool]:
+    """Names of the rounded activations of a file, in order, of QuantizeLinear or of the Clip behind it, and whether
+    they are int8; else they are uint8.
 
     What is rounded and hangs on constants alone is no activation; the exporter makes one of those that are alike.
     """
+    int8 = {tensor.name for tensor in graph.initializer if tensor.data_type == tensor.INT8}
     clips = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "Clip"}
     live = {value.name for value in graph.input}
+    found = {}
     for node in graph.node:
         if live.intersection(node.input):
             live.update(node.output)
             if node.op_type == "QuantizeLinear":
-                yield clips.get(node.output[0], node.output[0])
+                found[clips.get(node.output[0], node.output[0])] = len(node.input) > 2 and node.input[2] in int8
+    return found
 
 
 def _quantizers(graph: fx.GraphModule) -> list[fx.Node]:
@@ -148,7 +153,7 @@ def _when_exported(reference: Reference) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         path = export_onnx(reference.model, reference.example, Path(folder) / "again.onnx")
-        return len(list(_integers(require("onnx", "onnx", "read ONNX files").load(str(path)).graph)))
+        return len(_integers(require("onnx", "onnx", "read ONNX files").load(str(path)).graph))
 
 
 @dataclass
@@ -171,14 +176,17 @@ class _Seen:
 
 
 class _Forced(Perturbed):
-    """Computes every quantizer from the integers of a file, and keeps how far they are from its own values."""
+    """Computes every quantizer from the integers of a file, and keeps how far they are from its own values.
+
+    Args:
+        signed: node of a quantizer -> whether the file has its integers as int8 around 0, in place of uint8 around 128.
+    """
 
     def __init__(
-        self, graph: fx.GraphModule, names: set[str], rounding: float = 0.0, keep: Collection[str] = ()
+        self, graph: fx.GraphModule, signed: Mapping[str, bool], rounding: float = 0.0, keep: Collection[str] = ()
     ) -> None:
         super().__init__(graph, 0, rounding, keep=keep)
-        self.names = names
-        self.signed = signed_quantizers(graph)
+        self.signed = signed
         self.seen: dict[str, _Seen] = {}
         self.given: Iterator[Array] = iter(())
         self.name = ""
@@ -191,11 +199,11 @@ class _Forced(Perturbed):
         return super().run_node(n)
 
     def quantize(self, path: str, quantizer: Quantizer, x: Tensor) -> Tensor:
-        if self.name not in self.names:
+        if self.name not in self.signed:
             return quantizer(x)
         given = torch.from_numpy(np.ascontiguousarray(next(self.given)))
         zero, scale = int(quantizer.zero_point), float(quantizer.scale.abs())
-        moved = path in self.signed and quantizer.bits == 8 and zero == 128  # written as int8 around 0
+        moved = self.signed[self.name]  # written as int8 around 0, which is 128 here
         seen = self.seen.setdefault(self.name, _Seen())
         if given.numel() != x.numel():
             seen.beyond, seen.count, seen.off = float("inf"), seen.count + x.numel(), seen.off + x.numel()
