@@ -72,7 +72,7 @@ def test_export_writes_what_was_named_and_no_more(run: Path, tmp_path: Path) -> 
     # What it says about its inputs survives, so that it can be scored by itself.
     (path,) = found
     assert preparation_of(open_file(path)).labels == tuple("0123456789")
-    with pytest.raises(SettingsError, match="--to is npu, tpu; allowed: onnx, openvino, tensorrt, torch, litert, "):
+    with pytest.raises(SettingsError, match="--to is npu, tpu; allowed: onnx, openvino, tensorrt, torch, terse, "):
         files.export_to(run, ["tpu", "onnx", "npu"], tmp_path)
 
 

@@ -24,6 +24,7 @@ from torch import fx, nn
 
 from tersenet.bricks.quantizer import Quantizer
 from tersenet.graph.norms import fits_one_grid, is_fixed_norm
+from tersenet.graph.zero_pads import pads_with_zeros
 
 aten = torch.ops.aten
 
@@ -128,7 +129,7 @@ class _Walk:
                 return "clip"
             if isinstance(layer, _POOL_LAYERS):
                 return "pool"
-            return "same" if only_moves(self.graph, node) else "float"
+            return "same" if self._keeps_its_grid(node) else "float"
         if node.op != "call_function":
             return node.op
         return self._kind_of_operator(node)
@@ -144,7 +145,10 @@ class _Walk:
             return "concat" if all(map(self._is_activation, node.all_input_nodes)) else "float"
         if target in _POOLS:
             return "pool" if target is not aten.mean.dim or is_global_pool(self.graph, node) else "float"
-        return "same" if only_moves(self.graph, node) else "float"
+        return "same" if self._keeps_its_grid(node) else "float"
+
+    def _keeps_its_grid(self, node: fx.Node) -> bool:
+        return only_moves(self.graph, node) or pads_with_zeros(self.graph, node)
 
     def _is_activation(self, node: fx.Node) -> bool:
         return (
